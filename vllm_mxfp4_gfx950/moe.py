@@ -1,0 +1,174 @@
+"""One mixture-of-experts layer as data: its shape, its weights, and the rules that both must meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_mxfp4_gfx950.mxfp4 import BLOCK, SCALE_NAN
+
+
+class Mxfp4Error(ValueError):
+    """Input that cannot be served. Reads: `{name} must be {rule}; got {value}. {fix}.`"""
+
+    def __init__(self, name: str, rule: str, value: object, fix: str) -> None:
+        super().__init__(f"{name} must be {rule}; got {value}. {fix}.")
+
+
+@dataclass(frozen=True)
+class MoeShape:
+    """Sizes of one rank's share of a GPT-OSS MoE layer.
+
+    Args:
+        experts: experts that live on this rank.
+        global_experts: experts of the model, the width of the router's logits.
+        topk: experts that each token chooses.
+        hidden: width of the residual stream.
+        intermediate: width of this rank's slice of the SwiGLU, a multiple of 32.
+        alpha: SwiGLU's sigmoid factor.
+        limit: SwiGLU's clamp.
+
+    Raises:
+        Mxfp4Error: a size breaks its rule.
+    """
+
+    experts: int
+    global_experts: int
+    topk: int
+    hidden: int
+    intermediate: int
+    alpha: float
+    limit: float
+
+    def __post_init__(self) -> None:
+        check_multiple_of_block("hidden", self.hidden)
+        check_multiple_of_block("intermediate", self.intermediate)
+        if not 1 <= self.experts <= self.global_experts:
+            raise Mxfp4Error(
+                "experts",
+                f"between 1 and the model's {self.global_experts}",
+                self.experts,
+                "Use fewer expert-parallel ranks",
+            )
+        if not 1 <= self.topk <= self.global_experts:
+            raise Mxfp4Error(
+                "topk",
+                f"between 1 and the number of experts, {self.global_experts}",
+                self.topk,
+                "Correct num_experts_per_tok in the model's config.json",
+            )
+
+    def __str__(self) -> str:
+        local = "" if self.experts == self.global_experts else f" of {self.global_experts}"
+        return (
+            f"E={self.experts}{local} topk={self.topk} H={self.hidden} I={self.intermediate} "
+            f"alpha={self.alpha:g} limit={self.limit:g}"
+        )
+
+
+@dataclass(frozen=True)
+class MoeWeights:
+    """The experts of one rank, in checkpoint layout: w13's rows interleave gate and up.
+
+    Args:
+        w13: uint8[experts, 2 * intermediate, hidden / 2], packed E2M1 blocks.
+        w13_scale: uint8[experts, 2 * intermediate, hidden / 32], E8M0.
+        w13_bias: bf16[experts, 2 * intermediate].
+        w2: uint8[experts, hidden, intermediate / 2], packed E2M1 blocks.
+        w2_scale: uint8[experts, hidden, intermediate / 32], E8M0.
+        w2_bias: bf16[experts, hidden].
+        expert_map: int32[global_experts], the local index of each of the model's experts and -1
+            where it lives on another rank; None when all of them are here, in order.
+
+    Source: openai/gpt-oss, gpt_oss/torch/weights.py; huggingface.co/openai/gpt-oss-20b.
+    """
+
+    w13: torch.Tensor
+    w13_scale: torch.Tensor
+    w13_bias: torch.Tensor
+    w2: torch.Tensor
+    w2_scale: torch.Tensor
+    w2_bias: torch.Tensor
+    expert_map: torch.Tensor | None = None
+
+
+def tensor_shapes(
+    experts: int, hidden: int, intermediate: int
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of each of the six tensors of MoeWeights in a checkpoint, by field."""
+    return {
+        "w13": (torch.uint8, (experts, 2 * intermediate, hidden // 2)),
+        "w13_scale": (torch.uint8, (experts, 2 * intermediate, hidden // BLOCK)),
+        "w13_bias": (torch.bfloat16, (experts, 2 * intermediate)),
+        "w2": (torch.uint8, (experts, hidden, intermediate // 2)),
+        "w2_scale": (torch.uint8, (experts, hidden, intermediate // BLOCK)),
+        "w2_bias": (torch.bfloat16, (experts, hidden)),
+    }
+
+
+def pad_intermediate(weights: MoeWeights, multiple: int) -> MoeWeights:
+    """Widen the intermediate size with zeros, which add nothing to the layer's output.
+
+    Args:
+        weights: the experts.
+        multiple: of how many values the new intermediate size is; itself a multiple of 32.
+
+    Returns:
+        The same tensors where they already fit.
+    """
+    extra = -(2 * weights.w2.shape[2]) % multiple
+    if not extra:
+        return weights
+
+    def pad(tensor: torch.Tensor, *amounts: int) -> torch.Tensor:
+        return torch.nn.functional.pad(tensor, amounts)
+
+    return MoeWeights(
+        w13=pad(weights.w13, 0, 0, 0, 2 * extra),
+        w13_scale=pad(weights.w13_scale, 0, 0, 0, 2 * extra),
+        w13_bias=pad(weights.w13_bias, 0, 2 * extra),
+        w2=pad(weights.w2, 0, extra // 2),
+        w2_scale=pad(weights.w2_scale, 0, extra // BLOCK),
+        w2_bias=weights.w2_bias,
+        expert_map=weights.expert_map,
+    )
+
+
+def check_multiple_of_block(name: str, size: int) -> None:
+    """Raise Mxfp4Error unless a size holds whole blocks."""
+    if size <= 0 or size % BLOCK:
+        raise Mxfp4Error(
+            name,
+            f"a positive multiple of {BLOCK}",
+            size,
+            "MXFP4 stores blocks of 32 values; this model cannot be stored in it",
+        )
+
+
+def check_weights(weights: MoeWeights, shape: MoeShape) -> None:
+    """Hold the weights against the shape.
+
+    Raises:
+        Mxfp4Error: a tensor has the wrong dtype or shape, or a scale is NaN (0xFF).
+    """
+    tensors = tensor_shapes(shape.experts, shape.hidden, shape.intermediate)
+    for name, (dtype, size) in tensors.items():
+        check_tensor(name, getattr(weights, name), dtype, size)
+    for name in ("w13_scale", "w2_scale"):
+        nans = int((getattr(weights, name) == SCALE_NAN).sum())
+        if nans:
+            raise Mxfp4Error(
+                name, "free of NaN scales (0xFF)", f"{nans} of them", "Download the checkpoint again"
+            )
+
+
+def check_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    """Raise Mxfp4Error unless a tensor has this dtype and this shape."""
+    if tensor.dtype != dtype or tuple(tensor.shape) != size:
+        raise Mxfp4Error(
+            name,
+            f"{dtype} {list(size)}",
+            f"{tensor.dtype} {list(tensor.shape)}",
+            "Check that the checkpoint is GPT-OSS in MXFP4 and fits its config.json",
+        )

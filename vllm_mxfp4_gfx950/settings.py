@@ -1,0 +1,51 @@
+"""The environment variables of this package, read and validated in one place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vllm_mxfp4_gfx950.moe import Mxfp4Error
+
+BACKEND_VAR = "VLLM_MXFP4_BACKEND"
+STRICT_VAR = "VLLM_MXFP4_STRICT"
+BACKENDS = ("auto", "triton", "ck", "reference")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for.
+
+    Args:
+        backend: one of BACKENDS; "auto" takes the first that works on the GPU at hand.
+        strict: under "auto", fail rather than fall back to a second choice.
+    """
+
+    backend: str = "auto"
+    strict: bool = False
+
+
+def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
+    """Read VLLM_MXFP4_BACKEND and VLLM_MXFP4_STRICT.
+
+    Args:
+        environment: variables by name; None reads the process's own.
+
+    Raises:
+        Mxfp4Error: a variable holds a value that is not on its list.
+    """
+    variables = os.environ if environment is None else environment
+    return Settings(
+        backend=_one_of(variables, BACKEND_VAR, BACKENDS),
+        strict=_one_of(variables, STRICT_VAR, ("0", "1")) == "1",
+    )
+
+
+def _one_of(variables: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str:
+    """The variable's value, or the first one allowed where it is not set."""
+    value = variables.get(name, allowed[0])
+    if value not in allowed:
+        fix = f"Set {name} to one of these or unset it"
+        raise Mxfp4Error(name, "one of " + ", ".join(allowed), repr(value), fix)
+    return value
