@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vllm_mxfp4_gfx950.backends import triton_package
-from vllm_mxfp4_gfx950.backends.triton_ogs import SCALE_GROUPS, SCALE_ROWS, _swizzle
-from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, Mxfp4Error
+from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, Mxfp4Error, pad_intermediate
 from vllm_mxfp4_gfx950.mxfp4 import BLOCK
+from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, gemms, ladder
 
 NAME = "triton_matmul"
-ARCHES = ("gfx950", "gfx942", "sm90")
+KERNELS = "matmul"
 NEEDS = {
     "matmul": (
         "FlexCtx",
         "FnSpecs",
         "FusedActivation",
+        "OptFlags",
         "PrecisionConfig",
         "matmul",
+        "scoped_opt_flags",
         "scoped_opt_flags_constraints",
     ),
     "numerics": ("InFlexData",),
@@ -38,14 +40,14 @@ NEEDS = {
         "wrap_torch_tensor",
     ),
     "tensor_details.layout": (
+        "StridedLayout",
         "make_default_matmul_mxfp4_w_layout",
         "make_default_matmul_mxfp4_w_scale_layout",
     ),
     "topk": ("topk",),
 }
-CDNA4_SCALE_LAYOUT = "CDNA4MXScaleLayout"
 CDNA4_TILE = {"block_m": 32, "block_n": 64, "block_k": 256}
-"""The CDNA4 scale layout is read 256 values of K at a time; the package's own choice is 128."""
+"""Where no table has tiles. CDNA4's scales are read 256 values of K at a time; the package takes 128."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Prepared:
         w13_precision, w2_precision: PrecisionConfigs that hold the swizzled scales.
         activation: the fused SwiGLU.
         topk: experts per token.
-        tile: constraints on the kernels' tiles; empty where the package's choice works.
+        flags: w13's and w2's OptFlags by number of tokens; None leaves them to the package.
+        constraints: on what the package then chooses.
         expert_map: int32[global_experts] as in MoeWeights; None when all are here.
     """
 
@@ -70,26 +73,18 @@ class Prepared:
     w2_precision: Any
     activation: Any
     topk: int
-    tile: dict[str, int]
+    flags: tuple[Ladder[Any], Ladder[Any]]
+    constraints: dict[str, int]
     expert_map: torch.Tensor | None
 
 
 def why_not(shape: MoeShape, arch: str) -> str | None:
     """The reason why this shape cannot run on this arch with the packages at hand."""
-    if arch not in ARCHES:
-        return f"it runs on {', '.join(ARCHES)}, not on {arch}"
-    if shape.topk & (shape.topk - 1):
-        return f"routing takes a topk that is a power of two, not {shape.topk}"
-    reason = triton_package.why_not("matmul", NEEDS)
-    if reason is None and arch == "gfx950":
-        layout = triton_package.load("tensor_details.layout")
-        if not hasattr(layout, CDNA4_SCALE_LAYOUT):
-            return f"triton_kernels in {triton_package.locate()} has no {CDNA4_SCALE_LAYOUT}"
-    return reason
+    return triton_package.why_not_layer(shape, arch, KERNELS, NEEDS)
 
 
 def source() -> str:
-    """Which package does the work. Only asked when why_not is None."""
+    """Where the kernels come from."""
     return triton_package.source()
 
 
@@ -106,15 +101,21 @@ def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
     Raises:
         Mxfp4Error: this rank's experts are not in the model's order.
     """
-    from triton_kernels.matmul import FnSpecs, FusedActivation
-    from triton_kernels.swiglu import swiglu_fn
-
     if weights.expert_map is not None:
         _check_order(weights.expert_map)
+    import triton
+    from triton_kernels.matmul import FnSpecs, FusedActivation
+    from triton_kernels.swiglu import swiglu_fn
+    from triton_kernels.tensor_details.layout import StridedLayout, make_default_matmul_mxfp4_w_layout
+
+    if not isinstance(make_default_matmul_mxfp4_w_layout(mx_axis=-2), StridedLayout):
+        weights = pad_intermediate(weights, triton_package.HOPPER_K)
     w13, w13_precision = _to_kernel_layout(weights.w13, weights.w13_scale)
     w2, w2_precision = _to_kernel_layout(weights.w2, weights.w2_scale)
     swiglu = FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"), reduction_n=2)
-    scale_layout = w13_precision.b_mx_scale.storage.layout
+    target = triton.runtime.driver.active.get_current_target()
+    tiles = (ladder(str(target.arch), KERNELS, triton.__version__, gemm) for gemm in gemms(shape))
+    w13_flags, w2_flags = (rungs.map(to_opt_flags) if rungs else Ladder((1,), (None,)) for rungs in tiles)
     return Prepared(
         w13=w13,
         w13_bias=weights.w13_bias.float(),
@@ -124,7 +125,8 @@ def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
         w2_precision=w2_precision,
         activation=FusedActivation(swiglu, (shape.alpha, shape.limit)),
         topk=shape.topk,
-        tile=CDNA4_TILE if type(scale_layout).__name__ == CDNA4_SCALE_LAYOUT else {},
+        flags=(w13_flags, w2_flags),
+        constraints=CDNA4_TILE if target.arch == "gfx950" else {},
         expert_map=weights.expert_map,
     )
 
@@ -140,12 +142,13 @@ def run(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> tor
     Returns:
         bf16[T, H]
     """
-    from triton_kernels.matmul import matmul, scoped_opt_flags_constraints
+    from triton_kernels.matmul import matmul
     from triton_kernels.reduce import reduce
 
-    chosen, ragged, absent = route(prepared, router_logits)
+    chosen, ragged, here = route(prepared, router_logits)
     by_expert = chosen.mask_metadata.col_sorted_indx
-    with scoped_opt_flags_constraints(prepared.tile) if prepared.tile else nullcontext():
+    w13_flags, w2_flags = (flags.at(x.shape[0]) for flags in prepared.flags)
+    with _opt_flags(w13_flags, prepared.constraints):
         rows = matmul(
             x,
             prepared.w13,
@@ -155,6 +158,7 @@ def run(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> tor
             precision_config=prepared.w13_precision,
             fused_activation=prepared.activation,
         )
+    with _opt_flags(w2_flags, prepared.constraints):
         rows = matmul(
             rows,
             prepared.w2,
@@ -164,9 +168,9 @@ def run(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> tor
             precision_config=prepared.w2_precision,
             gammas=chosen.vals.flatten()[by_expert],
         )
-    # Rows of absent experts were never written: they are masked, not multiplied by zero.
-    rows = rows.view(x.shape[0], prepared.topk, -1)
-    mask = None if absent is None else (~absent).unsqueeze(-1).expand(rows.shape)
+    # Rows of experts on other ranks were never written: they are masked, not multiplied by zero.
+    rows = rows.view(x.shape[0], prepared.topk, x.shape[1])
+    mask = None if here is None else here.unsqueeze(-1).expand(rows.shape)
     out: torch.Tensor = reduce(rows, dim=1, mask=mask)[0]
     return out
 
@@ -177,7 +181,7 @@ def route(prepared: Prepared, router_logits: torch.Tensor) -> tuple[Any, Any, to
     Returns:
         chosen: SparseMatrix of triton_kernels, over all experts.
         ragged: RaggedTensorMetadata of this rank's experts.
-        absent: bool[T, topk], the choices that live on other ranks; None when there are none.
+        here: bool[T, topk], whether a choice lives on this rank; None when all do.
     """
     from triton_kernels.tensor import make_ragged_tensor_metadata, remap_ragged_tensor_metadata
     from triton_kernels.topk import topk
@@ -186,16 +190,17 @@ def route(prepared: Prepared, router_logits: torch.Tensor) -> tuple[Any, Any, to
     ragged = make_ragged_tensor_metadata(chosen.mask_metadata.col_sum, chosen.indx.numel())
     if prepared.expert_map is None:
         return chosen, ragged, None
-    absent = prepared.expert_map[chosen.indx.int()] < 0
-    return chosen, remap_ragged_tensor_metadata(ragged, prepared.expert_map), absent
+    here = prepared.expert_map[chosen.indx.int()] >= 0
+    return chosen, remap_ragged_tensor_metadata(ragged, prepared.expert_map), here
 
 
 def _check_order(expert_map: torch.Tensor) -> None:
+    # remap_ragged_tensor_metadata keeps the slices' sizes in the model's order but numbers them by the map.
     present = expert_map[expert_map >= 0].tolist()
     if present != list(range(len(present))):
         raise Mxfp4Error(
             "expert_map",
-            "in the model's order on each rank",
+            "ascending over the experts of a rank",
             present,
             "Choose linear or round-robin expert placement",
         )
@@ -213,14 +218,50 @@ def _to_kernel_layout(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[Any, 
 
     experts, rows, packed = blocks.shape
     layout = make_default_matmul_mxfp4_w_layout(mx_axis=-2)
-    values = _swizzle(blocks, lambda data: convert_layout(wrap_torch_tensor(data, dtype=FP4), layout).data)
+    values = triton_package.swizzle(
+        blocks, lambda some: convert_layout(wrap_torch_tensor(some, dtype=FP4), layout).data
+    )
     w = Tensor(Storage(values, layout), dtype=FP4, shape=[experts, 2 * packed, rows])
 
-    groups = scales.shape[2]
-    scales = torch.nn.functional.pad(scales, (0, -groups % SCALE_GROUPS, 0, -rows % SCALE_ROWS))
+    scales = triton_package.pad_scales(scales)
     scale_layout = make_default_matmul_mxfp4_w_scale_layout(mx_axis=-2)
-    swizzled = _swizzle(scales, lambda data: convert_layout(wrap_torch_tensor(data), scale_layout).data)
+    swizzled = triton_package.swizzle(
+        scales, lambda some: convert_layout(wrap_torch_tensor(some), scale_layout).data
+    )
     w_scale = wrap_torch_tensor(swizzled, shape=list(scales.mT.shape), layout=scale_layout)
     return w, PrecisionConfig(
         b_mx_scale=w_scale, b_microblock_size=BLOCK, flex_ctx=FlexCtx(rhs_data=InFlexData())
     )
+
+
+def to_opt_flags(tile: TileConfig) -> Any:
+    """A tile as triton_kernels takes it; what a tile does not say is as the package has it on CDNA."""
+    from triton_kernels.matmul import OptFlags
+
+    return OptFlags(
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        block_k=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        group_m=4,
+        xcd_swizzle=8,
+        w_cache_modifier=".cg" if tile.block_m <= 32 else None,
+        split_k=tile.split_k,
+        is_persistent=False,
+        idle_sms=0,
+        epilogue_subtile=1,
+        arch=None,
+        occupancy_target=1,
+        target_kernel_kwargs={"waves_per_eu": tile.waves_per_eu, "matrix_instr_nonkdim": 16, "kpack": 1},
+    )
+
+
+def _opt_flags(flags: Any, constraints: dict[str, int]) -> AbstractContextManager[None]:
+    """Hand OptFlags, or constraints on the package's own, to the call inside."""
+    from triton_kernels.matmul import scoped_opt_flags, scoped_opt_flags_constraints
+
+    chosen: AbstractContextManager[None] = (
+        scoped_opt_flags(flags) if flags else scoped_opt_flags_constraints(constraints)
+    )
+    return chosen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,15 @@ import torch
 
 from vllm_mxfp4_gfx950.backends import triton_package
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, pad_intermediate
+from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, gemms, ladder
 
 NAME = "triton_ogs"
-ARCHES = ("gfx950", "gfx942", "sm90")
+KERNELS = "matmul_ogs"
+"""The package's generation, as the tile table names it."""
+
 NEEDS = {
     "matmul_ogs": ("matmul_ogs", "FlexCtx", "FnSpecs", "FusedActivation", "PrecisionConfig"),
-    "matmul_ogs_details.opt_flags": ("update_opt_flags_constraints",),
+    "matmul_ogs_details.opt_flags": ("OptFlags", "_opt_flags", "_opt_flags_constraints"),
     "numerics": ("InFlexData",),
     "routing": ("routing", "prune_routing", "routing_from_bitmatrix"),
     "swiglu": ("swiglu_fn",),
@@ -28,18 +31,6 @@ NEEDS = {
     ),
     "topk": ("topk",),
 }
-CDNA4_SCALE_LAYOUTS = ("CDNA4MXScaleLayout", "GFX950MXScaleLayout")
-"""One layout under its present name and under that of triton_kernels before 3.6."""
-
-SCALE_GROUPS = 8
-SCALE_ROWS = 512
-"""The kernels load whole tiles of scales, unmasked: K up to 256 values (8 groups), N up to 512 rows."""
-
-HOPPER_K = 64
-"""Hopper's layout shuffles the values of 64 columns, so K can only end between such groups."""
-
-EXPERTS_AT_ONCE = 4
-"""Swizzled together: enough to keep the GPU busy, few enough that the temporaries stay small."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +43,8 @@ class Prepared:
         w13_precision, w2_precision: PrecisionConfigs that hold the swizzled scales.
         activation: the fused SwiGLU.
         topk: experts per token.
+        flags: w13's and w2's OptFlags by number of tokens; None leaves a call to the package.
+        constraints: what such a call must keep to.
         local: how to narrow the routing to this rank's experts; None when all are here.
     """
 
@@ -63,6 +56,8 @@ class Prepared:
     w2_precision: Any
     activation: Any
     topk: int
+    flags: tuple[Ladder[Any], Ladder[Any]]
+    constraints: dict[str, int]
     local: LocalExperts | None
 
 
@@ -83,21 +78,7 @@ class LocalExperts:
 
 def why_not(shape: MoeShape, arch: str) -> str | None:
     """The reason why this shape cannot run on this arch with the packages at hand."""
-    if arch not in ARCHES:
-        return f"it runs on {', '.join(ARCHES)}, not on {arch}"
-    if shape.topk & (shape.topk - 1):
-        return f"routing takes a topk that is a power of two, not {shape.topk}"
-    if arch == "sm90" and (shape.hidden % HOPPER_K or shape.hidden <= 128 or shape.intermediate <= 64):
-        return (
-            f"on sm90 it takes a hidden size above 128 in steps of {HOPPER_K} and an intermediate size "
-            f"above 64, not {shape.hidden} and {shape.intermediate}"
-        )
-    reason = triton_package.why_not("matmul_ogs", NEEDS)
-    if reason is None and arch == "gfx950":
-        layout = triton_package.load("tensor_details.layout")
-        if not any(hasattr(layout, name) for name in CDNA4_SCALE_LAYOUTS):
-            return f"triton_kernels in {triton_package.locate()} has no {' or '.join(CDNA4_SCALE_LAYOUTS)}"
-    return reason
+    return triton_package.why_not_layer(shape, arch, KERNELS, NEEDS)
 
 
 def source() -> str:
@@ -115,15 +96,19 @@ def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
         weights: consumed; their tensors must not be used afterwards.
         shape: the layer's sizes.
     """
+    import triton
     from triton_kernels.matmul_ogs import FnSpecs, FusedActivation
     from triton_kernels.swiglu import swiglu_fn
     from triton_kernels.tensor_details.layout import StridedLayout, make_default_matmul_mxfp4_w_layout
 
     if make_default_matmul_mxfp4_w_layout(mx_axis=1)[0] is not StridedLayout:
-        weights = pad_intermediate(weights, HOPPER_K)
+        weights = pad_intermediate(weights, triton_package.HOPPER_K)
     w13, w13_precision = _to_kernel_layout(weights.w13, weights.w13_scale)
     w2, w2_precision = _to_kernel_layout(weights.w2, weights.w2_scale)
     swiglu = FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"))
+    target = triton.runtime.driver.active.get_current_target()
+    tiles = (ladder(str(target.arch), KERNELS, triton.__version__, gemm) for gemm in gemms(shape))
+    w13_flags, w2_flags = (rungs.map(to_opt_flags) if rungs else Ladder((1,), (None,)) for rungs in tiles)
     return Prepared(
         w13=w13,
         w13_bias=weights.w13_bias.float(),
@@ -133,6 +118,9 @@ def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
         w2_precision=w2_precision,
         activation=FusedActivation(swiglu, (shape.alpha, shape.limit), 2),
         topk=shape.topk,
+        flags=(w13_flags, w2_flags),
+        # On an H200, a split K makes up to 16 tokens take 1.2 to 1.8 times as long (triton 3.6.0).
+        constraints={"split_k": 1} if target.backend == "cuda" else {},
         local=None if weights.expert_map is None else _local_experts(weights.expert_map),
     )
 
@@ -151,7 +139,8 @@ def run(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> tor
     from triton_kernels.matmul_ogs import matmul_ogs
 
     routing_data, gather, scatter = route(prepared, router_logits)
-    with _opt_flags_constraints():
+    w13_flags, w2_flags = (flags.at(x.shape[0]) for flags in prepared.flags)
+    with _opt_flags(w13_flags, prepared.constraints):
         rows = matmul_ogs(
             x,
             prepared.w13,
@@ -161,6 +150,7 @@ def run(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> tor
             precision_config=prepared.w13_precision,
             fused_activation=prepared.activation,
         )
+    with _opt_flags(w2_flags, prepared.constraints):
         out: torch.Tensor = matmul_ogs(
             rows,
             prepared.w2,
@@ -216,45 +206,48 @@ def _to_kernel_layout(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[Any, 
     experts, rows, packed = blocks.shape
     layout, options = make_default_matmul_mxfp4_w_layout(mx_axis=1)
     value_layout = layout((experts, packed, rows), **options)
-    values = _swizzle(blocks, value_layout.swizzle_data)
+    values = triton_package.swizzle(blocks, value_layout.swizzle_data)
     w = Tensor(Storage(values, value_layout), dtype=FP4, shape=[experts, 2 * packed, rows])
 
-    groups = scales.shape[2]
-    scales = torch.nn.functional.pad(scales, (0, -groups % SCALE_GROUPS, 0, -rows % SCALE_ROWS))
+    scales = triton_package.pad_scales(scales)
     layout, options = make_default_matmul_mxfp4_w_scale_layout(mx_axis=1)
     scale_layout = layout(scales.mT.shape, **options)
-    w_scale = Tensor(Storage(_swizzle(scales, scale_layout.swizzle_data), scale_layout))
+    swizzled = triton_package.swizzle(scales, scale_layout.swizzle_data)
+    w_scale = Tensor(Storage(swizzled, scale_layout))
     return w, PrecisionConfig(weight_scale=w_scale, flex_ctx=FlexCtx(rhs_data=InFlexData()))
 
 
-def _swizzle(data: torch.Tensor, swizzle: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Apply a layout to [E, N, K] a few experts at a time; [E, K', N'], K' contiguous.
+def to_opt_flags(tile: TileConfig) -> Any:
+    """A tile as triton_kernels takes it; what a tile does not say is as the package has it on CDNA."""
+    from triton_kernels.matmul_ogs_details.opt_flags import OptFlags
 
-    The result takes the place of the input where it has the same number of bytes.
-    """
-    out: torch.Tensor | None = None
-    for first in range(0, data.shape[0], EXPERTS_AT_ONCE):
-        some = data[first : first + EXPERTS_AT_ONCE]
-        swizzled = swizzle(some.mT).mT
-        if out is None:
-            size = (data.shape[0], *swizzled.shape[1:])
-            out = data.view(size) if swizzled.numel() == some.numel() else data.new_empty(size)
-        out[first : first + EXPERTS_AT_ONCE].copy_(swizzled)
-    assert out is not None
-    return out.mT
+    return OptFlags(
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        block_k=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        group_m=4,
+        xcd_swizzle=8,
+        w_cache_modifier=".cg" if tile.block_m <= 32 else None,
+        split_k=tile.split_k,
+        is_persistent=False,
+        fused_scatter=False,
+        idle_sms=0,
+        epilogue_subtile=1,
+        arch=None,
+        target_kernel_kwargs={"waves_per_eu": tile.waves_per_eu, "matrix_instr_nonkdim": 16, "kpack": 1},
+    )
 
 
 @contextmanager
-def _opt_flags_constraints() -> Iterator[None]:
-    """Pin what the kernels are better off with for the calls inside, and put back what was before.
-
-    Without it, up to 16 tokens take 1.2 to 1.8 times as long on an H200 (triton 3.6.0).
-    """
+def _opt_flags(flags: Any, constraints: dict[str, int]) -> Iterator[None]:
+    """Hand OptFlags, or constraints on the package's own, to the call inside; put back what was set."""
     from triton_kernels.matmul_ogs_details import opt_flags
 
-    before = opt_flags._opt_flags_constraints
-    opt_flags._opt_flags_constraints = {"split_k": 1}
+    before = opt_flags._opt_flags, opt_flags._opt_flags_constraints
+    opt_flags._opt_flags, opt_flags._opt_flags_constraints = flags, {} if flags else constraints
     try:
         yield
     finally:
-        opt_flags._opt_flags_constraints = before
+        opt_flags._opt_flags, opt_flags._opt_flags_constraints = before

