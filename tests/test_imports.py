@@ -1,0 +1,162 @@
+"""Imports go one way, each foreign package has one file that may import it, and none comes uncalled."""
+
+import ast
+import json
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+from run_python import ROOT, run_python
+
+PACKAGE = "vllm_mxfp4_gfx950"
+
+MAY_IMPORT: dict[str, str] = {
+    "__init__": "",
+    "mxfp4": "",
+    "moe": "mxfp4",
+    "models": "mxfp4 moe",
+    "settings": "mxfp4 moe",
+    "tuning": "mxfp4 moe",
+    "backends": "mxfp4 moe settings tuning",
+    "vllm_plugin": "mxfp4 moe settings tuning backends",
+    "gfx950": "mxfp4 moe models settings tuning backends",
+    "commands": "mxfp4 moe models settings tuning backends gfx950",
+    "cli": "moe commands",
+}
+"""Each part of the package, and the parts below it that it may import beside itself."""
+
+ONLY_IN = {
+    "triton_kernels": "backends/triton_*.py",
+    "aiter": "backends/ck.py",
+    "vllm": "vllm_plugin.py",
+}
+"""Foreign packages, and the files that may import them."""
+
+HEAVY = ("vllm", "aiter", "triton", "triton_kernels")
+IMPORT_LIMIT_MS = 50
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Every module that a file names in an import, `importlib.import_module` with a literal included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args:
+            callee = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            name = node.args[0]
+            if isinstance(name, ast.JoinedStr) and name.values:
+                name = name.values[0]
+            if callee in ("import_module", "__import__") and isinstance(name, ast.Constant):
+                yield str(name.value)
+
+
+def complaints(root: Path) -> list[str]:
+    """What a source tree of the package does against the rules."""
+    found = []
+    for file in sorted(root.rglob("*.py")):
+        name = file.relative_to(root)
+        part = name.parts[0].removesuffix(".py")
+        if part not in MAY_IMPORT:
+            found.append(f"{name} is a part without a rule")
+            continue
+        for module in imported(ast.parse(file.read_text())):
+            package, *rest = module.split(".")
+            if not package:
+                found.append(f"{name} imports {module} relatively")
+            elif package == PACKAGE:
+                target = rest[0] if rest and rest[0] in MAY_IMPORT else "__init__"
+                if target not in (part, *MAY_IMPORT[part].split()):
+                    found.append(f"{name} imports {target}")
+            elif package in ONLY_IN and not fnmatch(name.as_posix(), ONLY_IN[package]):
+                found.append(f"{name} imports {package}")
+    return found
+
+
+def test_source_keeps_the_rules() -> None:
+    """The package as it stands."""
+    assert (ROOT / PACKAGE / "moe.py").is_file()
+    assert complaints(ROOT / PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "complaint"),
+    [
+        ("mxfp4.py", f"from {PACKAGE}.moe import MoeShape", "mxfp4.py imports moe"),
+        ("mxfp4.py", f"from {PACKAGE} import __version__", "mxfp4.py imports __init__"),
+        ("moe.py", f"def f():\n    import {PACKAGE}.settings", "moe.py imports settings"),
+        ("backends/ck.py", f"from {PACKAGE} import vllm_plugin", "backends/ck.py imports vllm_plugin"),
+        ("commands/doctor.py", f"from {PACKAGE} import cli", "commands/doctor.py imports cli"),
+        ("cli.py", f"from {PACKAGE} import backends", "cli.py imports backends"),
+        ("backends/__init__.py", "from . import ck", "backends/__init__.py imports ..ck relatively"),
+        (
+            "backends/ck.py",
+            "from triton_kernels.routing import routing",
+            "backends/ck.py imports triton_kernels",
+        ),
+        ("backends/triton_ogs.py", "import aiter.ops", "backends/triton_ogs.py imports aiter"),
+        ("commands/doctor.py", "import vllm", "commands/doctor.py imports vllm"),
+        (
+            "commands/doctor.py",
+            "import importlib\nimportlib.import_module('vllm.envs')",
+            "commands/doctor.py imports vllm",
+        ),
+        ("moe.py", "def f(name):\n    return __import__(f'aiter.{name}')", "moe.py imports aiter"),
+        ("utils.py", "", "utils.py is a part without a rule"),
+    ],
+)
+def test_rules_notice(tmp_path: Path, file: str, line: str, complaint: str) -> None:
+    """Negative control: one bad line in a tree that is otherwise good."""
+    good = {
+        "backends/triton_x.py": f"import triton_kernels.matmul\nfrom {PACKAGE}.mxfp4 import BLOCK",
+        "backends/ck.py": "from aiter import fused_moe",
+        "vllm_plugin.py": f"import vllm\nfrom {PACKAGE} import backends, moe",
+    }
+    for name, text in {**good, file: good.get(file, "") + "\n" + line}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert complaints(tmp_path) == [complaint]
+
+
+def loaded_by(module: str, path: tuple[Path, ...] = ()) -> tuple[list[str], float]:
+    """What a fresh interpreter holds of the heavy packages and CUDA after an import, and its milliseconds."""
+    code = (
+        "import sys, time, json\n"
+        "start = time.perf_counter()\n"
+        f"import {module}\n"
+        "milliseconds = 1e3 * (time.perf_counter() - start)\n"
+        f"heavy = [name for name in {('torch', *HEAVY)} if name in sys.modules]\n"
+        "torch = sys.modules.get('torch')\n"
+        "if torch is not None and torch.cuda.is_initialized():\n"
+        "    heavy.append('CUDA')\n"
+        "print(json.dumps([heavy, milliseconds]))\n"
+    )
+    process = run_python(["-c", code], path)
+    assert process.returncode == 0, process.stderr
+    heavy, milliseconds = json.loads(process.stdout)
+    return heavy, milliseconds
+
+
+@pytest.mark.parametrize("module", ["mxfp4", "moe", "settings", "backends"])
+def test_import_is_light(module: str) -> None:
+    """Torch, which they compute with, and none of the others; no GPU is touched."""
+    assert loaded_by(f"{PACKAGE}.{module}")[0] == ["torch"]
+
+
+def test_import_of_the_package_is_instant() -> None:
+    """The package alone does not even load torch. The best of three, for a busy machine."""
+    results = [loaded_by(PACKAGE) for _ in range(3)]
+    assert [heavy for heavy, _ in results] == [[], [], []]
+    assert min(milliseconds for _, milliseconds in results) < IMPORT_LIMIT_MS
+
+
+def test_light_notices(tmp_path: Path) -> None:
+    """Negative control: a package that loads aiter, and takes its time."""
+    (tmp_path / "aiter.py").touch()
+    (tmp_path / "heavy.py").write_text("import time, aiter\ntime.sleep(0.06)")
+    heavy, milliseconds = loaded_by("heavy", (tmp_path,))
+    assert heavy == ["aiter"]
+    assert milliseconds > IMPORT_LIMIT_MS

@@ -1,0 +1,51 @@
+"""The environment variables: what they may say, and what they say when they do not."""
+
+import re
+
+import pytest
+
+from vllm_mxfp4_gfx950.moe import Mxfp4Error
+from vllm_mxfp4_gfx950.settings import Settings, from_environment
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "ck", "reference"])
+@pytest.mark.parametrize("strict", ["0", "1"])
+def test_from_environment(backend: str, strict: str) -> None:
+    """Every value that is allowed."""
+    environment = {"VLLM_MXFP4_BACKEND": backend, "VLLM_MXFP4_STRICT": strict}
+    assert from_environment(environment) == Settings(backend, strict == "1")
+
+
+def test_from_environment_reads_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a mapping it is os.environ that counts, at the time of the call; unset is the default."""
+    monkeypatch.delenv("VLLM_MXFP4_BACKEND", raising=False)
+    monkeypatch.delenv("VLLM_MXFP4_STRICT", raising=False)
+    assert from_environment() == Settings("auto", False)
+    monkeypatch.setenv("VLLM_MXFP4_BACKEND", "ck")
+    assert from_environment() == Settings("ck", False)
+
+
+@pytest.mark.parametrize(
+    ("environment", "text"),
+    [
+        (
+            {"VLLM_MXFP4_BACKEND": "Triton"},
+            "VLLM_MXFP4_BACKEND must be one of auto, triton, ck, reference; got 'Triton'. "
+            "Set VLLM_MXFP4_BACKEND to one of these or unset it.",
+        ),
+        (
+            {"VLLM_MXFP4_BACKEND": ""},
+            "VLLM_MXFP4_BACKEND must be one of auto, triton, ck, reference; got ''. "
+            "Set VLLM_MXFP4_BACKEND to one of these or unset it.",
+        ),
+        (
+            {"VLLM_MXFP4_STRICT": "true"},
+            "VLLM_MXFP4_STRICT must be one of 0, 1; got 'true'. "
+            "Set VLLM_MXFP4_STRICT to one of these or unset it.",
+        ),
+    ],
+)
+def test_from_environment_refuses(environment: dict[str, str], text: str) -> None:
+    """A misspelt value is an error, never a silent default."""
+    with pytest.raises(Mxfp4Error, match=f"^{re.escape(text)}$"):
+        from_environment(environment)

@@ -1,0 +1,49 @@
+"""The `vllm-mxfp4` command line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "doctor": "say what is installed, what GPT-OSS needs of it, and which backend would serve it",
+    "compile": "compile a model's kernels for gfx950, without a GPU, and show what each takes",
+    "tune": "search the tiles of gfx950's table for the Triton that is installed",
+}
+"""Each is a module of `commands` with `add_arguments(parser)` and `run(args)`, which is the exit code."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and run its command. No other command's module is imported.
+
+    Args:
+        arguments: without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code: 0 for success, 1 when the command found a fault, 2 for what cannot be done as asked.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="vllm-mxfp4", description="Serve GPT-OSS from MXFP4 on AMD gfx950.")
+    subparsers = parser.add_subparsers(metavar="command", required=True)
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if name in arguments[:1]:
+            command = importlib.import_module(f"vllm_mxfp4_gfx950.commands.{name}")
+            command.add_arguments(subparser)
+    args = parser.parse_args(arguments)
+    try:
+        exit_code: int = command.run(args)
+    except ValueError as error:
+        from vllm_mxfp4_gfx950.moe import Mxfp4Error
+
+        if not isinstance(error, Mxfp4Error):
+            raise
+        print(f"vllm-mxfp4 {arguments[0]}: {error}", file=sys.stderr)
+        return 2
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

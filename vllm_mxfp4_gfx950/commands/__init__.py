@@ -1,0 +1,1 @@
+"""The commands of `vllm-mxfp4`, a file each."""
