@@ -1,0 +1,79 @@
+"""Load a model through the plugin, in whichever vLLM comes first on sys.path: test_vllm_plugin runs this.
+
+    python load_in_vllm.py CHECKPOINT ACTIVATIONS OUTPUTS
+
+Reads fp32[T, H] activations and writes what vLLM's MoE blocks make of them, fp32[layers, T, H]. From the flag
+on this is all vLLM's Python, and none of its compiled code, which its releases have for GPUs only.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+
+import torch
+
+CHECKPOINT, ACTIVATIONS, OUTPUTS = sys.argv[1:]
+
+
+def check_overrides(ours: type, base: type) -> None:
+    """Every method must be there, and take what the base class's takes, by position and by name."""
+    assert not inspect.isabstract(ours), ours.__abstractmethods__
+    for name in vars(ours):
+        if name.startswith("_") or not inspect.isroutine(getattr(base, name, None)):
+            continue
+        signature = without_self(getattr(ours, name))
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        called = without_self(getattr(base, name)).parameters.values()
+        names = [parameter.name for parameter in called if parameter.kind in kinds]
+        try:
+            signature.bind(*names)
+            signature.bind(**dict.fromkeys(names))
+        except TypeError as error:
+            raise TypeError(f"{ours.__name__}.{name}{signature} must take {names}") from error
+
+
+def without_self(method: Callable[..., object]) -> inspect.Signature:
+    """The signature that a caller of a method sees, whether it is bound or not."""
+    signature = inspect.signature(method)
+    parameters = [parameter for name, parameter in signature.parameters.items() if name != "self"]
+    return signature.replace(parameters=parameters)
+
+
+def main() -> None:
+    """Load and run."""
+    import vllm
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.forward_context import set_forward_context
+    from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+
+    from vllm_mxfp4_gfx950 import vllm_plugin
+
+    vllm_plugin.register()
+    vllm_plugin.register()  # vLLM may call it again.
+    check_overrides(vllm_plugin.Mxfp4TritonConfig, QuantizationConfig)
+    check_overrides(vllm_plugin.Mxfp4TritonMoEMethod, FusedMoEMethodBase)
+
+    arguments = EngineArgs(CHECKPOINT, quantization="mxfp4-triton", dtype="float32", max_model_len=256)
+    config = arguments.create_engine_config()
+    assert type(config.quant_config) is vllm_plugin.Mxfp4TritonConfig
+    with set_current_vllm_config(config):
+        init_distributed_environment(1, 0, f"file://{OUTPUTS}.store", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+        # The three steps of vLLM's load_model, which from 0.33 also asks for a GPU between them.
+        torch.set_default_dtype(torch.float32)
+        model = initialize_model(config)
+        get_model_loader(config.load_config).load_weights(model, config.model_config)
+        process_weights_after_loading(model, config.model_config, torch.device("cpu"))
+        with torch.inference_mode(), set_forward_context(None, config):
+            x = torch.load(ACTIVATIONS)
+            torch.save(torch.stack([layer.mlp(x) for layer in model.model.layers]), OUTPUTS)
+    print(vllm.__file__)
+
+
+if __name__ == "__main__":
+    main()

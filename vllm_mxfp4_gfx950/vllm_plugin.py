@@ -1,0 +1,379 @@
+"""The vLLM adapter: `--quantization mxfp4-triton`, from the flag to the MoE layers' forward.
+
+It uses what vLLM offers to plugins and to models, the same calls from vLLM 0.24 to 0.33: an entry
+point, a registered QuantizationConfig, and a FusedMoEMethodBase that does its own routing.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from vllm import envs
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from vllm_mxfp4_gfx950 import backends, settings
+from vllm_mxfp4_gfx950.moe import (
+    MoeShape,
+    MoeWeights,
+    Mxfp4Error,
+    check_multiple_of_block,
+    check_tensor,
+    check_weights,
+    tensor_shapes,
+)
+from vllm_mxfp4_gfx950.mxfp4 import BLOCK
+
+NAME = "mxfp4-triton"
+CHECKPOINT_METHODS = ("mxfp4", "gpt_oss_mxfp4")
+"""What GPT-OSS calls its format, and what vLLM renames it to while it reads the config."""
+
+# Loggers below `vllm` print where vLLM's own do.
+logger = init_logger("vllm.mxfp4_triton")
+
+PARAMETERS = {
+    "w13_weight": ("w13", "gate_up_proj_blocks"),
+    "w13_weight_scale": ("w13_scale", "gate_up_proj_scales"),
+    "w13_bias": ("w13_bias", "gate_up_proj_bias"),
+    "w2_weight": ("w2", "down_proj_blocks"),
+    "w2_weight_scale": ("w2_scale", "down_proj_scales"),
+    "w2_bias": ("w2_bias", "down_proj_bias"),
+}
+"""vLLM's name of each of a layer's parameters, its field in MoeWeights, and its name in the checkpoint."""
+
+
+def register() -> None:
+    """Make the flag and our environment variables known; vLLM calls this in each of its processes."""
+    register_quantization_config(NAME)(Mxfp4TritonConfig)
+    # vLLM warns of VLLM_* variables that it does not know, and keys its compile cache by those it does.
+    for name in (settings.BACKEND_VAR, settings.STRICT_VAR):
+        envs.environment_variables.setdefault(name, functools.partial(os.environ.get, name))
+
+
+class Mxfp4TritonConfig(QuantizationConfig):
+    """GPT-OSS in MXFP4 with its experts computed by this package; all other layers are vLLM's own.
+
+    Args:
+        quant_method: the checkpoint's own name for its format; None when it has no quantization.
+
+    Raises:
+        Mxfp4Error: the checkpoint is not MXFP4.
+    """
+
+    def __init__(self, quant_method: str | None = None) -> None:
+        super().__init__()
+        check_checkpoint_method(quant_method)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Mxfp4TritonConfig:
+        """Read `quantization_config` of the model's config.json."""
+        return cls(config.get("quant_method"))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Claim a checkpoint, only when the user asked for it by flag."""
+        if user_quant != NAME:
+            return None
+        check_checkpoint_method(hf_quant_cfg.get("quant_method"))
+        return NAME
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The value of `--quantization`."""
+        return NAME
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """All that vLLM has: which of them a device's backend takes is checked with the device known."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Hopper on NVIDIA; vLLM counts gfx942 as 94 and gfx950 as 95."""
+        return 90
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: the format is stated in config.json."""
+        return []
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Refuse other models, as soon as vLLM has read their config."""
+        model_type = hf_config.get_text_config().model_type
+        if model_type != "gpt_oss":
+            raise Mxfp4Error(
+                "model_type", "gpt_oss", model_type, f"Serve this model without --quantization {NAME}"
+            )
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Our method for the experts; vLLM's unquantized one for linear layers, its default for others."""
+        if isinstance(layer, RoutedExperts):
+            return Mxfp4TritonMoEMethod(layer.moe_config, prefix)
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+
+class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
+    """One MoE layer: create its parameters, load them, prepare them for the backend, and run it.
+
+    Args:
+        moe: vLLM's description of the layer on this rank.
+        prefix: the layer's name, for error texts.
+
+    Raises:
+        Mxfp4Error: the model is not GPT-OSS, its sizes, dtype or parallelism cannot be served, or no
+            backend can run here.
+    """
+
+    # vLLM's GPT-OSS loader streams single experts of a method that says so (since 0.30).
+    weight_dtype = "mxfp4"
+
+    def __init__(self, moe: FusedMoEConfig, prefix: str) -> None:
+        super().__init__(moe)
+        config = get_current_vllm_config()
+        check_servable(config, moe)
+        self.prefix = prefix
+        self.shape = moe_shape(config.model_config.hf_text_config, moe)
+        arch = backends.arch_of(torch.device(moe.device))
+        check_activation_dtype(moe.in_dtype, arch)
+        selection = backends.select(self.shape, arch, settings.from_environment())
+        logger.info_once("MoE layers run through %s. Each is %s.", str(selection), str(self.shape))
+        self.backend = selection.backend
+        self.prepared: Any = None
+        # Local experts that each parameter still waits for.
+        from_checkpoint = config.load_config.load_format != "dummy"
+        self.missing = {name: set(range(self.shape.experts if from_checkpoint else 0)) for name in PARAMETERS}
+
+    @property
+    def is_monolithic(self) -> bool:
+        """The backends route from the router's logits themselves."""
+        return True
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig | None:
+        """None: it describes layers to vLLM's own kernels."""
+        return None
+
+    def maybe_roundup_sizes(
+        self, hidden_size: int, intermediate_size_per_partition: int, *_: Any, **__: Any
+    ) -> tuple[int, int]:
+        """Slice the intermediate size at whole blocks; the last rank's share may be shorter."""
+        return hidden_size, self.shape.intermediate
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the six parameters, zeroed: zero blocks and biases add nothing where a rank is short."""
+        tensors = tensor_shapes(num_experts, hidden_size, intermediate_size_per_partition)
+        for name, (field, _) in PARAMETERS.items():
+            dtype, size = tensors[field]
+            parameter = torch.nn.Parameter(torch.zeros(size, dtype=dtype), requires_grad=False)
+            parameter.weight_loader = functools.partial(self.load_weight, layer)  # type: ignore[attr-defined]
+            layer.register_parameter(name, parameter)
+
+    def load_weight(
+        self,
+        layer: RoutedExperts,
+        parameter: torch.nn.Parameter,
+        loaded: torch.Tensor,
+        weight_name: str,
+        shard_id: str | None = None,
+        expert_id: int | None = None,
+        return_success: bool = False,
+    ) -> bool | None:
+        """Copy a tensor of the checkpoint into a parameter.
+
+        Args:
+            layer: the parameter's owner.
+            parameter: one of the six.
+            loaded: all of this rank's experts, which vLLM's GPT-OSS model has sliced for this rank;
+                or, with `expert_id`, one whole expert of the model.
+            weight_name: ends in the parameter's name.
+            shard_id: not needed; the name says it.
+            expert_id: the expert's number in the model.
+            return_success: whether the caller wants to know if the expert lives here.
+
+        Raises:
+            Mxfp4Error: the tensor has the wrong dtype or shape.
+        """
+        name = weight_name.rpartition(".")[2]
+        field, checkpoint_name = PARAMETERS[name]
+        start = self.moe.moe_parallel_config.tp_rank * self.shape.intermediate
+        stop = max(start, min(start + self.shape.intermediate, self.moe.intermediate_size))
+        target = parameter.data
+        experts = set(range(self.shape.experts))
+        if expert_id is not None:
+            local_id = layer.expert_map_manager.map_global_to_local(expert_id)
+            if local_id == -1:
+                return False if return_success else None
+            target = target[local_id : local_id + 1]
+            loaded = slice_expert(field, loaded, start, stop)[None]
+            experts = {local_id}
+        dtype, size = tensor_shapes(len(experts), self.shape.hidden, stop - start)[field]
+        check_tensor(f"{self.prefix}.{checkpoint_name}", loaded, dtype, size)
+        if field == "w2_bias" and start > 0:
+            loaded = torch.zeros_like(loaded)  # The ranks' outputs are summed: it counts on the first.
+        target[tuple(slice(0, n) for n in loaded.shape)].copy_(loaded)
+        self.missing[name] -= experts
+        return True if return_success else None
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Check the layer, hand it to the backend, and let go of the parameters.
+
+        Raises:
+            Mxfp4Error: a tensor was missing, or a scale is NaN.
+        """
+        for name, experts in self.missing.items():
+            if experts:
+                raise Mxfp4Error(
+                    f"{self.prefix}.{PARAMETERS[name][1]}",
+                    "in the checkpoint",
+                    f"nothing for {len(experts)} of this rank's {self.shape.experts} experts",
+                    "Download the checkpoint again",
+                )
+        fields = {field: getattr(layer, name).data for name, (field, _) in PARAMETERS.items()}
+        expert_map = layer.expert_map_manager.expert_map
+        if expert_map is not None:
+            expert_map = expert_map.to(fields["w13"].device)
+        weights = MoeWeights(**fields, expert_map=expert_map)
+        check_weights(weights, self.shape)
+        self.prepared = self.backend.prepare(weights, self.shape)
+        for name in PARAMETERS:
+            delattr(layer, name)
+
+    def apply_monolithic(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        router_logits: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """bf16[T, H] and the router's logits [T, global_experts] to bf16[T, H]."""
+        return self.backend.run(self.prepared, x, router_logits)
+
+
+def check_checkpoint_method(quant_method: str | None) -> None:
+    """Raise Mxfp4Error unless a checkpoint says that it is MXFP4."""
+    if quant_method not in CHECKPOINT_METHODS:
+        raise Mxfp4Error(
+            "quantization_config.quant_method",
+            f"mxfp4 for --quantization {NAME}",
+            quant_method,
+            "Serve this checkpoint without the flag, or use one of GPT-OSS's MXFP4 checkpoints",
+        )
+
+
+def check_servable(config: VllmConfig, moe: FusedMoEConfig) -> None:
+    """Raise Mxfp4Error for a checkpoint or a way of running that this package does not serve."""
+    check_multiple_of_block("hidden_size", moe.hidden_dim)
+    check_multiple_of_block("intermediate_size", moe.intermediate_size)
+    if moe.is_lora_enabled:
+        raise Mxfp4Error("--enable-lora", "off", "on", f"Serve adapters without --quantization {NAME}")
+    if moe.moe_backend != "auto":
+        fix = f"Leave it out, or choose a backend with {settings.BACKEND_VAR}"
+        raise Mxfp4Error("--moe-backend", f"auto with --quantization {NAME}", moe.moe_backend, fix)
+    data_parallel_size = config.parallel_config.data_parallel_size
+    if data_parallel_size != 1:
+        raise Mxfp4Error(
+            "--data-parallel-size", "1", data_parallel_size, "Start one server for each replica instead"
+        )
+    check_files(config.model_config.model, config.model_config.hf_text_config.num_hidden_layers)
+
+
+@functools.cache
+def check_files(model: str, layers: int) -> None:
+    """Raise Mxfp4Error for a local checkpoint that is cut off or lacks a tensor, before it is loaded.
+
+    vLLM itself starts without the tensors that it misses, if the model is quantized.
+    """
+    files = sorted(Path(model).glob("*.safetensors"))
+    names: set[str] = set()
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names.update(tensors.keys())
+        except SafetensorError as error:
+            raise Mxfp4Error(
+                str(file), "a whole safetensors file", str(error), "Download the file again"
+            ) from error
+    absent = sorted(unquantized_tensors(layers) - names) if files else []
+    if absent:
+        raise Mxfp4Error(
+            f"{model}/*.safetensors",
+            "the whole checkpoint",
+            f"{len(names)} tensors without {', '.join(absent[:3])}{' and more' if absent[3:] else ''}",
+            "Download the checkpoint again",
+        )
+
+
+def unquantized_tensors(layers: int) -> set[str]:
+    """The names in a checkpoint of all but the experts' tensors, which are counted as they are loaded."""
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
+    linear = ("mlp.router", *(f"self_attn.{name}" for name in attention))
+    in_layer = [f"{name}.{part}" for name in linear for part in ("weight", "bias")]
+    in_layer += ["self_attn.sinks", "input_layernorm.weight", "post_attention_layernorm.weight"]
+    outside = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    return outside | {f"model.layers.{index}.{name}" for index in range(layers) for name in in_layer}
+
+
+def check_activation_dtype(dtype: torch.dtype, arch: str) -> None:
+    """Raise Mxfp4Error unless the experts can take activations of this dtype on this arch."""
+    allowed = (torch.bfloat16, torch.float32) if arch == "cpu" else (torch.bfloat16,)
+    if dtype not in allowed:
+        raise Mxfp4Error(
+            "--dtype", f"{' or '.join(map(str, allowed))} on {arch}", dtype, "Serve with --dtype bfloat16"
+        )
+
+
+def moe_shape(config: Any, moe: FusedMoEConfig) -> MoeShape:
+    """One layer of the model on this rank.
+
+    Args:
+        config: the model's Hugging Face config. Configs older than transformers' `swiglu_alpha` mean
+            the value that its default has.
+        moe: vLLM's description of the layer, its sizes not yet rounded.
+    """
+    return MoeShape(
+        experts=moe.num_local_experts,
+        global_experts=moe.num_experts,
+        topk=moe.experts_per_token,
+        hidden=moe.hidden_dim,
+        intermediate=-(-moe.intermediate_size_per_partition // BLOCK) * BLOCK,
+        alpha=getattr(config, "swiglu_alpha", 1.702),
+        limit=getattr(config, "swiglu_limit", 7.0),
+    )
+
+
+def slice_expert(field: str, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """This rank's share of one expert's tensor.
+
+    Args:
+        field: the tensor's name in MoeWeights.
+        tensor: one whole expert; packed blocks as [rows, blocks, 16] or [rows, bytes].
+        start, stop: this rank's columns of the intermediate size.
+    """
+    if field in ("w13", "w2"):
+        tensor = tensor.flatten(1)
+    if field.startswith("w13"):
+        return tensor[2 * start : 2 * stop]
+    if field == "w2":
+        return tensor[:, start // 2 : stop // 2]
+    return tensor[:, start // BLOCK : stop // BLOCK] if field == "w2_scale" else tensor
