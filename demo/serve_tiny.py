@@ -1,0 +1,203 @@
+"""Serve a tiny GPT-OSS through the plugin and hold every answer against transformers (`make demo`).
+
+Exits with 0 only if the plugin computed the experts, all tokens are those of transformers, the
+log-probabilities agree, and the server left no process behind.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import requests
+import tiny_checkpoint
+from tiny_checkpoint import TinyGptOss
+
+MODEL = TinyGptOss()
+PROMPTS = ["bada baki", "dona dimu tiri salo", "<end>", "miro nasu dika bola duvi bana"]
+TOKENS = 32
+ALLOWED = 1e-3
+"""Largest difference of two log-probabilities, both computed in fp32."""
+
+START_SECONDS = 240
+STOP_SECONDS = 30
+OUR_LINE = re.compile(r"\[vllm_plugin\.py:\d+\] (MoE layers run through .*)")
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    # One thread, bound to no core: this model is too small to share, and the machine may be busy.
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
+class DemoError(Exception):
+    """Something is not as it must be."""
+
+
+def main() -> int:
+    """Run the demo and return the exit code."""
+    with tempfile.TemporaryDirectory(prefix="tiny-gpt-oss-") as directory:
+        log = Path(directory) / "server.log"
+        try:
+            _demo(Path(directory) / "checkpoint", log)
+        except DemoError as error:
+            if log.exists():
+                print("\nthe server's last lines:", *log.read_text().splitlines()[-25:], sep="\n    ")
+            print(f"\nFAIL  {error}")
+            return 1
+    print(
+        "\nok    vLLM chose the plugin, which loaded the MXFP4 checkpoint and computed every expert right."
+        "\n      This ran on the CPU with the reference backend. It says nothing about gfx950's kernels."
+    )
+    return 0
+
+
+def _demo(checkpoint: Path, log: Path) -> None:
+    tiny_checkpoint.write(MODEL, checkpoint)
+    size_bytes = (checkpoint / "model.safetensors").stat().st_size
+    _step("write", f"a GPT-OSS with random weights in MXFP4, {size_bytes / 1e6:.1f} MB")
+
+    command = ["vllm", "serve", str(checkpoint), "--quantization", "mxfp4-triton", "--dtype", "float32"]
+    command += ["--max-model-len", "256", "--kv-cache-memory-bytes", str(2**26), "--port", str(_free_port())]
+    _step("serve", " ".join(["vllm serve DIRECTORY", *command[3:]]))
+    with _server(command, log) as url:
+        prompts, answers = [], []
+        for prompt in PROMPTS:
+            prompt_ids, answer = _ask(url, prompt)
+            prompts.append(prompt_ids)
+            answers.append(answer)
+    path = OUR_LINE.search(log.read_text())
+    if path is None:
+        raise DemoError("the server's log does not say that MoE layers run through the plugin")
+    _step("path", path.group(1))
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        _step("answer", f"{prompt} -> {' '.join(answer['text'].split()[:6])} ...")
+    _compare(checkpoint, prompts, answers)
+
+
+def _compare(checkpoint: Path, prompts: list[list[int]], answers: list[dict]) -> None:
+    sequences = [prompt + answer["token_ids"] for prompt, answer in zip(prompts, answers, strict=True)]
+    truth = tiny_checkpoint.transformers_logprobs(checkpoint, sequences)
+    same, largest = 0, 0.0
+    for prompt, answer, logprobs in zip(prompts, answers, truth, strict=True):
+        predicted = logprobs[len(prompt) - 1 : -1]
+        for row, token, logprob in zip(
+            predicted, answer["token_ids"], answer["logprobs"]["token_logprobs"], strict=True
+        ):
+            same += int(row.argmax()) == token
+            largest = max(largest, abs(float(row[token]) - logprob))
+    tokens = len(PROMPTS) * TOKENS
+    _step("compare", "with transformers' GptOss on the same checkpoint, which it dequantizes, in fp32:")
+    _step("", f"{same} of {tokens} tokens are the same")
+    _step("", f"log-probabilities differ by {largest:.1e} at most; {ALLOWED:.0e} is allowed")
+    if same != tokens or not largest <= ALLOWED:
+        raise DemoError("the server's answers are not those of transformers")
+
+
+def _ask(url: str, prompt: str) -> tuple[list[int], dict]:
+    """Complete a prompt greedily; returns the prompt's token ids, and the answer as the API gives it."""
+    request = {
+        "prompt": prompt,
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": 1,
+        "return_token_ids": True,
+    }
+    response = requests.post(f"{url}/v1/completions", json=request, timeout=60)
+    if not response.ok:
+        raise DemoError(f"the server answered {response.status_code}: {response.text[:500]}")
+    choice = response.json()["choices"][0]
+    return choice["prompt_token_ids"], choice
+
+
+@contextmanager
+def _server(command: list[str], log: Path) -> Iterator[str]:
+    """Start vLLM, wait until it is healthy, and stop it with all of its processes."""
+    executable = Path(sys.executable).with_name(command[0])
+    url = f"http://127.0.0.1:{command[-1]}"
+    with log.open("w") as output:
+        # A session of its own, by which to find all of its processes.
+        server = subprocess.Popen(
+            [executable, *command[1:]],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | ENVIRONMENT,
+            start_new_session=True,
+        )
+    try:
+        _wait_until_healthy(server, url)
+        yield url
+        _stop(server)
+    finally:
+        for pid in _session(server.pid):
+            os.kill(pid, signal.SIGKILL)
+        server.wait()
+
+
+def _wait_until_healthy(server: subprocess.Popen, url: str) -> None:
+    began = time.monotonic()
+    print("  ready   ", end="", flush=True)
+    while time.monotonic() - began < START_SECONDS:
+        if server.poll() is not None:
+            raise DemoError(f"the server ended before it served, with exit code {server.returncode}")
+        try:
+            if requests.get(f"{url}/health", timeout=1).ok:
+                print(f" after {time.monotonic() - began:.0f} s", flush=True)
+                return
+        except requests.RequestException:
+            pass
+        print(".", end="", flush=True)
+        time.sleep(1)
+    raise DemoError(f"the server was not ready within {START_SECONDS} s")
+
+
+def _stop(server: subprocess.Popen) -> None:
+    began = time.monotonic()
+    server.send_signal(signal.SIGINT)
+    try:
+        code = server.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise DemoError(f"the server did not stop within {STOP_SECONDS} s") from None
+    while (left := _session(server.pid)) and time.monotonic() - began < STOP_SECONDS:
+        time.sleep(0.1)
+    _step("stop", f"exit code {code} after {time.monotonic() - began:.0f} s, {len(left)} processes left")
+    if code or left:
+        raise DemoError("the server must exit with 0 and leave no process")
+
+
+def _session(leader: int) -> list[int]:
+    """The processes of a session, by /proc."""
+    pids = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == leader and fields[0] != "Z":
+            pids.append(int(stat.parent.name))
+    return pids
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _step(name: str, text: str) -> None:
+    print(f"  {name:8}  {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

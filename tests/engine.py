@@ -1,0 +1,178 @@
+"""vLLM's engine in one process of its own, where nothing that it sets reaches the other tests."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+sys.path.append(str(Path(__file__).parents[1] / "demo"))  # For tiny_checkpoint, which the tests share.
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_DISABLE_COMPILE_CACHE": "1",
+    # One thread, bound to no core: several wait for each other for seconds where other work runs beside them.
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Lets a function be sent to the ranks: the one that lists their MoE methods.
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+}
+FLAG = "mxfp4-triton"
+OUR_METHOD = "vllm_mxfp4_gfx950.vllm_plugin.Mxfp4TritonMoEMethod"
+TOP = 20
+"""vLLM reports at most this many alternatives for a token."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an engine answered.
+
+    Args:
+        moe_methods: the classes that computed its MoE layers.
+        token_ids: of each answer.
+        logprobs: of each answer, for each token: the likeliest alternatives by token.
+    """
+
+    moe_methods: set[str]
+    token_ids: list[list[int]]
+    logprobs: list[list[dict[int, float]]]
+
+
+def serve(checkpoint: Path, prompts: list[list[int]], tokens: int, **arguments: Any) -> Served:
+    """Answer prompts greedily.
+
+    Args:
+        checkpoint: a directory.
+        prompts: their token ids.
+        tokens: how many to generate for each.
+        arguments: of vllm.LLM.
+    """
+    return _in_engine_process(_serve, checkpoint, prompts, tokens, arguments)
+
+
+def score(checkpoint: Path, sequences: list[list[int]], **arguments: Any) -> np.ndarray:
+    """Log-probabilities of all tokens at each position of given sequences.
+
+    Returns:
+        float64[positions of all sequences, vocab]; a sequence of n tokens has n - 1 positions.
+    """
+    return _in_engine_process(_score, checkpoint, sequences, arguments)
+
+
+def outcome(checkpoint: Path, **arguments: Any) -> str:
+    """Start an engine: "served by" and its MoE methods, or the error that ended it."""
+    return _in_engine_process(_outcome, checkpoint, arguments)
+
+
+def quantization_class(checkpoint: Path, quantization: str | None) -> str:
+    """The class of vLLM's quantization config for a checkpoint and a flag, without building the model."""
+    return _in_engine_process(create_config, checkpoint, quantization)
+
+
+def create_config(checkpoint: Path, quantization: str | None) -> str:
+    """What `quantization_class` does, in this process."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(str(checkpoint), quantization=quantization, max_model_len=256).create_engine_config()
+    method = type(config.quant_config)
+    return f"{method.__module__}.{method.__qualname__}"
+
+
+def _in_engine_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    return _engine_process().submit(function, *args, **kwargs).result()
+
+
+@functools.cache
+def _engine_process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_start)
+
+
+def _start() -> None:
+    os.environ.update(ENVIRONMENT)
+    torch.set_num_threads(1)
+    import vllm  # noqa: F401
+
+    gc.freeze()  # Each engine's shutdown collects garbage several times, over all of vLLM's modules.
+
+
+@contextmanager
+def _llm(checkpoint: Path, arguments: dict[str, Any]) -> Iterator[LLM]:
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    defaults = {
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": 2**26,
+        "max_logprobs": -1,
+        "max_model_len": 256,
+    }
+    llm = None
+    try:
+        llm = LLM(str(checkpoint), **defaults | arguments)
+        yield llm
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+        gc.freeze()
+
+
+def _serve(checkpoint: Path, prompts: list[list[int]], tokens: int, arguments: dict[str, Any]) -> Served:
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=TOP)
+    with _llm(checkpoint, arguments) as llm:
+        methods = llm.apply_model(_moe_methods)
+        requests = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
+    outputs = [request.outputs[0] for request in requests]
+    return Served(
+        moe_methods=set().union(*methods),
+        token_ids=[list(output.token_ids) for output in outputs],
+        logprobs=[
+            [{i: p.logprob for i, p in step.items()} for step in output.logprobs] for output in outputs
+        ],
+    )
+
+
+def _moe_methods(model: torch.nn.Module) -> set[str]:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    methods = [type(layer.quant_method) for layer in model.modules() if isinstance(layer, RoutedExperts)]
+    return {f"{method.__module__}.{method.__qualname__}" for method in methods}
+
+
+def _score(checkpoint: Path, sequences: list[list[int]], arguments: dict[str, Any]) -> np.ndarray:
+    from vllm import SamplingParams
+
+    with _llm(checkpoint, arguments) as llm:
+        parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1)
+        requests = llm.generate([{"prompt_token_ids": s} for s in sequences], parameters, use_tqdm=False)
+    positions = [position for request in requests for position in request.prompt_logprobs[1:]]
+    return np.array([[position[i].logprob for i in range(len(position))] for position in positions])
+
+
+def _outcome(checkpoint: Path, arguments: dict[str, Any]) -> str:
+    try:
+        with _llm(checkpoint, arguments) as llm:
+            return f"served by {set().union(*llm.apply_model(_moe_methods))}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"

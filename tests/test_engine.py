@@ -1,0 +1,201 @@
+"""GPT-OSS served by a real vLLM through the plugin, held against transformers on the same checkpoint."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import engine
+import numpy as np
+import pytest
+import tiny_checkpoint
+import torch
+from engine import FLAG, OUR_METHOD, Served
+from run_python import run_python
+from safetensors.torch import load_file, save_file
+from tiny_checkpoint import TinyGptOss
+
+pytestmark = pytest.mark.engine
+
+VOCAB = 320
+TOKENS = 64
+SHAPES = {
+    "E8-k2-H128-I128": TinyGptOss(experts=8, topk=2, hidden=128, intermediate=128, vocab=VOCAB, seed=2),
+    "E4-k1-H96-I160": TinyGptOss(experts=4, topk=1, hidden=96, intermediate=160, vocab=VOCAB, seed=3),
+    "E32-k4-H256-I288": TinyGptOss(experts=32, topk=4, hidden=256, intermediate=288, vocab=VOCAB, seed=2),
+    "E16-k4-H288-I96": TinyGptOss(
+        experts=16, topk=4, hidden=288, intermediate=96, layers=3, vocab=VOCAB, seed=1
+    ),
+}
+COMPILED = "E8-k2-H128-I128"
+"""Runs as users get it by default, traced and compiled; the others run eagerly, to save time."""
+
+UNEVEN = "E4-k1-H96-I160"
+"""Two ranks hold 96 and 64 of its intermediate size; and each token's only expert lives on one of them."""
+
+LOGPROB_TOLERANCE = 1e-3
+BUILT_IN_CONFIG = "vllm.model_executor.layers.quantization.mxfp4.GptOssMxfp4Config"
+OUR_CONFIG = "vllm_mxfp4_gfx950.vllm_plugin.Mxfp4TritonConfig"
+
+
+def random_sequences(lengths: tuple[int, ...], seed: int) -> list[list[int]]:
+    """Token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+# One token; around the sliding window of 16; two and four of its lengths.
+PROMPTS = random_sequences((1, 3, 7, 17, 18, 31, 40, 63), seed=7)
+
+
+@pytest.fixture(scope="session", name="checkpoints")
+def fixture_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One MXFP4 checkpoint for each of SHAPES."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: tiny_checkpoint.write(model, root / name) for name, model in SHAPES.items()}
+
+
+@cache
+def serve_fp32(checkpoint: Path, *, compiled: bool) -> Served:
+    """The answers to PROMPTS on one rank."""
+    return engine.serve(
+        checkpoint, PROMPTS, TOKENS, quantization=FLAG, dtype="float32", enforce_eager=not compiled
+    )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_fp32_equals_transformers(name: str, checkpoints: dict[str, Path]) -> None:
+    """64 greedy tokens on 8 prompts, and the log-probabilities of the 20 likeliest tokens at each step."""
+    served = serve_fp32(checkpoints[name], compiled=name == COMPILED)
+    assert served.moe_methods == {OUR_METHOD}
+    # Each step is compared after the tokens that vLLM chose. While all agree, transformers chose the same.
+    sequences = [prompt + answer for prompt, answer in zip(PROMPTS, served.token_ids, strict=True)]
+    truth = tiny_checkpoint.transformers_logprobs(checkpoints[name], sequences)
+    for prompt, answer, logprobs, expected in zip(
+        PROMPTS, served.token_ids, served.logprobs, truth, strict=True
+    ):
+        steps = expected[len(prompt) - 1 : -1]
+        best, second = steps.topk(2).values.T
+        assert (best - second).min() > LOGPROB_TOLERANCE, "this checkpoint's tokens hang on rounding"
+        assert len(set(answer)) > TOKENS // 2, "this checkpoint repeats itself"
+        assert answer == steps.argmax(-1).tolist()
+        for step, alternatives in zip(steps, logprobs, strict=True):
+            found = torch.tensor(list(alternatives.values()))
+            torch.testing.assert_close(found, step[list(alternatives)], rtol=0, atol=LOGPROB_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("model", "resolution"),
+    [
+        # Every expert is always chosen, so no rounding sends a token elsewhere, and tiny differences show.
+        pytest.param(
+            TinyGptOss(experts=4, topk=4, hidden=160, intermediate=224, vocab=VOCAB), 0.001, id="E4-k4"
+        ),
+        # Rounding does send tokens to other experts, now in one run, now in the other.
+        pytest.param(
+            TinyGptOss(experts=32, topk=4, hidden=128, intermediate=128, vocab=VOCAB), 0.05, id="E32-k4"
+        ),
+    ],
+)
+def test_bf16_is_as_accurate_as_vllm_unquantized(
+    model: TinyGptOss, resolution: float, tmp_path: Path
+) -> None:
+    """In bf16, MXFP4 through the plugin is as near to the truth as vLLM on the dequantized checkpoint.
+
+    The two round in nearly the same places, so that they err alike, but for chance: our mean error may not
+    exceed theirs by more than three standard errors, taken over sequences.
+
+    Args:
+        model: the checkpoint.
+        resolution: the standard error, relative to their mean error, that the test must stay below.
+        tmp_path: for the checkpoints.
+    """
+    checkpoint = tiny_checkpoint.write(model, tmp_path / "mxfp4")
+    dequantized = tiny_checkpoint.write_dequantized(checkpoint, tmp_path / "bf16")
+    sequences = random_sequences((64,) * 32, seed=3)
+    truth = torch.cat([rows[:-1] for rows in tiny_checkpoint.transformers_logprobs(checkpoint, sequences)])
+
+    def errors(path: Path, **arguments: str) -> np.ndarray:
+        scores = engine.score(path, sequences, dtype="bfloat16", **arguments)
+        return np.abs(scores - truth.numpy()).reshape(len(sequences), -1).mean(axis=1)
+
+    ours, theirs = errors(checkpoint, quantization=FLAG), errors(dequantized)
+    excess = ours - theirs
+    standard_error = excess.std(ddof=1) / len(excess) ** 0.5
+    print(f"mean |logprob - truth|: ours {ours.mean():.5f}, vLLM unquantized {theirs.mean():.5f}")
+    print(f"excess {excess.mean():+.6f}, its standard error {standard_error:.6f}")
+    assert standard_error < resolution * theirs.mean()
+    assert excess.mean() <= 3 * standard_error
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True], ids=["TP2", "TP2-EP"])
+def test_two_ranks(expert_parallel: bool, checkpoints: dict[str, Path]) -> None:
+    """Two ranks give the same tokens as one."""
+    served = engine.serve(
+        checkpoints[UNEVEN],
+        PROMPTS,
+        TOKENS,
+        quantization=FLAG,
+        dtype="float32",
+        tensor_parallel_size=2,
+        enable_expert_parallel=expert_parallel,
+    )
+    assert served.moe_methods == {OUR_METHOD}
+    assert served.token_ids == serve_fp32(checkpoints[UNEVEN], compiled=False).token_ids
+
+
+def test_streamed_experts(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """A checkpoint with a tensor for each expert, as vLLM streams them since 0.30, sliced by two ranks."""
+    whole = checkpoints[UNEVEN]
+    for file in whole.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    names = {
+        "gate_up_proj_blocks": "w13_weight",
+        "gate_up_proj_scales": "w13_weight_scale",
+        "gate_up_proj_bias": "w13_bias",
+        "down_proj_blocks": "w2_weight",
+        "down_proj_scales": "w2_weight_scale",
+        "down_proj_bias": "w2_bias",
+    }
+    tensors = {}
+    for name, tensor in load_file(whole / "model.safetensors").items():
+        layer, _, last = name.rpartition(".")
+        if last in names:
+            tensors |= {f"{layer}.{i}.{names[last]}": expert.clone() for i, expert in enumerate(tensor)}
+        else:
+            tensors[name] = tensor
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    served = engine.serve(
+        tmp_path, PROMPTS, TOKENS, quantization=FLAG, dtype="float32", tensor_parallel_size=2
+    )
+    assert served.moe_methods == {OUR_METHOD}
+    assert served.token_ids == serve_fp32(whole, compiled=False).token_ids
+
+
+@pytest.mark.parametrize(
+    ("quantization", "expected"),
+    [
+        pytest.param(FLAG, OUR_CONFIG, id="flag"),
+        pytest.param(None, BUILT_IN_CONFIG, id="no-flag"),
+        pytest.param("mxfp4-tritn", BUILT_IN_CONFIG, id="misspelt"),
+    ],
+)
+def test_which_path(quantization: str | None, expected: str, checkpoints: dict[str, Path]) -> None:
+    """Only the flag chooses the plugin. vLLM serves a misspelt one by its own path and does not say so."""
+    assert engine.quantization_class(checkpoints[COMPILED], quantization) == expected
+
+
+def test_which_path_without_the_plugin(checkpoints: dict[str, Path]) -> None:
+    """The same with the flag right and the plugin shut out."""
+    code = "import engine, pathlib, sys; print(engine.create_config(pathlib.Path(sys.argv[1]), sys.argv[2]))"
+    arguments = ["-c", code, str(checkpoints[COMPILED]), FLAG]
+    result = run_python(arguments, path=[Path(__file__).parent], VLLM_PLUGINS="", VLLM_LOGGING_LEVEL="ERROR")
+    assert result.stdout.split()[-1:] == [BUILT_IN_CONFIG], result.stderr
+
+
+def test_without_the_flag(checkpoints: dict[str, Path]) -> None:
+    """The model is built of vLLM's own MoE method, which finds that it cannot run on most CPUs."""
+    outcome = engine.outcome(checkpoints[COMPILED], dtype="bfloat16")
+    assert "No MXFP4 MoE backend supports" in outcome or outcome.startswith(
+        "served by {'vllm.model_executor."
+    )

@@ -1,0 +1,253 @@
+"""What cannot be served ends before it serves, says what to mend, and leaves nothing running."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import engine
+import pytest
+import tiny_checkpoint
+import torch
+from engine import FLAG
+from safetensors.torch import load_file, save_file
+from tiny_checkpoint import TinyGptOss
+
+pytestmark = pytest.mark.engine
+
+Tensors = dict[str, torch.Tensor]
+Config = dict[str, Any]
+
+LAYER = "model.layers.1"
+EXPERTS = f"{LAYER}.mlp.experts"
+OTHER_MODEL: Config = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "max_position_embeddings": 512,
+    "model_type": "llama",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 1,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 320,
+}
+FIX_LAYOUT = "Check that the checkpoint is GPT-OSS in MXFP4 and fits its config.json."
+WRONG_METHOD = (
+    "quantization_config.quant_method must be mxfp4 for --quantization mxfp4-triton; got {}. "
+    "Serve this checkpoint without the flag, or use one of GPT-OSS's MXFP4 checkpoints."
+)
+FIX_MODEL = "Serve this model without --quantization mxfp4-triton."
+FIX_SIZE = "MXFP4 stores blocks of 32 values; this model cannot be stored in it."
+
+
+def write_changed(
+    directory: Path,
+    tensors: Callable[[Tensors], object] | None = None,
+    config: Callable[[Config], object] | None = None,
+) -> Path:
+    """A checkpoint, after a change to its tensors or to its config.json."""
+    tiny_checkpoint.write(TinyGptOss(), directory)
+    if tensors is not None:
+        content = load_file(directory / "model.safetensors")
+        tensors(content)
+        content = {name: tensor.contiguous() for name, tensor in content.items()}
+        save_file(content, directory / "model.safetensors", metadata={"format": "pt"})
+    if config is not None:
+        settings = json.loads((directory / "config.json").read_text())
+        config(settings)
+        (directory / "config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def become(other: Config) -> Callable[[Config], None]:
+    """Replace all of a config.json."""
+
+    def change(config: Config) -> None:
+        config.clear()
+        config.update(other)
+
+    return change
+
+
+def put_nan(tensors: Tensors) -> None:
+    """One NaN among the scales."""
+    tensors[f"{EXPERTS}.down_proj_scales"][3, 5, 0] = 0xFF
+
+
+def replace(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], None]:
+    """Change one of a layer's expert tensors."""
+
+    def apply(tensors: Tensors) -> None:
+        tensors[f"{EXPERTS}.{name}"] = change(tensors[f"{EXPERTS}.{name}"])
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        pytest.param(
+            become(OTHER_MODEL),
+            WRONG_METHOD.format("None"),
+            id="other-model",
+        ),
+        pytest.param(
+            become(OTHER_MODEL | {"quantization_config": {"quant_method": "mxfp4"}}),
+            f"model_type must be gpt_oss; got llama. {FIX_MODEL}",
+            id="other-model-in-mxfp4",
+        ),
+        pytest.param(
+            lambda config: config.pop("quantization_config"),
+            WRONG_METHOD.format("None"),
+            id="unquantized",
+        ),
+        pytest.param(
+            lambda config: config["quantization_config"].update(quant_method="fp8"),
+            WRONG_METHOD.format("fp8"),
+            id="fp8",
+        ),
+        pytest.param(
+            lambda config: config.update(hidden_size=120),
+            f"hidden_size must be a positive multiple of 32; got 120. {FIX_SIZE}",
+            id="hidden-120",
+        ),
+        pytest.param(
+            lambda config: config.update(intermediate_size=120),
+            f"intermediate_size must be a positive multiple of 32; got 120. {FIX_SIZE}",
+            id="intermediate-120",
+        ),
+        pytest.param(
+            lambda config: config.update(num_experts_per_tok=9, experts_per_token=9),
+            "topk must be between 1 and the number of experts, 8; got 9. "
+            "Correct num_experts_per_tok in the model's config.json.",
+            id="topk-above-experts",
+        ),
+    ],
+)
+def test_config(change: Callable[[Config], object], text: str, tmp_path: Path) -> None:
+    """A config.json of something that the plugin does not serve."""
+    outcome = engine.outcome(write_changed(tmp_path, config=change), quantization=FLAG, dtype="bfloat16")
+    assert text in outcome
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        pytest.param(
+            replace("down_proj_scales", torch.Tensor.float),
+            f"{EXPERTS}.down_proj_scales must be torch.uint8 [8, 128, 4]; "
+            f"got torch.float32 [8, 128, 4]. {FIX_LAYOUT}",
+            id="scales-of-float32",
+        ),
+        pytest.param(
+            replace("gate_up_proj_scales", lambda scales: scales[..., :-1]),
+            f"{EXPERTS}.gate_up_proj_scales must be torch.uint8 [8, 256, 4]; "
+            f"got torch.uint8 [8, 256, 3]. {FIX_LAYOUT}",
+            id="scales-of-3-blocks",
+        ),
+        pytest.param(
+            replace("down_proj_bias", lambda bias: bias[:, :-1]),
+            f"{EXPERTS}.down_proj_bias must be torch.bfloat16 [8, 128]; "
+            f"got torch.bfloat16 [8, 127]. {FIX_LAYOUT}",
+            id="short-bias",
+        ),
+        pytest.param(
+            put_nan,
+            "w2_scale must be free of NaN scales (0xFF); got 1 of them. Download the checkpoint again.",
+            id="nan-scale",
+        ),
+        pytest.param(
+            lambda tensors: tensors.pop(f"{EXPERTS}.down_proj_scales"),
+            f"{EXPERTS}.down_proj_scales must be in the checkpoint; "
+            "got nothing for 8 of this rank's 8 experts. Download the checkpoint again.",
+            id="no-scales",
+        ),
+        pytest.param(
+            lambda tensors: tensors.pop(f"{LAYER}.self_attn.sinks"),
+            f"must be the whole checkpoint; got 40 tensors without {LAYER}.self_attn.sinks. "
+            "Download the checkpoint again.",
+            id="no-sinks",
+        ),
+    ],
+)
+def test_tensors(change: Callable[[Tensors], object], text: str, tmp_path: Path) -> None:
+    """Tensors that do not fit the config.json, or are broken, or are not there."""
+    outcome = engine.outcome(write_changed(tmp_path, tensors=change), quantization=FLAG, dtype="bfloat16")
+    assert text in outcome
+
+
+def test_file_cut_off(tmp_path: Path) -> None:
+    """An interrupted download."""
+    file = tiny_checkpoint.write(TinyGptOss(), tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    outcome = engine.outcome(tmp_path, quantization=FLAG, dtype="bfloat16")
+    assert re.search(
+        r"model\.safetensors must be a whole safetensors file; got .*\. Download .* again\.", outcome
+    )
+
+
+def test_float16(tmp_path: Path) -> None:
+    """Activations that no backend takes."""
+    checkpoint = tiny_checkpoint.write(TinyGptOss(), tmp_path)
+    outcome = engine.outcome(checkpoint, quantization=FLAG, dtype="float16")
+    assert "--dtype must be torch.bfloat16 or torch.float32 on cpu; got torch.float16. Serve with" in outcome
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        # Found by vLLM's first process.
+        pytest.param(
+            {"config": lambda config: config["quantization_config"].update(quant_method="fp8")},
+            WRONG_METHOD.format("fp8"),
+            id="fp8",
+        ),
+        # Found by two ranks at once, each in its own process, below vLLM's engine, which has its own.
+        pytest.param(
+            {"tensors": put_nan}, "w2_scale must be free of NaN scales (0xFF); got 1 of them.", id="nan-scale"
+        ),
+    ],
+)
+def test_vllm_serve(change: dict[str, Any], text: str, tmp_path: Path) -> None:
+    """`vllm serve` with two ranks exits with an error, and all of its processes end."""
+    checkpoint = write_changed(tmp_path / "checkpoint", **change)
+    mark = f"VLLM_TEST_MARK={tmp_path}"
+    command = [Path(sys.executable).with_name("vllm"), "serve", checkpoint, "--quantization", FLAG]
+    command += ["--tensor-parallel-size", "2", "--enforce-eager", "--max-model-len", "256"]
+    command += ["--kv-cache-memory-bytes", str(2**26), "--port", "0"]
+    environment = os.environ | engine.ENVIRONMENT | {"VLLM_TEST_MARK": str(tmp_path)}
+    log = tmp_path / "log"
+    try:
+        with log.open("w") as output:
+            server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+            assert processes_with(mark)
+            assert server.wait(timeout=240) != 0
+        assert text in log.read_text()
+        assert "Application startup complete" not in log.read_text()
+        deadline = time.monotonic() + 10
+        while (left := processes_with(mark)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not left
+    finally:
+        for pid in processes_with(mark):
+            os.kill(pid, signal.SIGKILL)
+
+
+def processes_with(mark: str) -> dict[int, str]:
+    """The command line of each process that was started with this in its environment, by its id."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (process / "environ").read_bytes().split(b"\0"):
+                found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
+        except OSError:  # It has ended, or it is not ours.
+            continue
+    return found
