@@ -1,0 +1,172 @@
+"""The Triton backend on a real GPU: its numbers, its routing, its graph, and what it takes to load it."""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from random_moe import make_shape, random_tokens, random_weights, truth_and_plain
+from tolerance import assert_rows_close
+
+from vllm_mxfp4_gfx950 import backends, settings
+from vllm_mxfp4_gfx950.backends import reference, triton_ogs
+from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+Layer = tuple[MoeShape, MoeWeights, backends.Backend, Any]
+TOKENS = (1, 7, 37, 64, 199, 333, 1024)
+SIZES = [
+    make_shape(32, 4, 2880, 2880),
+    make_shape(128, 4, 2880, 2880),
+    make_shape(32, 4, 2880, 736),
+    make_shape(8, 1, 320, 96),
+    make_shape(4, 2, 192, 96),
+]
+
+
+def shape_id(shape: MoeShape) -> str:
+    """A readable test id."""
+    return f"E{shape.experts}-k{shape.topk}-H{shape.hidden}-I{shape.intermediate}"
+
+
+def clone(weights: MoeWeights) -> MoeWeights:
+    """A copy for `prepare`, which consumes what it is given."""
+    return MoeWeights(**{name: None if t is None else t.clone() for name, t in vars(weights).items()})
+
+
+def poison() -> None:
+    """Leave NaN in the memory that the next allocations will get."""
+    for size in (2**12, 2**16, 2**20, 2**24, 2**28):
+        del_me = [torch.full((size,), float("nan"), dtype=torch.bfloat16, device="cuda") for _ in range(8)]
+        del del_me
+
+
+@pytest.fixture(scope="module", params=SIZES, ids=shape_id)
+def layer(request: pytest.FixtureRequest) -> Layer:
+    """A layer with the backend that serves it here, prepared."""
+    shape = request.param
+    weights = random_weights(shape, seed=shape.experts, device="cuda")
+    selection = backends.select(shape, backends.arch_of(torch.device("cuda")), settings.Settings("triton"))
+    return shape, weights, selection.backend, selection.backend.prepare(clone(weights), shape)
+
+
+@pytest.mark.parametrize("tokens", TOKENS, ids=lambda t: f"T{t}")
+def test_run(layer: Layer, tokens: int) -> None:
+    """Every row is as close to float64 as the one tolerance asks, whatever memory held before."""
+    shape, weights, backend, prepared = layer
+    x, logits = random_tokens(shape, tokens, seed=tokens, device="cuda", unchosen=shape.experts - 1)
+    poison()
+    out = backend.run(prepared, x, logits)
+    assert_rows_close(out, *truth_and_plain(x, logits, weights, shape))
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 333], ids=lambda t: f"T{t}")
+def test_run_twice_gives_the_same_bits(layer: Layer, tokens: int) -> None:
+    """Nothing is summed in an order that varies."""
+    shape, _, backend, prepared = layer
+    x, logits = random_tokens(shape, tokens, seed=tokens, device="cuda")
+    assert torch.equal(backend.run(prepared, x, logits), backend.run(prepared, x, logits))
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 1024], ids=lambda t: f"T{t}")
+def test_run_is_captured_in_a_graph(layer: Layer, tokens: int) -> None:
+    """A replayed graph computes with what its inputs then hold."""
+    shape, weights, backend, prepared = layer
+    x, logits = random_tokens(shape, tokens, seed=tokens, device="cuda")
+    backend.run(prepared, x, logits)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = backend.run(prepared, x, logits)
+    x2, logits2 = random_tokens(shape, tokens, seed=tokens + 1, device="cuda")
+    x.copy_(x2)
+    logits.copy_(logits2)
+    out.fill_(float("nan"))
+    graph.replay()
+    assert_rows_close(out, *truth_and_plain(x, logits, weights, shape))
+
+
+def test_run_does_not_wait_for_the_gpu(layer: Layer) -> None:
+    """No host synchronization; and the check itself notices one."""
+    shape, _, backend, prepared = layer
+    x, logits = random_tokens(shape, 64, seed=0, device="cuda")
+    backend.run(prepared, x, logits)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        backend.run(prepared, x, logits)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            int(x[0, 0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("tokens", TOKENS, ids=lambda t: f"T{t}")
+def test_route_is_exact(layer: Layer, tokens: int) -> None:
+    """Choices, weights and order are the reference's, bit for bit."""
+    shape, _, backend, prepared = layer
+    if backend is not triton_ogs:
+        pytest.skip("needs triton_kernels with routing")
+    _, logits = random_tokens(shape, tokens, seed=tokens, device="cuda")
+    data, gather, scatter = triton_ogs.route(prepared, logits)
+    topk_ids, topk_weights = reference.route(logits, shape.topk)
+    # triton_kernels keeps a token's choices in the order of their expert.
+    topk_ids, order = topk_ids.sort(dim=1)
+    sorted_ids, position = topk_ids.flatten().sort(stable=True)
+    assert torch.equal(data.expt_hist, sorted_ids.bincount(minlength=shape.experts).int())
+    assert torch.equal(gather.src_indx, position.int())
+    assert torch.equal(scatter.src_indx, position.argsort().int())
+    assert torch.equal(data.gate_scal, topk_weights.gather(1, order).flatten()[position])
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("tokens", [1, 37, 333], ids=lambda t: f"T{t}")
+def test_ranks_of_experts_add_up(ranks: int, tokens: int) -> None:
+    """Each rank computes its own experts only, and all together make the layer."""
+    whole = make_shape(16, 4, 320, 160)
+    weights = random_weights(whole, seed=ranks, device="cuda")
+    x, logits = random_tokens(whole, tokens, seed=tokens, device="cuda")
+    total = torch.zeros(tokens, whole.hidden, dtype=torch.float64, device="cuda")
+    arch = backends.arch_of(torch.device("cuda"))
+    for rank in range(ranks):
+        # Strided placement: neither contiguous nor even.
+        mine = torch.arange(rank, whole.experts, ranks, device="cuda")
+        expert_map = torch.full((whole.experts,), -1, dtype=torch.int32, device="cuda")
+        expert_map[mine] = torch.arange(len(mine), dtype=torch.int32, device="cuda")
+        tensors = {name: t[mine] for name, t in vars(weights).items() if t is not None}
+        part = MoeWeights(**tensors, expert_map=expert_map)
+        shape = MoeShape(len(mine), whole.experts, 4, whole.hidden, whole.intermediate, 1.702, 7.0)
+        backend = backends.select(shape, arch, settings.Settings("triton")).backend
+        prepared = backend.prepare(clone(part), shape)
+        poison()
+        out = backend.run(prepared, x, logits)
+        assert_rows_close(out, *truth_and_plain(x, logits, part, shape))
+        total += out.double()
+    truth, plain = truth_and_plain(x, logits, weights, whole)
+    assert_rows_close(total, truth, plain)
+
+
+@pytest.mark.parametrize("experts", [32, 128], ids=lambda e: f"E{e}")
+def test_prepare_takes_little_memory_and_time(experts: int) -> None:
+    """At most one layer's bytes beside the layer, and a quarter of a second."""
+    shape = make_shape(experts, 4, 2880, 2880)
+    backend = backends.select(
+        shape, backends.arch_of(torch.device("cuda")), settings.Settings("triton")
+    ).backend
+    seconds = []
+    for seed in range(4):
+        weights = random_weights(shape, seed, device="cuda")
+        layer_bytes = sum(t.nbytes for t in vars(weights).values() if t is not None)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        backend.prepare(weights, shape)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        extra = torch.cuda.max_memory_allocated() - before
+        print(f"E={experts}: {extra >> 20} MiB beside {layer_bytes >> 20} MiB, {seconds[-1]:.3f} s")
+        assert extra <= layer_bytes
+    assert min(seconds) <= 0.25
