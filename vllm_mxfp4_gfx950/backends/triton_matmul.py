@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,6 @@ NEEDS = {
         "PrecisionConfig",
         "matmul",
         "scoped_opt_flags",
-        "scoped_opt_flags_constraints",
     ),
     "numerics": ("InFlexData",),
     "reduce": ("reduce",),
@@ -46,8 +44,6 @@ NEEDS = {
     ),
     "topk": ("topk",),
 }
-CDNA4_TILE = {"block_m": 32, "block_n": 64, "block_k": 256}
-"""Where no table has tiles. CDNA4's scales are read 256 values of K at a time; the package takes 128."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +56,7 @@ class Prepared:
         w13_precision, w2_precision: PrecisionConfigs that hold the swizzled scales.
         activation: the fused SwiGLU.
         topk: experts per token.
-        flags: w13's and w2's OptFlags by number of tokens; None leaves them to the package.
-        constraints: on what the package then chooses.
+        flags: w13's and w2's OptFlags by number of tokens; None leaves a call to the package.
         expert_map: int32[global_experts] as in MoeWeights; None when all are here.
     """
 
@@ -74,7 +69,6 @@ class Prepared:
     activation: Any
     topk: int
     flags: tuple[Ladder[Any], Ladder[Any]]
-    constraints: dict[str, int]
     expert_map: torch.Tensor | None
 
 
@@ -126,7 +120,6 @@ def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
         activation=FusedActivation(swiglu, (shape.alpha, shape.limit)),
         topk=shape.topk,
         flags=(w13_flags, w2_flags),
-        constraints=CDNA4_TILE if target.arch == "gfx950" else {},
         expert_map=weights.expert_map,
     )
 
@@ -142,13 +135,13 @@ def run(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> tor
     Returns:
         bf16[T, H]
     """
-    from triton_kernels.matmul import matmul
+    from triton_kernels.matmul import matmul, scoped_opt_flags
     from triton_kernels.reduce import reduce
 
     chosen, ragged, here = route(prepared, router_logits)
     by_expert = chosen.mask_metadata.col_sorted_indx
     w13_flags, w2_flags = (flags.at(x.shape[0]) for flags in prepared.flags)
-    with _opt_flags(w13_flags, prepared.constraints):
+    with scoped_opt_flags(w13_flags):
         rows = matmul(
             x,
             prepared.w13,
@@ -158,7 +151,7 @@ def run(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> tor
             precision_config=prepared.w13_precision,
             fused_activation=prepared.activation,
         )
-    with _opt_flags(w2_flags, prepared.constraints):
+    with scoped_opt_flags(w2_flags):
         rows = matmul(
             rows,
             prepared.w2,
@@ -255,13 +248,3 @@ def to_opt_flags(tile: TileConfig) -> Any:
         occupancy_target=1,
         target_kernel_kwargs={"waves_per_eu": tile.waves_per_eu, "matrix_instr_nonkdim": 16, "kpack": 1},
     )
-
-
-def _opt_flags(flags: Any, constraints: dict[str, int]) -> AbstractContextManager[None]:
-    """Hand OptFlags, or constraints on the package's own, to the call inside."""
-    from triton_kernels.matmul import scoped_opt_flags, scoped_opt_flags_constraints
-
-    chosen: AbstractContextManager[None] = (
-        scoped_opt_flags(flags) if flags else scoped_opt_flags_constraints(constraints)
-    )
-    return chosen

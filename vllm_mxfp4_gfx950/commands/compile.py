@@ -1,0 +1,79 @@
+"""Compile a model's MoE kernels for gfx950, here and now, and show what each takes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from vllm_mxfp4_gfx950.models import GPT_OSS, layer_shape
+
+if TYPE_CHECKING:
+    from vllm_mxfp4_gfx950.gfx950.layer import CompiledMatmul
+
+TOKENS = tuple(2**i for i in range(14))
+HEADER = "tokens gemm workgroups  tile                LDS  VGPR  AGPR  spills  scratch  occupancy  per MFMA"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--model", default="gpt-oss-20b", help=f"{', '.join(GPT_OSS)}, or a config.json")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
+    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="tokens of a forward")
+    parser.add_argument("--upstream", action="store_true", help="show triton_kernels' own tiles too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; the exit code is 1 when a kernel of ours does not fit."""
+    import triton
+
+    from vllm_mxfp4_gfx950.gfx950.layer import CompiledLayer
+
+    shape = layer_shape(args.model, args.tp, args.ep)
+    layer = CompiledLayer(shape)
+    ours: list[CompiledMatmul] = []
+    upstream: list[CompiledMatmul] = []
+    for done, tokens in enumerate(args.tokens):
+        progress(done, len(args.tokens))
+        ours += layer.served(tokens)
+        if args.upstream:
+            upstream += layer.upstream(tokens)
+    progress(len(args.tokens), len(args.tokens))
+    fits = all(matmul.fits for matmul in ours)
+    if args.json:
+        facts = {"model": args.model, "shape": dataclasses.asdict(shape), "triton": triton.__version__}
+        kinds = {"ours": ours, "upstream": upstream}
+        rows = {kind: [dataclasses.asdict(matmul) for matmul in found] for kind, found in kinds.items()}
+        print(json.dumps(facts | {"fits": fits} | rows))
+        return 0 if fits else 1
+    print(f"{args.model}: {shape}, {layer.backend.NAME}, {layer.backend.source()}, compiled for gfx950")
+    for title, found in (("tiles of this package", ours), ("triton_kernels' own tiles", upstream)):
+        if found:
+            print(f"\n{title}\n{HEADER}")
+            print("\n".join(map(line, found)))
+    return 0 if fits else 1
+
+
+def line(matmul: CompiledMatmul) -> str:
+    """One row of the table."""
+    start = f"{matmul.tokens:6} {matmul.gemm:4}"
+    report = matmul.report
+    if report is None:
+        return f"{start} FAIL {matmul.error.splitlines()[0][:100]}"
+    tile = report.name.rpartition("mxfp4_")[2].removesuffix("_swiglu")
+    return (
+        f"{start} {matmul.workgroups:10}  {tile:14} {report.lds_bytes:8} {report.vgprs:5} {report.agprs:5} "
+        f"{report.vgpr_spills + report.sgpr_spills:7} {report.scratch_bytes:8} {report.occupancy:10} "
+        f"{report.per_mfma:9.1f}{'' if matmul.fits else '  FAIL'}"
+    )
+
+
+def progress(done: int, total: int) -> None:
+    """A bar on a terminal; nothing elsewhere."""
+    if sys.stderr.isatty():
+        bar = "#" * (40 * done // total)
+        print(f"\r[{bar:40}] {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)

@@ -1,0 +1,114 @@
+"""A layer's kernels for gfx950, compiled through the same `prepare` and `run` that serve."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_mxfp4_gfx950 import backends
+from vllm_mxfp4_gfx950.gfx950.driver import ARCH, Launch, presented
+from vllm_mxfp4_gfx950.gfx950.report import KernelReport, read
+from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, tensor_shapes
+from vllm_mxfp4_gfx950.settings import Settings
+from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig
+
+MATMULS = ("_matmul", "_p_matmul")
+"""How the names of the two matmuls' kernels begin, in both generations of triton_kernels."""
+
+INDEX_DTYPES = (torch.int16, torch.int32, torch.int64)
+
+
+@dataclass(frozen=True)
+class CompiledMatmul:
+    """What became of one matmul.
+
+    Args:
+        gemm: "w13" or "w2".
+        tokens: T.
+        workgroups: how many the launch has.
+        report: its kernel's report; None when it does not compile.
+        error: why it does not.
+    """
+
+    gemm: str
+    tokens: int
+    workgroups: int
+    report: KernelReport | None
+    error: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Compiles, spills nothing, and touches no scratch memory."""
+        return self.report is not None and not (
+            self.report.vgpr_spills or self.report.sgpr_spills or self.report.scratch_bytes
+        )
+
+
+class CompiledLayer:
+    """One layer, prepared for gfx950 on the CPU from weights of no particular value.
+
+    Args:
+        shape: the layer.
+
+    Raises:
+        Mxfp4Error: the packages here have no Triton backend for it.
+    """
+
+    def __init__(self, shape: MoeShape) -> None:
+        self.shape = shape
+        selection = backends.select(shape, ARCH, Settings(backend="triton"))
+        self.backend: Any = selection.backend
+        sizes = tensor_shapes(shape.experts, shape.hidden, shape.intermediate).items()
+        expert_map = None
+        if shape.experts < shape.global_experts:
+            expert_map = torch.arange(shape.global_experts, dtype=torch.int32)
+            expert_map[shape.experts :] = -1
+        weights = MoeWeights(
+            **{name: torch.empty(size, dtype=dtype) for name, (dtype, size) in sizes}, expert_map=expert_map
+        )
+        with presented(lambda launch: None):
+            self.prepared = self.backend.prepare(weights, shape)
+
+    def served(self, tokens: int) -> list[CompiledMatmul]:
+        """Both matmuls with the tiles that serve this many tokens."""
+        return [self._compile(tokens, index, self.prepared) for index in (0, 1)]
+
+    def upstream(self, tokens: int) -> list[CompiledMatmul]:
+        """Both matmuls with the package's own tiles."""
+        return [self._with_tiles(tokens, index, None) for index in (0, 1)]
+
+    def tried(self, tokens: int, tile: TileConfig) -> list[CompiledMatmul]:
+        """Both matmuls with one tile."""
+        return [self._with_tiles(tokens, index, self.backend.to_opt_flags(tile)) for index in (0, 1)]
+
+    def _with_tiles(self, tokens: int, index: int, flags: Any) -> CompiledMatmul:
+        # The other matmul takes a tile that fits, so that one failure does not hide behind another.
+        small = self.backend.to_opt_flags(TileConfig(16, 64, 256, 1, 4, 1, 0))
+        pair = tuple(Ladder((1,), (flags if i == index else small,)) for i in (0, 1))
+        return self._compile(tokens, index, dataclasses.replace(self.prepared, flags=pair))
+
+    def _compile(self, tokens: int, index: int, prepared: Any) -> CompiledMatmul:
+        launches: list[Launch] = []
+        gemm = ("w13", "w2")[index]
+        x = torch.empty(tokens, self.shape.hidden, dtype=torch.bfloat16)
+        logits = torch.empty(tokens, self.shape.global_experts, dtype=torch.bfloat16)
+
+        def note(launch: Launch) -> None:
+            # Nothing is computed. Host code indexes with what routing would have written: zero is an index.
+            for argument in launch.arguments:
+                if isinstance(argument, torch.Tensor) and argument.dtype in INDEX_DTYPES:
+                    argument.zero_()
+            if launch.name.startswith(MATMULS):
+                launches.append(launch)
+
+        with presented(note):
+            try:
+                self.backend.run(prepared, x, logits)
+            except Exception as error:  # Triton has a dozen kinds, from out of LDS to a failed pass.
+                if len(launches) <= index:
+                    return CompiledMatmul(gemm, tokens, 0, None, f"{type(error).__name__}: {error}")
+        launch = launches[index]
+        return CompiledMatmul(gemm, tokens, launch.grid[0], read(launch))

@@ -1,0 +1,121 @@
+"""What a compiled gfx950 kernel takes and does, read from its assembly."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from vllm_mxfp4_gfx950.gfx950.driver import LDS_BYTES, WAVE, Launch
+
+SIMDS = 4
+"""SIMD units of a compute unit."""
+
+LABEL = re.compile(r"(\.L\w+):")
+BRANCH = re.compile(r"s_c?branch\w*\s+(\.L\w+)")
+INSTRUCTION = re.compile(r"[a-z]\w+")
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """Resources and instructions of one kernel.
+
+    Args:
+        name: the kernel's name.
+        vgprs: vector registers of a lane, accumulation registers included.
+        agprs: accumulation registers of a lane.
+        sgprs: scalar registers of a wave.
+        vgpr_spills, sgpr_spills: registers that did not fit.
+        scratch_bytes: private memory of a lane.
+        lds_bytes: LDS of a workgroup.
+        waves: waves of a workgroup.
+        instructions: instructions in the text.
+        occupancy: waves that a SIMD can hold, registers and LDS both counted.
+        mfma: the kinds of matrix instruction, by mnemonic, with their number in the text.
+        fp4_conversions: instructions that convert FP4, in the text.
+        lds_loads: loads that go from memory straight to LDS, in the text.
+        loop_instructions, loop_mfma, loop_scratch: instructions, matrix instructions and scratch
+            accesses in the main loop, which is the innermost loop with the most matrix instructions.
+    """
+
+    name: str
+    vgprs: int
+    agprs: int
+    sgprs: int
+    vgpr_spills: int
+    sgpr_spills: int
+    scratch_bytes: int
+    lds_bytes: int
+    waves: int
+    instructions: int
+    occupancy: int
+    mfma: dict[str, int]
+    fp4_conversions: int
+    lds_loads: int
+    loop_instructions: int
+    loop_mfma: int
+    loop_scratch: int
+
+    @property
+    def per_mfma(self) -> float:
+        """Instructions in the main loop for each matrix instruction."""
+        return self.loop_instructions / max(1, self.loop_mfma)
+
+
+def read(launch: Launch) -> KernelReport:
+    """Read a kernel's report from its assembly.
+
+    Raises:
+        KeyError: the assembly lacks one of the compiler's notes.
+
+    Source: LLVM, AMDGPUUsage (code object V5 metadata, assembler directives).
+    """
+    notes = dict(re.findall(r"^[ -]+\.(\w+):\s+(\d+)$", launch.assembly, re.MULTILINE))
+    occupancy = int(re.findall(r"^; Occupancy: (\d+)", launch.assembly, re.MULTILINE)[0])
+    waves = -(-int(notes["max_flat_workgroup_size"]) // WAVE)
+    if launch.lds_bytes:
+        occupancy = min(occupancy, LDS_BYTES // launch.lds_bytes * waves // SIMDS)
+    body, loops = _instructions(launch.assembly)
+    text = Counter(body)
+    main = max(loops, key=lambda loop: (_count(loop, "v_mfma"), -len(loop)), default=[])
+    return KernelReport(
+        name=launch.name,
+        vgprs=int(notes["vgpr_count"]),
+        agprs=int(notes["agpr_count"]),
+        sgprs=int(notes["sgpr_count"]),
+        vgpr_spills=int(notes["vgpr_spill_count"]),
+        sgpr_spills=int(notes["sgpr_spill_count"]),
+        scratch_bytes=int(notes["private_segment_fixed_size"]),
+        lds_bytes=launch.lds_bytes,
+        waves=waves,
+        instructions=len(body),
+        occupancy=occupancy,
+        mfma={name: n for name, n in text.items() if name.startswith("v_mfma")},
+        fp4_conversions=sum(n for name, n in text.items() if name.startswith("v_cvt") and "fp4" in name),
+        lds_loads=sum(n for name, n in text.items() if name.endswith("_lds"))
+        + launch.assembly.count(" lds\n"),
+        loop_instructions=len(main),
+        loop_mfma=_count(main, "v_mfma"),
+        loop_scratch=_count(main, "scratch_"),
+    )
+
+
+def _instructions(assembly: str) -> tuple[list[str], list[list[str]]]:
+    """The mnemonics of a kernel in order, and those of each of its innermost loops."""
+    body: list[str] = []
+    labels: dict[str, int] = {}
+    spans: list[tuple[int, int]] = []
+    lines = assembly.partition(".amdhsa_kernel")[0].splitlines()
+    for line in (line.partition(";")[0].strip() for line in lines):
+        if label := LABEL.match(line):
+            labels[label[1]] = len(body)
+        elif INSTRUCTION.match(line):
+            body.append(line.split()[0])
+            if (branch := BRANCH.match(line)) and branch[1] in labels:
+                spans.append((labels[branch[1]], len(body)))
+    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return body, [body[start:stop] for start, stop in inner]
+
+
+def _count(mnemonics: list[str], prefix: str) -> int:
+    return sum(name.startswith(prefix) for name in mnemonics)

@@ -1,0 +1,52 @@
+"""GPT-OSS's layers by model name, for the commands that need no checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm_mxfp4_gfx950.moe import MoeShape, Mxfp4Error
+from vllm_mxfp4_gfx950.mxfp4 import BLOCK
+
+GPT_OSS: dict[str, dict[str, Any]] = {
+    name: {
+        "num_local_experts": experts,
+        "num_experts_per_tok": 4,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "swiglu_alpha": 1.702,
+        "swiglu_limit": 7.0,
+    }
+    for name, experts in (("gpt-oss-20b", 32), ("gpt-oss-120b", 128))
+}
+"""The sizes in openai/gpt-oss-20b's and openai/gpt-oss-120b's config.json."""
+
+
+def layer_shape(model: str, tp: int = 1, ep: int = 1) -> MoeShape:
+    """One layer of a model on one rank, as vLLM divides it.
+
+    Args:
+        model: a name in GPT_OSS, or the path of a config.json.
+        tp: ranks that share each expert, in whole blocks; the first rank's share.
+        ep: ranks that share out the experts.
+
+    Raises:
+        Mxfp4Error: the model is unknown, or its sizes cannot be served.
+    """
+    config = GPT_OSS.get(model)
+    if config is None:
+        if not Path(model).is_file():
+            raise Mxfp4Error(
+                "--model", f"{', '.join(GPT_OSS)} or the path of a config.json", model, "Correct the name"
+            )
+        config = json.loads(Path(model).read_text())
+    return MoeShape(
+        experts=-(-config["num_local_experts"] // ep),
+        global_experts=config["num_local_experts"],
+        topk=config["num_experts_per_tok"],
+        hidden=config["hidden_size"],
+        intermediate=-(-config["intermediate_size"] // (tp * BLOCK)) * BLOCK,
+        alpha=config.get("swiglu_alpha", 1.702),
+        limit=config.get("swiglu_limit", 7.0),
+    )
