@@ -56,8 +56,8 @@ def main() -> int:
             print(f"\nFAIL  {error}")
             return 1
     print(
-        "\nok    vLLM chose the plugin, which loaded the MXFP4 checkpoint and computed every expert right."
-        "\n      This ran on the CPU with the reference backend. It says nothing about gfx950's kernels."
+        "\nok    vLLM served an MXFP4 checkpoint through the plugin, which computed its experts right."
+        "\n      This ran on the CPU, on the reference backend. It says nothing about gfx950's kernels."
     )
     return 0
 
@@ -67,21 +67,21 @@ def _demo(checkpoint: Path, log: Path) -> None:
     size_bytes = (checkpoint / "model.safetensors").stat().st_size
     _step("write", f"a GPT-OSS with random weights in MXFP4, {size_bytes / 1e6:.1f} MB")
 
+    port = _free_port()
     command = ["vllm", "serve", str(checkpoint), "--quantization", "mxfp4-triton", "--dtype", "float32"]
-    command += ["--max-model-len", "256", "--kv-cache-memory-bytes", str(2**26), "--port", str(_free_port())]
-    _step("serve", " ".join(["vllm serve DIRECTORY", *command[3:]]))
-    with _server(command, log) as url:
-        prompts, answers = [], []
+    command += ["--max-model-len", "256", "--kv-cache-memory-bytes", str(2**26), "--port", str(port)]
+    _step("serve", " ".join(["vllm serve CHECKPOINT", *command[3:]]))
+    prompts, answers = [], []
+    with _server(command, log, f"http://127.0.0.1:{port}") as url:
+        path = OUR_LINE.search(log.read_text())
+        if path is None:
+            raise DemoError("the server's log does not say that its MoE layers run through the plugin")
+        _step("log", path.group(1))
         for prompt in PROMPTS:
             prompt_ids, answer = _ask(url, prompt)
+            _step("answer", f"{prompt} -> {' '.join(answer['text'].split()[:6])} ...")
             prompts.append(prompt_ids)
             answers.append(answer)
-    path = OUR_LINE.search(log.read_text())
-    if path is None:
-        raise DemoError("the server's log does not say that MoE layers run through the plugin")
-    _step("path", path.group(1))
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        _step("answer", f"{prompt} -> {' '.join(answer['text'].split()[:6])} ...")
     _compare(checkpoint, prompts, answers)
 
 
@@ -122,10 +122,9 @@ def _ask(url: str, prompt: str) -> tuple[list[int], dict]:
 
 
 @contextmanager
-def _server(command: list[str], log: Path) -> Iterator[str]:
+def _server(command: list[str], log: Path, url: str) -> Iterator[str]:
     """Start vLLM, wait until it is healthy, and stop it with all of its processes."""
     executable = Path(sys.executable).with_name(command[0])
-    url = f"http://127.0.0.1:{command[-1]}"
     with log.open("w") as output:
         # A session of its own, by which to find all of its processes.
         server = subprocess.Popen(

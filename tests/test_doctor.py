@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from run_python import ROOT, run_python
 
-from vllm_mxfp4_gfx950.commands.doctor import check_dependencies, check_plugin
+from vllm_mxfp4_gfx950.commands.doctor import check_backends, check_dependencies, check_plugin
 
 VLLM = ROOT / ".venv/packages/vllm-0.33.0"
 IMPOSTOR = "so it is not OpenAI's (the triton-kernels on PyPI is an unrelated package"
@@ -276,3 +277,16 @@ def test_lines(tmp_path: Path) -> None:
         assert re.split(r" {2,}", line) == fields
         assert line.index(check["what"]) == 6
         assert line.index(shown[1]) == 6 + len("triton_matmul") + 2
+
+
+@pytest.mark.parametrize("platform", ["hip", "cuda"])
+def test_a_gpu_that_is_not_visible(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that was built for GPUs and sees none: the commonest fault of a container."""
+    monkeypatch.setattr(torch.version, platform, "7.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    [check] = check_backends(None)
+    assert not check.ok
+    assert check.what == "GPU"
+    assert check.found == "torch is built for one and sees none"
+    assert "/dev/kfd" in check.fix
+    assert check_backends("gfx950")[0].ok

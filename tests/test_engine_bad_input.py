@@ -18,6 +18,7 @@ import pytest
 import tiny_checkpoint
 import torch
 from engine import FLAG
+from run_python import run_python
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import TinyGptOss
 
@@ -161,7 +162,8 @@ def test_config(change: Callable[[Config], object], text: str, tmp_path: Path) -
         ),
         pytest.param(
             put_nan,
-            "w2_scale must be free of NaN scales (0xFF); got 1 of them. Download the checkpoint again.",
+            f"{EXPERTS}.w2_scale must be free of NaN scales (0xFF); got 1 of them. "
+            "Download the checkpoint again.",
             id="nan-scale",
         ),
         pytest.param(
@@ -201,6 +203,13 @@ def test_float16(tmp_path: Path) -> None:
     assert "--dtype must be torch.bfloat16 or torch.float32 on cpu; got torch.float16. Serve with" in outcome
 
 
+def test_lora(tmp_path: Path) -> None:
+    """Adapters, which the experts would ignore."""
+    checkpoint = tiny_checkpoint.write(TinyGptOss(), tmp_path)
+    outcome = engine.outcome(checkpoint, quantization=FLAG, dtype="bfloat16", enable_lora=True)
+    assert "--enable-lora must be off; got on. Serve adapters without --quantization mxfp4-triton." in outcome
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -212,7 +221,9 @@ def test_float16(tmp_path: Path) -> None:
         ),
         # Found by two ranks at once, each in its own process, below vLLM's engine, which has its own.
         pytest.param(
-            {"tensors": put_nan}, "w2_scale must be free of NaN scales (0xFF); got 1 of them.", id="nan-scale"
+            {"tensors": put_nan},
+            f"{EXPERTS}.w2_scale must be free of NaN scales (0xFF); got 1 of them.",
+            id="nan-scale",
         ),
     ],
 )
@@ -251,3 +262,62 @@ def processes_with(mark: str) -> dict[int, str]:
         except OSError:  # It has ended, or it is not ours.
             continue
     return found
+
+
+def test_moe_backend(tmp_path: Path) -> None:
+    """Another choice of kernels, which would have no effect."""
+    checkpoint = tiny_checkpoint.write(TinyGptOss(), tmp_path)
+    outcome = engine.outcome(checkpoint, quantization=FLAG, dtype="bfloat16", moe_backend="triton")
+    assert "--moe-backend must be auto with --quantization mxfp4-triton; got triton. Leave it out" in outcome
+
+
+PARALLELISM = """
+import copy, json
+from types import SimpleNamespace as Object
+from vllm_mxfp4_gfx950 import backends, vllm_plugin
+
+parallel = Object(ep_size=1, enable_eplb=False)
+moe = Object(hidden_dim=128, intermediate_size=128, num_experts=8, moe_parallel_config=parallel,
+             is_lora_enabled=False, moe_backend="auto")
+config = Object(parallel_config=Object(data_parallel_size=1))
+
+def refusal(function, *arguments):
+    try:
+        function(*arguments)
+    except vllm_plugin.Mxfp4Error as error:
+        return str(error)
+
+texts = {}
+for name, holder, attribute, value in (
+    ("ranks", "moe", "ep_size", 3),
+    ("eplb", "moe", "enable_eplb", True),
+    ("dp", "config", "data_parallel_size", 2),
+):
+    case = copy.deepcopy({"moe": moe, "config": config})
+    target = case["moe"].moe_parallel_config if holder == "moe" else case["config"].parallel_config
+    setattr(target, attribute, value)
+    texts[name] = refusal(vllm_plugin.check_servable, case["config"], case["moe"])
+for arch, eager in (("gfx950", False), ("gfx950", True), ("cpu", False)):
+    selection = backends.Selection(backends.reference, arch, ())
+    texts[f"{arch} {eager}"] = refusal(
+        vllm_plugin.check_capture, Object(model_config=Object(enforce_eager=eager)), selection
+    )
+print(json.dumps(texts))
+"""
+
+
+def test_parallelism_and_capture() -> None:
+    """Ways of running that this package does not serve, told from what vLLM describes to a layer."""
+    result = run_python(["-c", PARALLELISM])
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == {
+        "ranks": "the number of expert-parallel ranks must be a divisor of 8; got 3. Change it.",
+        "eplb": "--enable-eplb must be off; got on. Leave it out: experts cannot be moved between ranks.",
+        "dp": "--data-parallel-size must be 1; got 2. Start one server for each replica instead.",
+        "gfx950 False": (
+            "--enforce-eager must be given for the reference backend on a GPU; got nothing. "
+            "Add --enforce-eager, or choose another with VLLM_MXFP4_BACKEND."
+        ),
+        "gfx950 True": None,
+        "cpu False": None,
+    }

@@ -131,7 +131,7 @@ def rows() -> dict[tuple[tuple[str, ...], tuple[str, ...], str, str], str]:
     no_matmul = f"triton_matmul: {kernels} is of the matmul_ogs generation and has no matmul"
     no_matmul_ogs = f"triton_ogs: {kernels} is of the matmul generation and has no matmul_ogs"
     no_ogs_layout = f"triton_ogs: {kernels} has no CDNA4MXScaleLayout or GFX950MXScaleLayout"
-    no_matmul_layout = f"triton_matmul: {kernels} has no CDNA4MXScaleLayout"
+    no_matmul_layout = f"triton_matmul: {kernels} has no CDNA4MXScaleLayout or GFX950MXScaleLayout"
     no_triton = f"triton_ogs: {kernels} does not import here: No module named 'triton'"
     unknown = f"triton_ogs: {kernels} is of an unknown generation: no matmul_ogs.FlexCtx"
     wrong_gpu = "it runs on gfx950, gfx942, sm90, not on {arch}"

@@ -146,20 +146,28 @@ def check_multiple_of_block(name: str, size: int) -> None:
         )
 
 
-def check_weights(weights: MoeWeights, shape: MoeShape) -> None:
+def check_weights(weights: MoeWeights, shape: MoeShape, prefix: str = "") -> None:
     """Hold the weights against the shape.
+
+    Args:
+        weights: the experts.
+        shape: what they should be.
+        prefix: goes before the names in error texts.
 
     Raises:
         Mxfp4Error: a tensor has the wrong dtype or shape, or a scale is NaN (0xFF).
     """
     tensors = tensor_shapes(shape.experts, shape.hidden, shape.intermediate)
     for name, (dtype, size) in tensors.items():
-        check_tensor(name, getattr(weights, name), dtype, size)
+        check_tensor(f"{prefix}{name}", getattr(weights, name), dtype, size)
     for name in ("w13_scale", "w2_scale"):
         nans = int((getattr(weights, name) == SCALE_NAN).sum())
         if nans:
             raise Mxfp4Error(
-                name, "free of NaN scales (0xFF)", f"{nans} of them", "Download the checkpoint again"
+                f"{prefix}{name}",
+                "free of NaN scales (0xFF)",
+                f"{nans} of them",
+                "Download the checkpoint again",
             )
 
 

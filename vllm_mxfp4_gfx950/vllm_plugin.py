@@ -149,7 +149,8 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         self.shape = moe_shape(config.model_config.hf_text_config, moe)
         arch = backends.arch_of(torch.device(moe.device))
         check_activation_dtype(moe.in_dtype, arch)
-        selection = backends.select(self.shape, arch, settings.from_environment())
+        selection = select_once(self.shape, arch, settings.from_environment())
+        check_capture(config, selection)
         logger.info_once("MoE layers run through %s. Each is %s.", str(selection), str(self.shape))
         self.backend = selection.backend
         self.prepared: Any = None
@@ -254,7 +255,7 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         if expert_map is not None:
             expert_map = expert_map.to(fields["w13"].device)
         weights = MoeWeights(**fields, expert_map=expert_map)
-        check_weights(weights, self.shape)
+        check_weights(weights, self.shape, f"{self.prefix}.")
         self.prepared = self.backend.prepare(weights, self.shape)
         for name in PARAMETERS:
             delattr(layer, name)
@@ -285,6 +286,13 @@ def check_servable(config: VllmConfig, moe: FusedMoEConfig) -> None:
     """Raise Mxfp4Error for a checkpoint or a way of running that this package does not serve."""
     check_multiple_of_block("hidden_size", moe.hidden_dim)
     check_multiple_of_block("intermediate_size", moe.intermediate_size)
+    ranks = moe.moe_parallel_config.ep_size
+    if moe.num_experts % ranks:
+        raise Mxfp4Error(
+            "the number of expert-parallel ranks", f"a divisor of {moe.num_experts}", ranks, "Change it"
+        )
+    if moe.moe_parallel_config.enable_eplb:
+        raise Mxfp4Error("--enable-eplb", "off", "on", "Leave it out: experts cannot be moved between ranks")
     if moe.is_lora_enabled:
         raise Mxfp4Error("--enable-lora", "off", "on", f"Serve adapters without --quantization {NAME}")
     if moe.moe_backend != "auto":
@@ -332,6 +340,20 @@ def unquantized_tensors(layers: int) -> set[str]:
     in_layer += ["self_attn.sinks", "input_layernorm.weight", "post_attention_layernorm.weight"]
     outside = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     return outside | {f"model.layers.{index}.{name}" for index in range(layers) for name in in_layer}
+
+
+@functools.cache
+def select_once(shape: MoeShape, arch: str, wanted: settings.Settings) -> backends.Selection:
+    """`backends.select`, asked by every layer and answered once."""
+    return backends.select(shape, arch, wanted)
+
+
+def check_capture(config: VllmConfig, selection: backends.Selection) -> None:
+    """Raise Mxfp4Error where a GPU would capture the reference in a graph: it looks at what was routed."""
+    captured = not config.model_config.enforce_eager and selection.arch != "cpu"
+    if captured and selection.backend.NAME == "reference":
+        fix = f"Add --enforce-eager, or choose another with {settings.BACKEND_VAR}"
+        raise Mxfp4Error("--enforce-eager", "given for the reference backend on a GPU", "nothing", fix)
 
 
 def check_activation_dtype(dtype: torch.dtype, arch: str) -> None:

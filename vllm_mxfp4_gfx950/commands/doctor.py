@@ -178,6 +178,9 @@ def check_backends(arch: str | None) -> list[Check]:
     from vllm_mxfp4_gfx950.models import GPT_OSS, layer_shape
     from vllm_mxfp4_gfx950.moe import Mxfp4Error
 
+    if arch is None and not torch.cuda.is_available() and (torch.version.hip or torch.version.cuda):
+        fix = "Give the container the GPU (/dev/kfd and /dev/dri on ROCm), or ask with --arch"
+        return [Check(False, "GPU", "torch is built for one and sees none", "a visible GPU", fix)]
     arch = arch or backends.arch_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     asked, fault = settings.Settings(), ""
     try:
@@ -209,7 +212,7 @@ def check_backends(arch: str | None) -> list[Check]:
             "GPU",
             arch,
             f"one of {', '.join(backends.ORDER)}",
-            f"Run on one of these, or set {settings.BACKEND_VAR}=reference",
+            f"Run on one of these, or slowly with {settings.BACKEND_VAR}=reference and --enforce-eager",
         ),
         Check(
             not fault,
