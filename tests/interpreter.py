@@ -7,6 +7,7 @@ One process can hold one triton_kernels, so each backend runs its cases in a pro
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -22,9 +23,10 @@ from random_moe import make_shape, random_tokens, random_weights
 
 from vllm_mxfp4_gfx950.backends import triton_package
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
-from vllm_mxfp4_gfx950.tuning import Gemm, Ladder, TileConfig
+from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, decode
 
 ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "vllm_mxfp4_gfx950/tables/gfx950.json"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Case:
         placement: which of the model's experts are here: "all", or "linear" or "strided" by rank.
         rank, ranks: of expert parallelism.
         tied: all logits are equal.
-        tiled: there is a table, which has TILES.
+        tile: block_m and block_n of both matmuls; None takes the table's.
         broken: what is broken on purpose, so that a test can see itself fail.
     """
 
@@ -49,13 +51,14 @@ class Case:
     rank: int = 0
     ranks: int = 1
     tied: bool = False
-    tiled: bool = False
+    tile: tuple[int, int] | None = None
     broken: str = ""
 
     def __str__(self) -> str:
         name = f"E{self.experts}-k{self.topk}-T{self.tokens}-H{self.hidden}-I{self.intermediate}"
         name += "" if self.placement == "all" else f"-{self.placement}{self.rank}of{self.ranks}"
-        return name + "-tied" * self.tied + "-tiled" * self.tiled + f"-{self.broken}" * bool(self.broken)
+        name += "-{}x{}".format(*self.tile) if self.tile else ""
+        return name + "-tied" * self.tied + f"-{self.broken}" * bool(self.broken)
 
     def inputs(self) -> tuple[MoeWeights, MoeShape, torch.Tensor, torch.Tensor]:
         """This rank's weights and shape, the activations and the logits; nobody chooses expert 1."""
@@ -93,7 +96,7 @@ LAYERS = [
     Case(5, 4, 64, 160, 1),
     Case(4, 2, 256, 128, 5),  # nothing to pad along K
     Case(33, 4, 64, 32, 5),  # two words in each row of the routing's bit matrix
-    Case(8, 4, 96, 32, 199),  # the package's largest tiles
+    Case(8, 4, 96, 32, 199),
 ]
 RANKS = [
     *ranks_of(2, "linear", experts=8, topk=2, tokens=37),
@@ -103,9 +106,15 @@ RANKS = [
     *ranks_of(2, "strided", experts=64, topk=4, tokens=5),  # 32 experts stay: a whole word
     *ranks_of(2, "strided", experts=8, topk=4, tokens=5, tied=True),
 ]
-TILES = [(16, 64, 256), (64, 32, 256)]
-"""block_m, block_n and block_k of w13 and w2."""
-TILED = Case(4, 2, 96, 64, 37, tiled=True)
+TABLE_TILES = sorted(
+    {
+        (tile.block_m, tile.block_n)
+        for rungs in decode(json.loads(TABLE.read_text())["rows"]).values()
+        for tile in rungs.rungs
+    }
+)
+TILED = [Case(4, 2, 288, 160, 37, tile=tile) for tile in TABLE_TILES]
+"""Every tile of gfx950's table computes, with tails along K and N."""
 BROKEN = [
     Case(4, 2, 96, 32, 5, broken="scales not swizzled"),
     Case(4, 2, 96, 32, 5, broken="gate and up swapped"),
@@ -113,7 +122,7 @@ BROKEN = [
     Case(4, 2, 96, 32, 5, "strided", 0, 2, broken="expert_map of another rank"),
 ]
 UNPADDED = Case(8, 4, 96, 32, 199, broken="scales not padded")
-CASES = [*LAYERS, *RANKS, TILED, *BROKEN, UNPADDED]
+CASES = [*LAYERS, *RANKS, *TILED, *BROKEN, UNPADDED]
 
 
 def outcomes(backend: str, package: Path) -> dict[str, Any]:
@@ -187,8 +196,9 @@ def _outcome(backend: ModuleType, case: Case) -> dict[str, Any]:
     reason = backend.why_not(shape, "gfx950")
     assert reason is None, reason
     scale_rows, route, ladder, routed = triton_package.SCALE_ROWS, backend.route, backend.ladder, []
-    if case.tiled:
-        backend.ladder = _table
+    if case.tile:
+        tile = TileConfig(*case.tile, 256, 1, 4, 2, 0)
+        backend.ladder = lambda *_: Ladder((1,), (tile,))
     Specialized.tiles.clear()
     if case.broken == "gate and up swapped":
         for tensor in (weights.w13, weights.w13_scale, weights.w13_bias):
@@ -225,10 +235,6 @@ def _outcome(backend: ModuleType, case: Case) -> dict[str, Any]:
         triton_package.SCALE_ROWS, backend.route, backend.ladder = scale_rows, route, ladder
 
 
-def _table(_arch: str, _kernels: str, _triton: str, gemm: Gemm) -> Ladder[TileConfig]:
-    return Ladder((1,), (TileConfig(*TILES[gemm.name == "w2"], 1, 4, 2, 0),))
-
-
 def _unswizzle(precision: Any, plain: torch.Tensor) -> None:
     """Put the scales back in checkpoint order, in the memory of the swizzled ones."""
     swizzled = getattr(precision, "weight_scale", None) or precision.b_mx_scale
@@ -263,10 +269,7 @@ def _routing(routed: Any) -> dict[str, torch.Tensor]:
 
 
 def stand_in_for_a_gpu() -> None:
-    """A gfx950, as far as anyone asks on the host.
-
-    With a sixteenth of its compute units, so that small layers get the tiles of large ones.
-    """
+    """A gfx950, as far as anyone asks on the host."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 

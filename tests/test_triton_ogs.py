@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import BROKEN, LAYERS, RANKS, TILED, TILES, UNPADDED, Case, check_layout, outcomes
+from interpreter import BROKEN, LAYERS, RANKS, TILED, UNPADDED, Case, check_layout, outcomes
 from random_moe import make_shape, truth_and_plain
 from tolerance import assert_rows_close
 
@@ -70,11 +70,13 @@ def test_prepare(outcome: Outcome, case: Case) -> None:
     check_layout(outcome(case), case)
 
 
-def test_tiles_of_a_table(outcome: Outcome) -> None:
-    """They reach the kernels, which still compute the layer."""
-    weights, shape, x, logits = TILED.inputs()
-    assert outcome(TILED)["tiles"] == TILES
-    assert_rows_close(outcome(TILED)["out"], *truth_and_plain(x, logits, weights, shape))
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_tiles_of_the_table(outcome: Outcome, case: Case) -> None:
+    """Each reaches the kernels, and computes the layer."""
+    weights, shape, x, logits = case.inputs()
+    assert case.tile is not None
+    assert outcome(case)["tiles"] == [(*case.tile, 256)] * 2
+    assert_rows_close(outcome(case)["out"], *truth_and_plain(x, logits, weights, shape))
 
 
 @pytest.mark.parametrize("case", BROKEN, ids=str)

@@ -24,10 +24,13 @@ class Backend(Protocol):
         """Which package does the work, and where it came from. Only asked when why_not is None."""
 
     def prepare(self, weights: MoeWeights, shape: MoeShape) -> Any:
-        """Bring the weights into the backend's layout. Consumes them: their memory is reused."""
+        """Bring the weights into the backend's layout. Consumes them: their memory may be reused."""
 
     def run(self, prepared: Any, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
-        """bf16[T, H] and [T, global_experts] to bf16[T, H], without a host synchronization."""
+        """bf16[T, H] and [T, global_experts] to bf16[T, H].
+
+        Without waiting for the GPU, so that graphs capture it; the reference alone does wait.
+        """
 
 
 FAMILIES: dict[str, tuple[Backend, ...]] = {

@@ -228,23 +228,7 @@ def _to_kernel_layout(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[Any, 
 
 
 def to_opt_flags(tile: TileConfig) -> Any:
-    """A tile as triton_kernels takes it; what a tile does not say is as the package has it on CDNA."""
+    """A tile as this generation of triton_kernels takes it."""
     from triton_kernels.matmul import OptFlags
 
-    return OptFlags(
-        block_m=tile.block_m,
-        block_n=tile.block_n,
-        block_k=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        group_m=4,
-        xcd_swizzle=8,
-        w_cache_modifier=".cg" if tile.block_m <= 32 else None,
-        split_k=tile.split_k,
-        is_persistent=False,
-        idle_sms=0,
-        epilogue_subtile=1,
-        arch=None,
-        occupancy_target=1,
-        target_kernel_kwargs={"waves_per_eu": tile.waves_per_eu, "matrix_instr_nonkdim": 16, "kpack": 1},
-    )
+    return OptFlags(**triton_package.opt_flags_fields(tile), occupancy_target=1)

@@ -119,7 +119,7 @@ def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
         activation=FusedActivation(swiglu, (shape.alpha, shape.limit), 2),
         topk=shape.topk,
         flags=(w13_flags, w2_flags),
-        # On an H200, a split K makes up to 16 tokens take 1.2 to 1.8 times as long (triton 3.6.0).
+        # Splitting K is right but slow on Hopper; vLLM pins this too, for the whole process.
         constraints={"split_k": 1} if target.backend == "cuda" else {},
         local=None if weights.expert_map is None else _local_experts(weights.expert_map),
     )
@@ -218,26 +218,10 @@ def _to_kernel_layout(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[Any, 
 
 
 def to_opt_flags(tile: TileConfig) -> Any:
-    """A tile as triton_kernels takes it; what a tile does not say is as the package has it on CDNA."""
+    """A tile as this generation of triton_kernels takes it."""
     from triton_kernels.matmul_ogs_details.opt_flags import OptFlags
 
-    return OptFlags(
-        block_m=tile.block_m,
-        block_n=tile.block_n,
-        block_k=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        group_m=4,
-        xcd_swizzle=8,
-        w_cache_modifier=".cg" if tile.block_m <= 32 else None,
-        split_k=tile.split_k,
-        is_persistent=False,
-        fused_scatter=False,
-        idle_sms=0,
-        epilogue_subtile=1,
-        arch=None,
-        target_kernel_kwargs={"waves_per_eu": tile.waves_per_eu, "matrix_instr_nonkdim": 16, "kpack": 1},
-    )
+    return OptFlags(**triton_package.opt_flags_fields(tile), fused_scatter=False)
 
 
 @contextmanager

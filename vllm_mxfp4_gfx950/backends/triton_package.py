@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from vllm_mxfp4_gfx950.moe import MoeShape
+from vllm_mxfp4_gfx950.tuning import TileConfig
 
 VENDORED = Path("third_party") / "triton_kernels"
 """Where vLLM keeps its own copy, under the package `vllm`."""
@@ -78,7 +80,12 @@ def why_not_layer(shape: MoeShape, arch: str, entry: str, needs: dict[str, tuple
 
 
 def why_not(entry: str, needs: dict[str, tuple[str, ...]]) -> str | None:
-    """The reason why the package at hand lacks an interface; arguments as above."""
+    """The reason why the package at hand lacks an interface.
+
+    Args:
+        entry: the module that makes the generation: "matmul_ogs" or "matmul".
+        needs: the names that are used, by module of the package.
+    """
     directory = locate()
     if directory is None:
         return "triton_kernels is not installed, and there is no vLLM that vendors it"
@@ -121,7 +128,11 @@ def load(name: str) -> ModuleType:
         assert spec.loader is not None
         package = importlib.util.module_from_spec(spec)
         sys.modules["triton_kernels"] = package
-        spec.loader.exec_module(package)
+        try:
+            spec.loader.exec_module(package)
+        except BaseException:
+            del sys.modules["triton_kernels"]
+            raise
     return importlib.import_module(f"triton_kernels.{name}")
 
 
@@ -153,7 +164,38 @@ def swizzle(data: torch.Tensor, layout: Callable[[torch.Tensor], torch.Tensor]) 
     return out.mT
 
 
+def opt_flags_fields(tile: TileConfig) -> dict[str, Any]:
+    """The OptFlags that both generations have; what a tile does not say is as they have it on CDNA."""
+    return {
+        "block_m": tile.block_m,
+        "block_n": tile.block_n,
+        "block_k": tile.block_k,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "group_m": 4,
+        "xcd_swizzle": 8,
+        "w_cache_modifier": ".cg" if tile.block_m <= 32 else None,
+        "split_k": tile.split_k,
+        "is_persistent": False,
+        "idle_sms": 0,
+        "epilogue_subtile": 1,
+        "arch": None,
+        "target_kernel_kwargs": {
+            "waves_per_eu": tile.waves_per_eu,
+            "matrix_instr_nonkdim": 16,
+            "kpack": 1,
+        },
+    }
+
+
 def pad_scales(scales: torch.Tensor) -> torch.Tensor:
-    """[E, N, K/32] widened with zeros until no tile of scales reaches past them."""
+    """Widen scales with zeros until no tile of them reaches past their end.
+
+    Args:
+        scales: uint8[E, N, K/32].
+
+    Returns:
+        uint8[E, N up to a multiple of 512, K/32 up to a multiple of 8].
+    """
     groups, rows = scales.shape[2], scales.shape[1]
     return torch.nn.functional.pad(scales, (0, -groups % SCALE_GROUPS, 0, -rows % SCALE_ROWS))
