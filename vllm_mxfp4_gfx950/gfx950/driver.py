@@ -45,7 +45,7 @@ class Launch:
 
 
 class _Utils:
-    """What Triton asks of a driver's compiled helper module."""
+    """What Triton asks of a driver's compiled utility module."""
 
     def __init__(self) -> None:
         self.loading: dict[str, str] = {}

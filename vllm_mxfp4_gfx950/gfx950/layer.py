@@ -74,7 +74,7 @@ class CompiledLayer:
 
     def served(self, tokens: int) -> list[CompiledMatmul]:
         """Both matmuls with the tiles that serve this many tokens."""
-        return [self._compile(tokens, index, self.prepared) for index in (0, 1)]
+        return [self._with_tiles(tokens, i, self.prepared.flags[i].at(tokens)) for i in (0, 1)]
 
     def upstream(self, tokens: int) -> list[CompiledMatmul]:
         """Both matmuls with the package's own tiles."""

@@ -11,7 +11,7 @@ from vllm_mxfp4_gfx950.gfx950.driver import LDS_BYTES, WAVE, Launch
 SIMDS = 4
 """SIMD units of a compute unit."""
 
-LABEL = re.compile(r"(\.L\w+):")
+LABEL = re.compile(r"([.$\w]+):")
 BRANCH = re.compile(r"s_c?branch\w*\s+(\.L\w+)")
 INSTRUCTION = re.compile(r"[a-z]\w+")
 
