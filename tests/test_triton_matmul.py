@@ -126,12 +126,28 @@ def test_why_not_without_the_scale_layout(monkeypatch: pytest.MonkeyPatch) -> No
     """Refused by name, on gfx950 only."""
     monkeypatch.setattr(triton_package, "why_not", lambda entry, needs: None)
     monkeypatch.setattr(triton_package, "locate", lambda: Path("/there"))
+    monkeypatch.setattr(triton_matmul, "to_opt_flags", lambda tile: None)
     monkeypatch.setattr(triton_package, "load", lambda module: SimpleNamespace())
     reason = triton_matmul.why_not(SHAPE, "gfx950")
     assert reason == "triton_kernels in /there has no CDNA4MXScaleLayout or GFX950MXScaleLayout"
     assert triton_matmul.why_not(SHAPE, "gfx942") is None
     monkeypatch.setattr(triton_package, "load", lambda module: SimpleNamespace(CDNA4MXScaleLayout=object))
     assert triton_matmul.why_not(SHAPE, "gfx950") is None
+
+
+def test_why_not_with_other_opt_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package whose OptFlags has other fields is refused before it is handed a layer."""
+
+    def to_opt_flags(tile: object) -> None:
+        raise TypeError("unexpected keyword argument 'xcd_swizzle'")
+
+    monkeypatch.setattr(triton_package, "why_not", lambda entry, needs: None)
+    monkeypatch.setattr(triton_package, "locate", lambda: Path("/there"))
+    monkeypatch.setattr(triton_package, "load", lambda module: SimpleNamespace(CDNA4MXScaleLayout=object))
+    monkeypatch.setattr(triton_matmul, "to_opt_flags", to_opt_flags)
+    reason = "triton_kernels in /there does not take our tiles: unexpected keyword argument 'xcd_swizzle'"
+    assert triton_matmul.why_not(SHAPE, "gfx950") == reason
+    assert triton_matmul.why_not(SHAPE, "gfx942") is None
 
 
 def test_prepare_refuses_experts_out_of_order() -> None:

@@ -74,7 +74,7 @@ class Prepared:
 
 def why_not(shape: MoeShape, arch: str) -> str | None:
     """The reason why this shape cannot run on this arch with the packages at hand."""
-    return triton_package.why_not_layer(shape, arch, KERNELS, NEEDS)
+    return triton_package.why_not_layer(shape, arch, KERNELS, NEEDS, to_opt_flags)
 
 
 def source() -> str:

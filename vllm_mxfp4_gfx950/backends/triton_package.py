@@ -50,7 +50,13 @@ def locate() -> Path | None:
     return None
 
 
-def why_not_layer(shape: MoeShape, arch: str, entry: str, needs: dict[str, tuple[str, ...]]) -> str | None:
+def why_not_layer(
+    shape: MoeShape,
+    arch: str,
+    entry: str,
+    needs: dict[str, tuple[str, ...]],
+    to_opt_flags: Callable[[TileConfig], object],
+) -> str | None:
     """The reason why a shape cannot run on an arch with the package at hand.
 
     Args:
@@ -58,6 +64,7 @@ def why_not_layer(shape: MoeShape, arch: str, entry: str, needs: dict[str, tuple
         arch: as `backends.arch_of` names it.
         entry: the module that makes the generation: "matmul_ogs" or "matmul".
         needs: the names that are used, by module of the package.
+        to_opt_flags: hands the package a tile; tried where there is a table of them.
 
     Returns:
         None when everything is there and imports.
@@ -76,6 +83,10 @@ def why_not_layer(shape: MoeShape, arch: str, entry: str, needs: dict[str, tuple
         layout = load("tensor_details.layout")
         if not any(hasattr(layout, name) for name in CDNA4_SCALE_LAYOUTS):
             return f"triton_kernels in {locate()} has no {' or '.join(CDNA4_SCALE_LAYOUTS)}"
+        try:
+            to_opt_flags(TileConfig(16, 64, 256, 1, 4, 1, 0))
+        except TypeError as error:
+            return f"triton_kernels in {locate()} does not take our tiles: {error}"
     return reason
 
 
