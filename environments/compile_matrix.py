@@ -25,12 +25,12 @@ MATMUL_SINCE = (3, 8)
 """triton_kernels of the matmul generation does not import with an older Triton."""
 
 
-def run(triton: str, kernels: str, *arguments: str) -> str:
-    """What a command of ours prints under a Triton and a triton_kernels."""
+def run(triton: str, kernels: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of ours under a Triton and a triton_kernels."""
     path = (VENV / "triton" / triton, KERNELS[kernels], ROOT)
     command = [sys.executable, "-m", "vllm_mxfp4_gfx950.cli", *arguments]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
-    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False).stdout
+    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
 
 
 def pairs(tritons: list[str]) -> Iterator[tuple[str, str]]:
@@ -45,7 +45,7 @@ def tune(tritons: list[str]) -> int:
     """Search the tiles anew."""
     for triton, kernels in pairs(tritons):
         print(f"triton {triton} {kernels}", flush=True)
-        run(triton, kernels, "tune", "--table", str(TABLE))
+        run(triton, kernels, "tune", "--table", str(TABLE)).check_returncode()
     return 0
 
 
@@ -55,12 +55,17 @@ def check(tritons: list[str]) -> int:
     for triton, kernels in pairs(tritons):
         for model, (tp, ep) in itertools.product(GPT_OSS, DIVISIONS):
             arguments = ["--json", f"--model={model}", f"--tp={tp}", f"--ep={ep}"]
-            matmuls = json.loads(run(triton, kernels, "compile", *arguments))["ours"]
-            bad = sum(not matmul["fits"] for matmul in matmuls)
-            line = f"triton {triton} {kernels:10} {model:12} TP {tp} EP {ep}: {len(matmuls)}, {bad} misfits"
-            print(line, flush=True)
+            result = run(triton, kernels, "compile", *arguments)
+            if not result.stdout:
+                result.check_returncode()
+            matmuls = json.loads(result.stdout)["ours"]
+            bad = sum(not matmul["fits"] or matmul["report"]["workgroups"] < 2 for matmul in matmuls)
+            print(
+                f"triton {triton} {kernels:10} {model:12} TP {tp} EP {ep}: {len(matmuls)}, {bad} bad",
+                flush=True,
+            )
             total, misfits = total + len(matmuls), misfits + bad
-    print(f"{total} matmuls compiled for gfx950, {misfits} overflow or spill")
+    print(f"{total} matmuls compiled for gfx950, {misfits} of them misfits or alone on a compute unit")
     return 1 if misfits else 0
 
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from vllm_mxfp4_gfx950.gfx950.layer import CompiledMatmul
 
 TOKENS = tuple(2**i for i in range(14))
-HEADER = "tokens gemm workgroups  tile                LDS  VGPR  AGPR  spills  scratch  occupancy  per MFMA"
+FIGURES = ("waves", "LDS", "VGPR", "AGPR", "spills", "scratch", "per CU", "occupancy", "per MFMA")
+HEADER = "tokens gemm workgroups  tile          " + "".join(f"{name:>10}" for name in FIGURES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,11 +73,19 @@ def line(matmul: CompiledMatmul) -> str:
     if report is None:
         return f"{start} FAIL {matmul.error.splitlines()[0][:100]}"
     tile = report.name.rpartition("mxfp4_")[2].removesuffix("_swiglu")
-    return (
-        f"{start} {matmul.workgroups:10}  {tile:14} {report.lds_bytes:8} {report.vgprs:5} {report.agprs:5} "
-        f"{report.vgpr_spills + report.sgpr_spills:7} {report.scratch_bytes:8} {report.occupancy:10} "
-        f"{report.per_mfma:9.1f}{'' if matmul.fits else '  FAIL'}"
+    figures = (
+        report.waves,
+        report.lds_bytes,
+        report.vgprs,
+        report.agprs,
+        report.vgpr_spills + report.sgpr_spills,
+        report.scratch_bytes,
+        report.workgroups,
+        report.occupancy,
+        round(report.per_mfma, 1),
     )
+    row = "".join(f"{figure:10}" for figure in figures)
+    return f"{start} {matmul.workgroups:11}  {tile:14}{row}{'' if matmul.fits else '  FAIL'}"
 
 
 def progress(done: int, total: int) -> None:

@@ -18,6 +18,9 @@ from vllm_mxfp4_gfx950.tuning import Gemm, Ladder, TileConfig, columns, decode, 
 if TYPE_CHECKING:
     from vllm_mxfp4_gfx950.gfx950.report import KernelReport
 
+MIN_WORKGROUPS = 2
+"""On a compute unit at once: while one waits, another works."""
+
 BLOCK_K = 256
 """What the CDNA4 scale layout is read in."""
 
@@ -58,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     for done, tile in enumerate(tiles):
         progress(done, len(tiles))
         for matmul in layer.tried(64, tile):
-            if matmul.fits and matmul.report is not None:
+            if matmul.fits and matmul.report is not None and matmul.report.workgroups >= MIN_WORKGROUPS:
                 reports[matmul.gemm, tile] = matmul.report
     progress(len(tiles), len(tiles))
 
@@ -107,17 +110,19 @@ def cycles(gemm: Gemm, tile: TileConfig, report: KernelReport, tokens: int, topk
     m_tiles, active = expected_tiles(tokens, topk / gemm.global_experts, tile.block_m)
     steps = math.ceil(gemm.k / tile.block_k)
     workgroups = gemm.experts * m_tiles * math.ceil(gemm.n / tile.block_n)
-    resident = max(1, report.occupancy * SIMDS // report.waves)
     # Issue slots of the busiest compute unit; the tail of a tile without rows or columns costs as much.
     outside = report.instructions - report.loop_instructions
     vector = ISSUE_CYCLES * (report.loop_instructions - report.loop_mfma)
     matrix = MFMA_CYCLES * report.loop_mfma
     # One wave alone on a SIMD does first one, then the other.
     per_step = max(vector, matrix) if report.occupancy > 1 else vector + matrix
-    per_workgroup = report.waves / SIMDS * (steps * per_step + ISSUE_CYCLES * outside)
-    issue = math.ceil(workgroups / COMPUTE_UNITS) * per_workgroup
+    # Whole waves go to whole SIMDs: a lone workgroup of two waves leaves two of them idle.
+    waves = math.ceil(math.ceil(workgroups / COMPUTE_UNITS) * report.waves / SIMDS)
+    issue = waves * (steps * per_step + ISSUE_CYCLES * outside)
     # A workgroup waits for each step's loads unless another one, or another stage, hides them.
-    waits = math.ceil(workgroups / (COMPUTE_UNITS * resident)) * steps * LATENCY_CYCLES / tile.num_stages
+    waits = (
+        math.ceil(workgroups / (COMPUTE_UNITS * report.workgroups)) * steps * LATENCY_CYCLES / tile.num_stages
+    )
     weight_bytes = gemm.experts * active * gemm.n * gemm.k * 17 / 32
     tile_bytes = steps * tile.block_k * (tile.block_n * 17 / 32 + tile.block_m * 2)
     memory = max(weight_bytes / HBM_BYTES_PER_CYCLE, workgroups * tile_bytes / L2_BYTES_PER_CYCLE)
@@ -162,7 +167,7 @@ def write(table: Path, kernels: str, rows: list[list[Any]], triton: str, tried: 
         kernels: whose rows these are.
         rows: as `encode` gives them.
         triton: the Triton that compiled them.
-        tried, usable: how many tiles were compiled, and how many kernels spilled nothing.
+        tried, usable: how many tiles were compiled, and how many kernels fit, two to a compute unit.
     """
     content = json.loads(table.read_text()) if table.is_file() else {"provenance": {}, "rows": []}
     release = rows[0][1]
@@ -172,7 +177,7 @@ def write(table: Path, kernels: str, rows: list[list[Any]], triton: str, tried: 
             "triton": triton,
             "evidence": "compiled for gfx950 and counted; not run on a gfx950",
             "tiles_tried": tried,
-            "kernels_without_spills": usable,
+            "kernels_usable": usable,
         }
     }
     kept = [row for row in content["rows"] if row[:2] != [kernels, release]]

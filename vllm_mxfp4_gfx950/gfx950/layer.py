@@ -41,10 +41,11 @@ class CompiledMatmul:
 
     @property
     def fits(self) -> bool:
-        """Compiles, spills nothing, and touches no scratch memory."""
-        return self.report is not None and not (
-            self.report.vgpr_spills or self.report.sgpr_spills or self.report.scratch_bytes
-        )
+        """Compiles, spills nothing, touches no scratch memory, and leaves activations in bf16."""
+        report = self.report
+        if report is None or not report.is_w4a16:
+            return False
+        return not (report.vgpr_spills or report.sgpr_spills or report.scratch_bytes)
 
 
 class CompiledLayer:

@@ -30,12 +30,13 @@ class KernelReport:
         lds_bytes: LDS of a workgroup.
         waves: waves of a workgroup.
         instructions: instructions in the text.
-        occupancy: waves that a SIMD can hold, registers and LDS both counted.
+        workgroups: how many of them a compute unit holds at once, by registers and LDS.
+        occupancy: waves that a SIMD then holds.
         mfma: the kinds of matrix instruction, by mnemonic, with their number in the text.
         fp4_conversions: instructions that convert FP4, in the text.
         lds_loads: loads that go from memory straight to LDS, in the text.
         loop_instructions, loop_mfma, loop_scratch: instructions, matrix instructions and scratch
-            accesses in the main loop, which is the innermost loop with the most matrix instructions.
+            accesses in the main loop, which is the smallest loop with the most matrix instructions.
     """
 
     name: str
@@ -48,6 +49,7 @@ class KernelReport:
     lds_bytes: int
     waves: int
     instructions: int
+    workgroups: int
     occupancy: int
     mfma: dict[str, int]
     fp4_conversions: int
@@ -55,6 +57,12 @@ class KernelReport:
     loop_instructions: int
     loop_mfma: int
     loop_scratch: int
+
+    @property
+    def is_w4a16(self) -> bool:
+        """Whether it multiplies in bf16 what it converted from FP4, and nothing else."""
+        kinds = [name.rpartition("_")[2] for name in self.mfma]
+        return bool(kinds) and set(kinds) == {"bf16"} and self.fp4_conversions > 0
 
     @property
     def per_mfma(self) -> float:
@@ -71,10 +79,9 @@ def read(launch: Launch) -> KernelReport:
     Source: LLVM, AMDGPUUsage (code object V5 metadata, assembler directives).
     """
     notes = dict(re.findall(r"^[ -]+\.(\w+):\s+(\d+)$", launch.assembly, re.MULTILINE))
-    occupancy = int(re.findall(r"^; Occupancy: (\d+)", launch.assembly, re.MULTILINE)[0])
+    by_registers = int(re.findall(r"^; Occupancy: (\d+)", launch.assembly, re.MULTILINE)[0])
     waves = -(-int(notes["max_flat_workgroup_size"]) // WAVE)
-    if launch.lds_bytes:
-        occupancy = min(occupancy, LDS_BYTES // launch.lds_bytes * waves // SIMDS)
+    workgroups = min(by_registers * SIMDS // waves, LDS_BYTES // max(1, launch.lds_bytes))
     body, loops = _instructions(launch.assembly)
     text = Counter(body)
     main = max(loops, key=lambda loop: (_count(loop, "v_mfma"), -len(loop)), default=[])
@@ -89,11 +96,11 @@ def read(launch: Launch) -> KernelReport:
         lds_bytes=launch.lds_bytes,
         waves=waves,
         instructions=len(body),
-        occupancy=occupancy,
+        workgroups=workgroups,
+        occupancy=-(-workgroups * waves // SIMDS),
         mfma={name: n for name, n in text.items() if name.startswith("v_mfma")},
         fp4_conversions=sum(n for name, n in text.items() if name.startswith("v_cvt") and "fp4" in name),
-        lds_loads=sum(n for name, n in text.items() if name.endswith("_lds"))
-        + launch.assembly.count(" lds\n"),
+        lds_loads=text["lds"] + _count(body, "global_load_lds"),
         loop_instructions=len(main),
         loop_mfma=_count(main, "v_mfma"),
         loop_scratch=_count(main, "scratch_"),
@@ -101,20 +108,21 @@ def read(launch: Launch) -> KernelReport:
 
 
 def _instructions(assembly: str) -> tuple[list[str], list[list[str]]]:
-    """The mnemonics of a kernel in order, and those of each of its innermost loops."""
+    """The mnemonics of a kernel in order, and those of each of its loops."""
     body: list[str] = []
     labels: dict[str, int] = {}
-    spans: list[tuple[int, int]] = []
+    spans: dict[int, int] = {}
     lines = assembly.partition(".amdhsa_kernel")[0].splitlines()
     for line in (line.partition(";")[0].strip() for line in lines):
         if label := LABEL.match(line):
             labels[label[1]] = len(body)
         elif INSTRUCTION.match(line):
-            body.append(line.split()[0])
+            mnemonic, *operands = line.split()
+            # A buffer_load that ends in "lds" writes there, as global_load_lds does.
+            body.append("lds" if operands and operands[-1] == "lds" else mnemonic)
             if (branch := BRANCH.match(line)) and branch[1] in labels:
-                spans.append((labels[branch[1]], len(body)))
-    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    return body, [body[start:stop] for start, stop in inner]
+                spans[labels[branch[1]]] = len(body)
+    return body, [body[start:stop] for start, stop in spans.items()]
 
 
 def _count(mnemonics: list[str], prefix: str) -> int:
