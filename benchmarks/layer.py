@@ -9,19 +9,14 @@ ours. Every shape is checked against float64 first.
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-from random_moe import make_shape, random_tokens, random_weights, truth_and_plain
-from tolerance import assert_rows_close
-
 from vllm_mxfp4_gfx950 import backends, settings
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
+from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights, truth_and_plain
+from vllm_mxfp4_gfx950.tolerance import assert_rows_close
 
 CALLS = 16
 Layer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -19,10 +19,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-from random_moe import make_shape, random_tokens, random_weights
 
 from vllm_mxfp4_gfx950.backends import triton_package
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
+from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, decode
 
 ROOT = Path(__file__).parents[1]

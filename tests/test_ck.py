@@ -10,12 +10,12 @@ import aiter_stand_in
 import pytest
 import torch
 from aiter_stand_in import TREE, Rejected
-from random_moe import make_shape, random_tokens, random_weights, truth_and_plain
 from run_python import run_python
-from tolerance import assert_rows_close
 
 from vllm_mxfp4_gfx950.backends import ck, reference
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
+from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights, truth_and_plain
+from vllm_mxfp4_gfx950.tolerance import assert_rows_close
 
 pytestmark = pytest.mark.skipif(not (TREE / "aiter").is_dir(), reason=f"needs amd-aiter unpacked in {TREE}")
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from random_moe import make_shape, random_tokens, random_weights, truth_and_plain
-from tolerance import assert_rows_close
 
 from vllm_mxfp4_gfx950 import backends, settings
 from vllm_mxfp4_gfx950.backends import reference, triton_ogs
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
+from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights, truth_and_plain
+from vllm_mxfp4_gfx950.tolerance import assert_rows_close
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,9 +19,11 @@ MAY_IMPORT: dict[str, str] = {
     "settings": "mxfp4 moe",
     "tuning": "mxfp4 moe",
     "backends": "mxfp4 moe settings tuning",
+    "random_layer": "moe backends",
+    "tolerance": "",
     "vllm_plugin": "mxfp4 moe settings tuning backends",
-    "gfx950": "mxfp4 moe models settings tuning backends",
-    "commands": "mxfp4 moe models settings tuning backends gfx950",
+    "gfx950": "mxfp4 moe models settings tuning backends tolerance",
+    "commands": "mxfp4 moe models settings tuning backends gfx950 random_layer",
     "cli": "moe commands",
 }
 """Each part of the package, and the parts below it that it may import beside itself."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from random_moe import make_shape, random_tokens, random_weights
 
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.moe import (
@@ -18,6 +17,7 @@ from vllm_mxfp4_gfx950.moe import (
     pad_intermediate,
     tensor_shapes,
 )
+from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 
 GPT_OSS_20B: dict[str, Any] = {
     "experts": 32,

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from interpreter import BROKEN, LAYERS, RANKS, TILED, UNPADDED, Case, check_layout, outcomes
-from random_moe import make_shape, random_weights, truth_and_plain
-from tolerance import assert_rows_close
 
 from vllm_mxfp4_gfx950.backends import reference, triton_matmul, triton_package
 from vllm_mxfp4_gfx950.moe import MoeShape, Mxfp4Error
+from vllm_mxfp4_gfx950.random_layer import make_shape, random_weights, truth_and_plain
+from vllm_mxfp4_gfx950.tolerance import assert_rows_close
 
 
 @pytest.fixture(scope="module")

@@ -106,13 +106,22 @@ def experts(
         token, slot = torch.where(local_ids == expert)
         if not token.numel():
             continue
-        w13 = dequantize(weights.w13[expert], weights.w13_scale[expert], compute_dtype)
-        w2 = dequantize(weights.w2[expert], weights.w2_scale[expert], compute_dtype)
-        rows = x[token].to(compute_dtype) @ w13.mT + weights.w13_bias[expert].to(compute_dtype)
-        rows = swiglu(rows, shape.alpha, shape.limit).to(x.dtype).to(compute_dtype)
-        rows = rows @ w2.mT + weights.w2_bias[expert].to(compute_dtype)
+        rows = up(x[token].to(compute_dtype), expert, weights, shape).to(x.dtype)
+        rows = down(rows.to(compute_dtype), expert, weights)
         out.index_add_(0, token, rows * topk_weights[token, slot, None].to(compute_dtype))
     return out.to(x.dtype)
+
+
+def up(x: torch.Tensor, expert: int, weights: MoeWeights, shape: MoeShape) -> torch.Tensor:
+    """One expert's w13, bias and SwiGLU: float[rows, H] to [rows, I], in the dtype of x."""
+    w13 = dequantize(weights.w13[expert], weights.w13_scale[expert], x.dtype)
+    return swiglu(x @ w13.mT + weights.w13_bias[expert].to(x.dtype), shape.alpha, shape.limit)
+
+
+def down(x: torch.Tensor, expert: int, weights: MoeWeights) -> torch.Tensor:
+    """One expert's w2 and bias: float[rows, I] to [rows, H], in the dtype of x."""
+    w2 = dequantize(weights.w2[expert], weights.w2_scale[expert], x.dtype)
+    return x @ w2.mT + weights.w2_bias[expert].to(x.dtype)
 
 
 @torch.library.custom_op("vllm_mxfp4::reference_moe", mutates_args=())

@@ -1,0 +1,77 @@
+"""The one rule by which kernels are compared with float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+FACTOR = 2.0
+"""A row may err this many times as much as plain bf16 torch does on it."""
+
+BACKSTOP = 2.0**-4
+"""No element may err by more than this fraction of its row's largest."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far rows are from the truth.
+
+    Args:
+        frobenius: the error's Frobenius norm over the truth's.
+        row: the worst row's error over what it may be; up to 1 is within the rule.
+        element: the worst element's error as a fraction of its row's largest.
+        miss: what breaks the rule; "" when nothing does.
+    """
+
+    frobenius: float
+    row: float
+    element: float
+    miss: str
+
+
+def compare(
+    got: torch.Tensor, truth: torch.Tensor, plain: torch.Tensor, where: torch.Tensor | None = None
+) -> Comparison:
+    """Every row's relative RMS error is at most twice plain bf16's, and no element is far off.
+
+    Args:
+        got: [T, H], what the backend under test computed.
+        truth: fp64[T, H], on the same dequantized weights.
+        plain: bf16[T, H], the same computation with every step in bf16 torch.
+        where: bool[T, H], the elements to compare; None for all.
+    """
+    assert truth.dtype == torch.float64
+    got, plain = got.to(truth), plain.to(truth)
+    if where is not None:
+        got, truth, plain = (each.masked_fill(~where, 0) for each in (got, truth, plain))
+    if not got.isfinite().all():
+        wrong = int((~got.isfinite()).sum())
+        return Comparison(float("inf"), float("inf"), float("inf"), f"{wrong} elements are not finite")
+    tiny = torch.finfo(torch.float64).tiny
+    size = truth.square().mean(dim=1).sqrt().clamp(min=tiny)
+    error = (got - truth).square().mean(dim=1).sqrt() / size
+    allowed = FACTOR * (plain - truth).square().mean(dim=1).sqrt() / size
+    element = (got - truth).abs().amax(dim=1) / truth.abs().amax(dim=1).clamp(min=tiny)
+    worst = int((error - allowed).argmax())
+    miss = ""
+    if (error > allowed).any():
+        miss = (
+            f"row {worst} errs by {error[worst]:.2e} (relative RMS), {allowed[worst]:.2e} is allowed; "
+            f"{int((error > allowed).sum())} of {len(error)} rows are out"
+        )
+    elif (element > BACKSTOP).any():
+        miss = f"row {int(element.argmax())} has an element off by {element.max():.2e} of its row's largest"
+    return Comparison(
+        frobenius=float((got - truth).norm() / truth.norm().clamp(min=tiny)),
+        row=float((error / allowed.clamp(min=tiny)).nan_to_num(0).max()),
+        element=float(element.max()),
+        miss=miss,
+    )
+
+
+def assert_rows_close(got: torch.Tensor, truth: torch.Tensor, plain: torch.Tensor) -> None:
+    """Raise AssertionError where `compare` finds a miss."""
+    miss = compare(got, truth, plain).miss
+    if miss:
+        raise AssertionError(miss)
