@@ -1,1 +1,1 @@
-"""Proof without the hardware: compile for gfx950 anywhere, and read what the compiler made."""
+"""Proof without the hardware: compile for gfx950 anywhere, read what the compiler made, and execute it."""

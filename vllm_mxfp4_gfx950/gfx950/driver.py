@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ DEVICE = 950
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch that did not happen.
+    """One kernel launch, which Triton left to the stand-in.
 
     Args:
         name: the kernel's name.
@@ -35,6 +36,7 @@ class Launch:
         lds_bytes: LDS that Triton allots to a workgroup at launch.
         grid: workgroups in x, y and z.
         arguments: the values that the kernel's parameters were bound to, constants included.
+        signature: Triton's type of each parameter, by name: "constexpr" for constants, tuples for tuples.
     """
 
     name: str
@@ -42,6 +44,20 @@ class Launch:
     lds_bytes: int
     grid: tuple[int, int, int]
     arguments: tuple[Any, ...]
+    signature: dict[str, Any] = field(default_factory=dict)
+
+    def values(self) -> list[tuple[str, Any]]:
+        """Name and value of each parameter that is not a constant, those inside tuples one by one."""
+
+        def flat(name: str, kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
+            if isinstance(kind, tuple):
+                for index, inner in enumerate(zip(kind, value, strict=True)):
+                    yield from flat(f"{name}.{index}", *inner)
+            elif kind != "constexpr":
+                yield name, value
+
+        pairs = zip(self.signature.items(), self.arguments, strict=True)
+        return [found for (name, kind), value in pairs for found in flat(name, kind, value)]
 
 
 class _Utils:
@@ -68,13 +84,15 @@ class _Driver(DriverBase):  # type: ignore[misc]
     def __init__(self, on_launch: Callable[[Launch], None]) -> None:
         super().__init__()
         self.utils = _Utils()
-        self.launcher_cls = lambda source, metadata: self._launch
+        self.launcher_cls = lambda source, metadata: partial(self._launch, source.signature)
         self._on_launch = on_launch
 
-    def _launch(self, x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
+    def _launch(
+        self, signature: dict[str, Any], x: int, y: int, z: int, stream: int, function: Any, *rest: Any
+    ) -> None:
         # Before the arguments: packed metadata, launch metadata, and the two hooks.
         name, assembly, lds_bytes = function
-        self._on_launch(Launch(name, assembly, lds_bytes, (x, y, z), rest[4:]))
+        self._on_launch(Launch(name, assembly, lds_bytes, (x, y, z), rest[4:], dict(signature)))
 
     @classmethod
     def is_active(cls) -> bool:

@@ -1,0 +1,141 @@
+"""Instructions that reach across lanes: matrices, permutations, and EXEC itself."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from vllm_mxfp4_gfx950.gfx950.driver import WAVE
+from vllm_mxfp4_gfx950.gfx950.emulator.access import issue
+from vllm_mxfp4_gfx950.gfx950.emulator.arithmetic import Array
+from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault
+from vllm_mxfp4_gfx950.gfx950.emulator.operands import LANE, Effect, Form, Machine, Unknown, scalar_read
+from vllm_mxfp4_gfx950.gfx950.emulator.waves import Outstanding, Waves
+
+
+def matrix(form: Form, rows: int, depth: int) -> Effect:
+    """D = A B + C on bf16 matrices, for all lanes whatever EXEC says.
+
+    A lane l holds 8 values along k, from k = 8 * (l // rows), of A's row and of B's column l % rows;
+    and of D and C, in register r, row 8 * (r // 4) + 4 * (l // rows) + r % 4 of 32 (4 * (l // rows) + r
+    of 16), column l % rows.
+    """
+    form.all_lanes = True
+    d, a, b = form.target(), form.source(), form.source()
+    c = form.source()
+    groups = WAVE // rows
+
+    def operand(waves: Waves, first: int) -> Array:
+        raw = waves.v[first : first + 4].reshape(4, len(waves), groups, rows)
+        values = np.empty((len(waves), rows, groups, 4, 2), np.float32)
+        values[..., 0] = (raw << np.uint32(16)).view(np.float32).transpose(1, 3, 2, 0)
+        values[..., 1] = (raw & np.uint32(0xFFFF0000)).view(np.float32).transpose(1, 3, 2, 0)
+        return values.reshape(len(waves), rows, depth)
+
+    def effect(waves: Waves, machine: Machine) -> None:
+        count = len(waves)
+        product = operand(waves, a.register) @ operand(waves, b.register).transpose(0, 2, 1)
+        parts = product.reshape(count, d.count // 4, groups, 4, rows).transpose(1, 3, 0, 2, 4)
+        out = parts.reshape(d.count, count, WAVE)
+        if c.kind == "v":
+            out = out + waves.v[c.register : c.register + c.count].view(np.float32)
+        elif c.constant != "0":
+            raise Unknown(f"a matrix of {c.constant} is not something the emulator knows")
+        waves.v[d.register : d.register + d.count] = out.view(np.uint32)
+        for register in d.registers:
+            if not waves.v_all[register]:
+                waves.v_known[register] = ~np.uint64(0)
+                waves.v_all[register] = True
+
+    return effect
+
+
+def read_first_lane(form: Form) -> Effect:
+    """A vector register's first active lane, to a scalar register."""
+    target, source = form.target(), form.source()
+
+    def effect(waves: Waves, machine: Machine) -> None:
+        first = np.where(waves.exec != 0, waves.lanes.argmax(axis=1), 0)
+        waves.write_s(target.register, waves.v[source.register][np.arange(len(waves)), first])
+
+    return effect
+
+
+def read_lane(form: Form) -> Effect:
+    """A vector register's lane of a given number, to a scalar register."""
+    target, source, lane = form.target(), form.parse(form.texts.pop(0)), form.source()
+    form.writes.add(source.register)
+    number = scalar_read("u32", lane)
+
+    def effect(waves: Waves, machine: Machine) -> None:
+        lanes = np.broadcast_to(number(waves) & 63, (len(waves),)).astype(np.int64)
+        known = waves.v_known[source.register] >> lanes.astype(np.uint64)
+        if not (known & np.uint64(1)).all():
+            raise Fault(f"reads vector register {source.register} of a lane in which nothing has written it")
+        waves.write_s(target.register, waves.v[source.register][np.arange(len(waves)), lanes])
+
+    return effect
+
+
+def swap(form: Form, size: int) -> Effect:
+    """Exchange odd rows of `size` lanes of the first register with even rows of the second."""
+    form.all_lanes = True
+    first, second = form.source().register, form.source().register
+    odd = LANE // size % 2 == 1
+
+    def effect(waves: Waves, machine: Machine) -> None:
+        if not waves.whole:
+            raise Unknown("a swap of lanes of which some are off is not something the emulator knows")
+        a, b = waves.v[first].copy(), waves.v[second].copy()
+        waves.v[first][:, odd] = b[:, ~odd]
+        waves.v[second][:, ~odd] = a[:, odd]
+
+    return effect
+
+
+def save_exec(form: Form) -> Effect:
+    """Save EXEC, then AND it with a mask."""
+    target, source = form.target(), form.source()
+    read = scalar_read("u64", source)
+
+    def effect(waves: Waves, machine: Machine) -> None:
+        mask = read(waves)
+        waves.write_pair(target.register, waves.exec)
+        waves.set_exec(waves.exec & mask)
+        waves.write_scc(waves.exec != 0)
+
+    return effect
+
+
+def permute(form: Form) -> Effect:
+    """Every lane reads the register of the lane that it names, times 4; a lane that is off gives 0."""
+    target, index, data = form.target(), form.source(), form.source()
+    offset = form.number("offset")
+    registers = frozenset(target.registers)
+
+    def effect(waves: Waves, machine: Machine) -> None:
+        lanes = ((waves.v[index.register] + np.uint32(offset)) >> np.uint32(2)) & np.uint32(63)
+        values = waves.v[data.register]
+        values = values if waves.whole else np.where(waves.lanes, values, 0)
+        waves.write_v(target.register, np.take_along_axis(values, lanes.astype(np.int64), axis=1))
+        issue(waves, waves.lds, Outstanding("lds", registers))
+
+    return effect
+
+
+def swizzle(form: Form) -> Effect:
+    """Every lane reads the register of the lane whose number differs in a bit; an idle lane is 0."""
+    target, source = form.target(), form.source()
+    match = re.fullmatch(r"swizzle\(SWAP,(\d+)\)", form.modifiers.pop("offset", ""))
+    if match is None:
+        raise Unknown(f"{form.instruction.text} is not a swizzle that the emulator knows")
+    lanes, registers = LANE ^ int(match[1]), frozenset(target.registers)
+
+    def effect(waves: Waves, machine: Machine) -> None:
+        values = waves.v[source.register]
+        values = values if waves.whole else np.where(waves.lanes, values, 0)
+        waves.write_v(target.register, values[:, lanes])
+        issue(waves, waves.lds, Outstanding("lds", registers))
+
+    return effect
