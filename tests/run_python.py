@@ -11,13 +11,19 @@ OURS = ("PYTHONPATH", "VLLM_PLUGINS", "VLLM_MXFP4_BACKEND", "VLLM_MXFP4_STRICT")
 
 
 def run_python(
-    arguments: Sequence[str], path: Sequence[Path] = (), **environment: str
+    arguments: Sequence[str],
+    path: Sequence[Path] = (),
+    stdin: str | None = None,
+    timeout: int = 120,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run this interpreter on this machine's packages, without a GPU and without the caller's settings.
 
     Args:
         arguments: of the command line.
         path: directories that come before the project's own and before the installed packages.
+        stdin: what it reads.
+        timeout: in seconds.
         environment: variables to set.
     """
     inherited = {name: value for name, value in os.environ.items() if name not in OURS}
@@ -30,5 +36,6 @@ def run_python(
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=timeout,
+        input=stdin,
     )

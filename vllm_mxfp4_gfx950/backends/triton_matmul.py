@@ -187,6 +187,17 @@ def route(prepared: Prepared, router_logits: torch.Tensor) -> tuple[Any, Any, to
     return chosen, remap_ragged_tensor_metadata(ragged, prepared.expert_map), here
 
 
+def choices(prepared: Prepared, router_logits: torch.Tensor) -> triton_package.Choices:
+    """The routing of some logits, for comparison; `run` does not need it in this form."""
+    chosen, _, _ = route(prepared, router_logits)
+    by_expert, count = chosen.mask_metadata.col_sorted_indx, chosen.mask_metadata.col_sum
+    start = count.cumsum(0) - count
+    if prepared.expert_map is not None:
+        start, count = (each[prepared.expert_map >= 0] for each in (start, count))
+    weight = chosen.vals.flatten()[by_expert]
+    return triton_package.Choices(by_expert, weight, by_expert, start.tolist(), count.tolist())
+
+
 def _check_order(expert_map: torch.Tensor) -> None:
     # remap_ragged_tensor_metadata keeps the slices' sizes in the model's order but numbers them by the map.
     present = expert_map[expert_map >= 0].tolist()

@@ -184,6 +184,15 @@ def route(prepared: Prepared, router_logits: torch.Tensor) -> Any:
     return routing_from_bitmatrix(bitmatrix, weights, ids, local.count, prepared.topk)
 
 
+def choices(prepared: Prepared, router_logits: torch.Tensor) -> triton_package.Choices:
+    """The routing of some logits, for comparison; `run` does not need it in this form."""
+    data, gather, _ = route(prepared, router_logits)
+    position, count = gather.src_indx, data.expt_hist
+    output = torch.arange(len(position), device=position.device)
+    start = count.cumsum(0) - count
+    return triton_package.Choices(position, data.gate_scal, output, start.tolist(), count.tolist())
+
+
 def _local_experts(expert_map: torch.Tensor) -> LocalExperts:
     absent = expert_map < 0
     # Present experts by local index, then the absent ones.

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +36,24 @@ HOPPER_K = 64
 
 EXPERTS_AT_ONCE = 4
 """Swizzled together: enough to keep the GPU busy, few enough that the temporaries stay small."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The routing as the matmuls see it: the rows that they compute, sorted by expert.
+
+    Args:
+        position: int[rows], token * topk + slot of each row, a token's slots being in its experts' order.
+        weight: [rows], of the row in its token's sum.
+        output: int[rows], the row of w2's result that each becomes, before a token's rows are summed.
+        start, count: of each of this rank's experts, its first row and how many it has.
+    """
+
+    position: torch.Tensor
+    weight: torch.Tensor
+    output: torch.Tensor
+    start: list[int]
+    count: list[int]
 
 
 def locate() -> Path | None:

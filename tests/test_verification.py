@@ -1,0 +1,201 @@
+"""Layers on the emulated gfx950, through the code that serves, with Tritons of both generations."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+from run_python import ROOT, run_python
+
+from vllm_mxfp4_gfx950.gfx950.verification import MAX_FROBENIUS
+
+PACKAGES, TRITONS = ROOT / ".venv/packages", ROOT / ".venv/triton"
+KERNELS = {
+    "matmul_ogs": PACKAGES / "vllm-0.33.0/vllm/third_party",
+    "matmul": PACKAGES / "tokenspeed-triton-kernels",
+}
+BACKENDS = {"matmul_ogs": "triton_ogs", "matmul": "triton_matmul"}
+IN_CI = [("3.6.0", "matmul_ogs"), ("3.8.0", "matmul")]
+EVERY = [
+    *((release, "matmul_ogs") for release in ("3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")),
+    *((release, "matmul") for release in ("3.8.0", "3.9.0")),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and its tokens.
+
+    Args:
+        shape: experts, global_experts, topk, hidden, intermediate.
+        tokens: T.
+        tile: as TileConfig, for w13, and for w2 where it may be split so; None for those of the table.
+        unchosen: an expert that no token chooses.
+        expert_map: as in MoeWeights.
+        sample: workgroups of each matmul to execute; None for all.
+    """
+
+    shape: tuple[int, int, int, int, int]
+    tokens: int
+    tile: tuple[int, ...] | None = None
+    unchosen: int | None = None
+    expert_map: tuple[int, ...] | None = None
+    sample: int | None = None
+
+    def __str__(self) -> str:
+        experts, of, topk, hidden, intermediate = self.shape
+        name = f"E{experts}-k{topk}-T{self.tokens}-H{hidden}-I{intermediate}"
+        name += f"-of{of}" if of != experts else ""
+        name += "-tile" + "x".join(map(str, self.tile)) if self.tile else ""
+        name += "-unchosen" if self.unchosen is not None else ""
+        return name + (f"-sample{self.sample}" if self.sample else "")
+
+
+FULL = Case((32, 32, 4, 2880, 2880), 1)
+SPLIT = (16, 64, 256, 2, 4, 1, 0)
+FEW = [
+    Case((4, 4, 1, 256, 320), 1),
+    Case((8, 8, 2, 320, 256), 3),
+    Case((4, 4, 4, 320, 320), 16),
+    Case((8, 8, 2, 256, 256), 64, unchosen=3),
+    Case((32, 32, 4, 320, 256), 256),
+    Case((4, 4, 2, 2880, 320), 3),
+    Case((4, 4, 2, 2880, 320), 3, tile=SPLIT),
+    Case((4, 8, 2, 320, 320), 16, expert_map=(-1, 0, 1, -1, -1, 2, 3, -1)),
+    FULL,
+    Case((32, 32, 4, 2880, 2880), 1024, sample=16),
+]
+"""What CI executes."""
+
+MANY = [
+    *FEW,
+    *(
+        Case((experts, experts, topk, hidden, intermediate), tokens)
+        for tokens, (experts, topk), (hidden, intermediate) in itertools.product(
+            (1, 3, 16, 64, 256),
+            ((4, 1), (8, 2), (32, 4)),
+            ((256, 320), (320, 256), (320, 2880), (2880, 320)),
+        )
+    ),
+    *(Case((8, 8, 2, 320, 256), tokens, tile=SPLIT) for tokens in (1, 3, 16, 64, 256)),
+    *(Case((8, 8, 2, 320, 256), tokens, unchosen=0) for tokens in (1, 3, 16, 64, 256)),
+    *(
+        Case((4, 8, 2, 320, 320), tokens, expert_map=(-1, 0, 1, -1, -1, 2, 3, -1))
+        for tokens in (1, 3, 64, 256)
+    ),
+]
+"""What `pytest -m emulate` executes with every Triton."""
+
+
+def tiles_of(triton: str, kernels: str) -> list[Case]:
+    """A layer for each tile that the table has for a Triton, with blocks enough for any pipeline."""
+    table = json.loads((ROOT / "vllm_mxfp4_gfx950/tables/gfx950.json").read_text())
+    release = triton.rpartition(".")[0]
+    tiles = {tuple(row[8:]) for row in table["rows"] if row[:2] == [kernels, release]}
+    return [Case((4, 4, 2, 832, 576), 64, tile=tile) for tile in sorted(tiles)]
+
+
+@functools.cache
+def emulated(triton: str, kernels: str, cases: tuple[Case, ...]) -> CompletedProcess[str]:
+    """Execute cases in a process that has this Triton and these kernels."""
+    paths = [KERNELS[kernels], ROOT / "tests"]
+    if triton != version("triton"):
+        paths.insert(0, TRITONS / triton)
+    for path in paths:
+        if not path.is_dir():
+            pytest.skip(f"needs {path.relative_to(ROOT)}: make test-emulated")
+    return run_python(
+        [str(ROOT / "tests/emulate_layers.py")],
+        path=paths,
+        stdin=json.dumps([asdict(case) for case in cases]),
+        timeout=3600,
+    )
+
+
+def ids(values: Any) -> str:
+    """Readable names of parameters."""
+    return "-".join(values) if isinstance(values, tuple) else str(values)
+
+
+def assert_right(pair: tuple[str, str], cases: list[Case], case: Case) -> None:
+    """Routing exact, and every stage within DESIGN.md's rule and 4e-3."""
+    result = emulated(*pair, tuple(cases))
+    assert result.returncode == 0, result.stderr
+    found, kernels = json.loads(result.stdout)[cases.index(case)], pair[1]
+    assert found["backend"] == BACKENDS[kernels]
+    checks = {check["stage"]: check for check in found["checks"]}
+    assert list(checks) == ["routing", "w13", "w2", *(["layer"] if case.sample is None else [])]
+    for stage, check in checks.items():
+        assert check["miss"] == "", stage
+    # A split K leaves partial sums, and the matmul generation splits w13 only.
+    split = case.tile is not None and case.tile[3] > 1
+    partial = {"routing", "w13", *(["w2"] if kernels == "matmul_ogs" else [])} if split else {"routing"}
+    for stage, check in checks.items():
+        if stage in partial:
+            assert (check["frobenius"], check["row"]) == (None, None)
+        else:
+            assert 0 < check["frobenius"] <= MAX_FROBENIUS
+            assert 0 < check["row"] <= 1
+    for stage in ("w13", "w2"):
+        counts = checks[stage]["counts"]
+        assert counts["mnemonics"]["v_mfma_f32_16x16x32_bf16"] == counts["instructions"]["matrix"] > 0
+        assert counts["instructions"]["fp4"] > 0
+        assert counts["instructions"]["scratch"] == 0
+        executed, workgroups = checks[stage]["executed"], checks[stage]["workgroups"]
+        assert executed == (workgroups if case.sample is None else case.sample)
+
+
+@pytest.mark.compile
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", FEW, ids=ids)
+@pytest.mark.parametrize("pair", IN_CI, ids=ids)
+def test_layer(pair: tuple[str, str], case: Case) -> None:
+    """Routing, w13 with SwiGLU, w2 and the sum over a token's experts, on gfx950's instructions."""
+    assert_right(pair, FEW, case)
+
+
+@pytest.mark.compile
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("pair", IN_CI, ids=ids)
+def test_weights_are_read_once(pair: tuple[str, str]) -> None:
+    """One token of GPT-OSS-20B: its four experts' blocks exactly, and their scales up to K's whole tiles."""
+    checks = json.loads(emulated(*pair, tuple(FEW)).stdout)[FEW.index(FULL)]["checks"]
+    for check, rows in zip(checks[1:3], (5760, 2880), strict=True):
+        read = check["counts"]["bytes_read"]
+        assert read["W+WPtr"] == 4 * rows * 2880 // 2
+        assert read["WMxScale"] == 4 * rows * 3072 // 32
+
+
+@pytest.mark.compile
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("pair", "case"), [(pair, case) for pair in IN_CI for case in tiles_of(*pair)], ids=ids
+)
+def test_tile(pair: tuple[str, str], case: Case) -> None:
+    """Every tile that serves with these two Tritons."""
+    assert_right(pair, tiles_of(*pair), case)
+
+
+@pytest.mark.emulate
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("pair", "case"), [(pair, case) for pair in EVERY for case in tiles_of(*pair)], ids=ids
+)
+def test_every_tile(pair: tuple[str, str], case: Case) -> None:
+    """Every tile that serves, with its Triton."""
+    assert_right(pair, tiles_of(*pair), case)
+
+
+@pytest.mark.emulate
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("case", MANY, ids=ids)
+@pytest.mark.parametrize("pair", EVERY, ids=ids)
+def test_every_layer(pair: tuple[str, str], case: Case) -> None:
+    """The same with every Triton, on many more sizes."""
+    assert_right(pair, MANY, case)

@@ -1,0 +1,90 @@
+"""The command that executes a layer on the emulated gfx950: what it prints, and that it can fail."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+from run_python import ROOT, run_python
+
+pytestmark = pytest.mark.compile
+
+SIZES = {"num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 288, "intermediate_size": 256}
+
+
+def verify(tmp_path: Path, packages: Path, *arguments: str, ours: Path = ROOT) -> CompletedProcess[str]:
+    """Run the command on a small model, with Triton 3.6.0 and a copy of ours."""
+    triton = ROOT / ".venv/triton/3.6.0"
+    if not triton.is_dir():
+        pytest.skip("needs .venv/triton/3.6.0: make .venv/triton/3.6.0")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(SIZES))
+    command = ["-m", "vllm_mxfp4_gfx950.cli", "verify", f"--model={config}", *arguments]
+    path = [ours, triton, packages / "vllm-0.33.0/vllm/third_party"]
+    # Without PYTHONSAFEPATH, the working directory's package would come before the copy.
+    return run_python(command, path=path, PYTHONSAFEPATH="1")
+
+
+def test_right(tmp_path: Path, packages: Path) -> None:
+    """A line for every stage; the layer as a whole where every workgroup was executed."""
+    result = verify(tmp_path, packages, "--tokens", "1", "40", "--sample", "4")
+    assert result.returncode == 0, result.stderr
+    first, header, *rows = result.stdout.splitlines()
+    assert "triton_ogs" in first
+    assert "emulated gfx950" in first
+    assert header.split()[:3] == ["tokens", "stage", "workgroups"]
+    assert [row.split()[:2] for row in rows] == [
+        [tokens, stage] for tokens in ("1", "40") for stage in ("routing", "w13", "w2")
+    ]
+    assert all(row.endswith("  ok") for row in rows)
+    assert rows[1].split()[2].startswith("4/")
+
+
+def test_json(tmp_path: Path, packages: Path) -> None:
+    """Everything that was counted."""
+    result = verify(tmp_path, packages, "--tokens", "3", "--json")
+    facts = json.loads(result.stdout)
+    assert result.returncode == 0
+    assert facts["right"]
+    assert facts["fault"] == ""
+    routing, w13, w2, layer = facts["checks"]
+    assert (routing["stage"], layer["stage"]) == ("routing", "layer")
+    # In bf16, a row for each of the two experts of each of the three tokens.
+    assert w13["counts"]["bytes_written"]["Y+YPtr"] == 3 * 2 * 256 * 2
+    assert w2["counts"]["bytes_written"]["Y+YPtr"] == 3 * 2 * 288 * 2
+    assert 0 < layer["frobenius"] < 4e-3
+    assert 0 < layer["row"] < 1
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "complaint"),
+    [
+        pytest.param("triton_ogs.py", "(shape.alpha, ", "(1.0, ", "w13 +[0-9/]+ .*FAIL row", id="alpha"),
+        pytest.param(
+            "triton_package.py",
+            "return torch.nn.functional.pad(scales, (0, -groups % SCALE_GROUPS, 0, -rows % SCALE_ROWS))",
+            "return torch.nn.functional.pad(scales, (0, -groups % SCALE_GROUPS, 0, -rows % 32))",
+            "FAIL _matmul.*, line [0-9]+: \\w+_load_.*: reads [0-9]+ bytes at .* bytes into ",
+            id="unpadded",
+        ),
+    ],
+)
+def test_wrong(tmp_path: Path, packages: Path, file: str, old: str, new: str, complaint: str) -> None:
+    """A package that computes something else, or reads what is not its own, makes the command fail."""
+    shutil.copytree(ROOT / "vllm_mxfp4_gfx950", tmp_path / "vllm_mxfp4_gfx950")
+    edited = tmp_path / "vllm_mxfp4_gfx950/backends" / file
+    assert edited.read_text().count(old) == 1
+    edited.write_text(edited.read_text().replace(old, new))
+    result = verify(tmp_path, packages, "--tokens", "3", ours=tmp_path)
+    assert result.returncode == 1, result.stderr
+    assert re.search(complaint, result.stdout), result.stdout
+
+
+@pytest.mark.parametrize("arguments", [("--sample", "-1"), ("--tokens", "0")])
+def test_bad_arguments(tmp_path: Path, packages: Path, arguments: tuple[str, str]) -> None:
+    """Refused by name."""
+    result = verify(tmp_path, packages, *arguments)
+    assert result.returncode == 2
+    assert f"{arguments[0]} must be" in result.stderr
