@@ -65,7 +65,7 @@ def serve(checkpoint: Path, prompts: list[list[int]], tokens: int, **arguments: 
         tokens: how many to generate for each.
         arguments: of vllm.LLM.
     """
-    return _in_engine_process(_serve, checkpoint, prompts, tokens, arguments)
+    return _in_engine_process(serve_here, checkpoint, prompts, tokens, arguments)
 
 
 def score(checkpoint: Path, sequences: list[list[int]], **arguments: Any) -> np.ndarray:
@@ -102,10 +102,11 @@ def _in_engine_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwar
 
 @functools.cache
 def _engine_process() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_start)
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=start)
 
 
-def _start() -> None:
+def start() -> None:
+    """Make this process one for engines."""
     os.environ.update(ENVIRONMENT)
     torch.set_num_threads(1)
     import vllm  # noqa: F401
@@ -136,7 +137,8 @@ def _llm(checkpoint: Path, arguments: dict[str, Any]) -> Iterator[LLM]:
         gc.freeze()
 
 
-def _serve(checkpoint: Path, prompts: list[list[int]], tokens: int, arguments: dict[str, Any]) -> Served:
+def serve_here(checkpoint: Path, prompts: list[list[int]], tokens: int, arguments: dict[str, Any]) -> Served:
+    """What `serve` does, in this process."""
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=TOP)

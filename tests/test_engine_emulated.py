@@ -1,0 +1,155 @@
+"""GPT-OSS served by a real vLLM whose MoE layers run on the emulated gfx950: pytest -m emulate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import engine
+import pytest
+import tiny_checkpoint
+import torch
+from engine import FLAG, OUR_METHOD, Served
+from run_python import ROOT, run_python
+from tiny_checkpoint import TinyGptOss
+
+from vllm_mxfp4_gfx950.gfx950.layer import MATMULS
+
+pytestmark = pytest.mark.emulate
+
+MODEL = TinyGptOss(experts=4, topk=2, hidden=288, intermediate=160)
+"""The last tiles along each K and N are not full."""
+
+TOKENS = 6
+LENGTHS = (1, 3, 18, 33)
+"""Of the prompts: one token; around the sliding window of 16; two of its lengths."""
+
+CANDIDATES = 128
+"""Prompts of each length, of which one is served."""
+
+MARGIN = 0.6
+"""The best token's least lead, in log-probability; rounding to bf16 must change less than half of it."""
+
+Emulated = dict[str, Any]
+Serve = Callable[..., Emulated]
+
+
+def serve_reference(checkpoint: Path, prompts: list[list[int]]) -> Served:
+    """What the reference backend answers, on the CPU as it is."""
+    return engine.serve(checkpoint, prompts, TOKENS, quantization=FLAG, dtype="bfloat16")
+
+
+def margin(alternatives: dict[int, float]) -> float:
+    """The best token's lead."""
+    second, best = sorted(alternatives.values())[-2:]
+    return best - second
+
+
+@pytest.fixture(scope="module", name="checkpoint")
+def fixture_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-OSS."""
+    return tiny_checkpoint.write(MODEL, tmp_path_factory.mktemp("emulated") / "checkpoint")
+
+
+@pytest.fixture(scope="module", name="prompts")
+def fixture_prompts(checkpoint: Path) -> list[list[int]]:
+    """One of each length, whose answer does not hang on rounding."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (CANDIDATES, max(LENGTHS))
+    candidates = torch.randint(2, MODEL.vocab, shape, generator=generator).tolist()
+    prompts = [candidate[:length] for length in LENGTHS for candidate in candidates]
+    served = serve_reference(checkpoint, prompts)
+    decided = {
+        len(prompt): prompt
+        for prompt, logprobs in zip(prompts, served.logprobs, strict=True)
+        if min(map(margin, logprobs)) > MARGIN
+    }
+    assert len(decided) == len(LENGTHS), "all answers hang on rounding: take another seed"
+    return list(decided.values())
+
+
+@pytest.fixture(scope="module", name="reference")
+def fixture_reference(checkpoint: Path, prompts: list[list[int]]) -> Served:
+    """The answers to be met."""
+    return serve_reference(checkpoint, prompts)
+
+
+@pytest.fixture(scope="module", name="backend", params=["triton_matmul", "triton_ogs"])
+def fixture_backend(request: pytest.FixtureRequest) -> str:
+    """Each generation of triton_kernels."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", name="serve")
+def fixture_serve(
+    backend: str,
+    packages: Path,
+    checkpoint: Path,
+    prompts: list[list[int]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Serve:
+    """Serve the prompts with a generation's packages, and see which backend vLLM says it took."""
+    old = ROOT / ".venv/triton/3.6.0"
+    kernels, path, triton = {
+        "triton_matmul": (packages / "tokenspeed-triton-kernels", [], version("triton")),
+        "triton_ogs": (packages / "vllm-0.33.0/vllm/third_party", [old], old.name),
+    }[backend]
+    if not all(directory.is_dir() for directory in path):
+        pytest.skip("needs .venv/triton/3.6.0: make .venv/triton/3.6.0")
+
+    def run(kernel: str) -> Emulated:
+        answers = tmp_path_factory.mktemp("emulated") / "answers.json"
+        script = str(Path(__file__).with_name("serve_emulated.py"))
+        command = [script, str(checkpoint), json.dumps(prompts), str(TOKENS), kernel, str(answers)]
+        result = run_python(command, path=[*path, kernels], timeout=600)
+        assert result.returncode == 0, result.stdout + result.stderr
+        source = f"triton_kernels in {kernels / 'triton_kernels'}, triton {triton}"
+        assert f"MoE layers run through {backend} on gfx950 ({source})" in result.stdout + result.stderr
+        served: Emulated = json.loads(answers.read_text())
+        return served
+
+    return run
+
+
+@pytest.fixture(scope="module", name="emulated")
+def fixture_emulated(serve: Serve) -> Emulated:
+    """What was served with the kernels as they are."""
+    return serve("sound")
+
+
+def test_same_tokens_as_the_reference(reference: Served, emulated: Emulated) -> None:
+    """Every token, and by less than half of its lead the log-probabilities that decide it."""
+    leads, errors = [], []
+    for expected, found in zip(reference.logprobs, emulated["logprobs"], strict=True):
+        for step, alternatives in zip(expected, found, strict=True):
+            leads.append(margin(step))
+            # The two report 20 alternatives each, and may differ in the last.
+            errors += [abs(step[int(i)] - p) for i, p in alternatives.items() if int(i) in step]
+    print(f"smallest lead {min(leads):.3f}, largest difference of {len(errors)} logprobs {max(errors):.3f}")
+    assert emulated["token_ids"] == reference.token_ids
+    assert len(errors) > 15 * len(leads)
+    assert max(errors) < min(leads) / 2
+
+
+def test_every_layer_ran_on_the_emulator(prompts: list[list[int]], emulated: Emulated) -> None:
+    """Two matmuls a layer in each forward: one over the prompts, then one a token."""
+    assert emulated["moe_methods"] == [OUR_METHOD]
+    tokens = [sum(map(len, prompts)), *[len(prompts)] * (TOKENS - 1)]
+    assert [call["tokens"] for call in emulated["calls"]] == [n for n in tokens for _ in range(MODEL.layers)]
+    for call in emulated["calls"]:
+        w13, w2 = ((name, done) for name, done in call["kernels"] if name.startswith(MATMULS))
+        assert w13[0].endswith("_swiglu")
+        assert not w2[0].endswith("_swiglu")
+        assert w13[1] > 0
+        assert w2[1] > 0
+
+
+def test_a_wrong_instruction_shows(serve: Serve, reference: Served) -> None:
+    """Negative control: w13's kernel converts one pair of FP4 values in place of another."""
+    served = serve("broken")
+    same = [mine == theirs for mine, theirs in zip(served["token_ids"], reference.token_ids, strict=True)]
+    print(f"{same.count(False)} of {len(same)} answers differ")
+    assert not all(same)
