@@ -10,6 +10,7 @@ import torch
 
 from vllm_mxfp4_gfx950 import backends
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH, Launch, presented
+from vllm_mxfp4_gfx950.gfx950.emulator.execution import Counts, execute
 from vllm_mxfp4_gfx950.gfx950.report import KernelReport, read
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, tensor_shapes
 from vllm_mxfp4_gfx950.settings import Settings
@@ -48,6 +49,15 @@ class CompiledMatmul:
         return not (report.vgpr_spills or report.sgpr_spills or report.scratch_bytes)
 
 
+def first_experts(shape: MoeShape) -> torch.Tensor | None:
+    """The expert_map of the rank that holds the model's first experts; None when it holds all."""
+    if shape.experts == shape.global_experts:
+        return None
+    expert_map = torch.arange(shape.global_experts, dtype=torch.int32)
+    expert_map[shape.experts :] = -1
+    return expert_map
+
+
 class CompiledLayer:
     """One layer, prepared for gfx950 on the CPU from weights of no particular value.
 
@@ -63,13 +73,8 @@ class CompiledLayer:
         selection = backends.select(shape, ARCH, Settings(backend="triton"))
         self.backend: Any = selection.backend
         sizes = tensor_shapes(shape.experts, shape.hidden, shape.intermediate).items()
-        expert_map = None
-        if shape.experts < shape.global_experts:
-            expert_map = torch.arange(shape.global_experts, dtype=torch.int32)
-            expert_map[shape.experts :] = -1
-        weights = MoeWeights(
-            **{name: torch.empty(size, dtype=dtype) for name, (dtype, size) in sizes}, expert_map=expert_map
-        )
+        tensors = {name: torch.empty(size, dtype=dtype) for name, (dtype, size) in sizes}
+        weights = MoeWeights(**tensors, expert_map=first_experts(shape))
         with presented(lambda launch: None):
             self.prepared = self.backend.prepare(weights, shape)
 
@@ -84,6 +89,24 @@ class CompiledLayer:
     def tried(self, tokens: int, tile: TileConfig) -> list[CompiledMatmul]:
         """Both matmuls with one tile."""
         return [self._with_tiles(tokens, index, self.backend.to_opt_flags(tile)) for index in (0, 1)]
+
+    def executed(self, tokens: int, tile: TileConfig) -> list[Counts]:
+        """What the first workgroup of each matmul executes with one tile, on tokens that chose at random."""
+        found = []
+        rungs = Ladder((1,), (self.backend.to_opt_flags(tile),))
+        prepared = dataclasses.replace(self.prepared, flags=(rungs, rungs))
+        x = torch.zeros(tokens, self.shape.hidden, dtype=torch.bfloat16)
+        logits = torch.randn(tokens, self.shape.global_experts, generator=torch.Generator().manual_seed(0))
+
+        def run(launch: Launch) -> None:
+            if launch.name.startswith(MATMULS):
+                found.append(execute(launch, [0]))
+            else:
+                execute(launch)
+
+        with presented(run):
+            self.backend.run(prepared, x, logits.bfloat16())
+        return found
 
     def _with_tiles(self, tokens: int, index: int, flags: Any) -> CompiledMatmul:
         # The other matmul takes a tile that fits, so that one failure does not hide behind another.
