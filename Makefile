@@ -1,6 +1,7 @@
 # make         .venv: vLLM 0.32.0 for CPU, this project, and what the tests need
 # make demo    serves a tiny GPT-OSS through the plugin
 # make test    style, types and the test suite
+# make test-emulated  executes layers on the emulated gfx950 with every supported Triton, and serves from it
 # make compile-matrix   compiles every kernel for gfx950 with every supported Triton: a third of an hour
 # make tune    searches the tiles of gfx950's table anew
 # make clean   removes .venv
@@ -22,7 +23,7 @@ PLUGIN := pyproject.toml entry_points.cfg vllm_mxfp4_gfx950/__init__.py
 # pip does not byte-compile what it installs (--no-compile: half of the time it would take); the first import does.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: all demo test compile-matrix tune clean
+.PHONY: all demo test test-emulated compile-matrix tune clean
 all: .venv/.plugin
 
 .venv/.locked: $(LOCKS) $(VLLM_DISTRIBUTION)/pyproject.toml
@@ -55,6 +56,10 @@ test: .venv/.plugin .venv/triton/$(CI_TRITON)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest --no-skips
+
+test-emulated: .venv/.plugin $(TRITONS:%=.venv/triton/%)
+	@$(BIN)/python environments/fetch_packages.py .venv/packages
+	$(BIN)/pytest --no-skips -m emulate
 
 compile-matrix tune: .venv/.plugin $(TRITONS:%=.venv/triton/%)
 	@$(BIN)/python environments/fetch_packages.py .venv/packages
