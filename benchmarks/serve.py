@@ -62,6 +62,9 @@ ENGINES = {
 ROWS = [(1, 128, 128), (16, 128, 128), (64, 128, 128), (256, 128, 64), (16, 2048, 1)]
 """Batch size, input tokens, output tokens."""
 
+GRAPHS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+"""Batch sizes that get a graph: those of the rows, and what they pass through."""
+
 
 def measure(engine: str, rounds: int) -> None:
     """Start an engine in this process and print one JSON line a row."""
@@ -78,6 +81,7 @@ def measure(engine: str, rounds: int) -> None:
             gpu_memory_utilization=0.8,
             enable_prefix_caching=False,
             attention_backend="FLASH_ATTN",
+            compilation_config={"cudagraph_capture_sizes": GRAPHS},
             **ENGINES[engine][0],
         )
         print(f"engine {engine} ready after {time.perf_counter() - start:.0f} s", flush=True)

@@ -241,6 +241,7 @@ SCALAR = [
     ("s_mul_i32 s4, s0, s2", 0x12345, 0xFFFFFFFF, 0xFFFEDCBB, None),
     ("s_mul_i32 s4, s0, 0x420", 0x01000001, 0, 0x20000420, None),
     ("s_mov_b32 s4, s0\ns_mulk_i32 s4, 0xf000", 3, 0, 0xFFFFD000, None),
+    ("s_brev_b32 s4, s0", 0x80000012, 0, 0x48000001, None),
     ("s_not_b32 s4, s0", 0x0F0F00FF, 0, 0xF0F0FF00, 1),
     ("s_not_b32 s4, s0", M32, 0, 0, 0),
     ("s_or_b32 s4, s0, s2", 0x0F000001, 0x30000010, 0x3F000011, 1),
@@ -363,6 +364,8 @@ def test_saveexec(source: int, scc: int) -> None:
     assert (got.s[3] << 32 | got.s[2], got.exec, got.scc) == (SOME, SOME & source, bool(scc))
     got = run("s_and_saveexec_b64 s[2:3], vcc", vcc=source, exec_mask=SOME)
     assert (got.s[3] << 32 | got.s[2], got.exec, got.scc) == (SOME, SOME & source, bool(scc))
+    got = run("s_or_saveexec_b64 s[2:3], s[0:1]", s={0: source & M32, 1: source >> 32}, exec_mask=SOME)
+    assert (got.s[3] << 32 | got.s[2], got.exec, got.scc) == (SOME, SOME | source, True)
 
 
 TWO = [  # instructions of two sources a and b
@@ -402,6 +405,7 @@ THREE = [  # instructions of three sources a, b and c
     ("v_bitop3_b32 bitop3:0xf8", "a | b & c"),
     ("v_lshl_add_u32", "(a << (b & 31)) + c"),
     ("v_lshl_or_b32", "a << (b & 31) | c"),
+    ("v_max3_i32", "max(signed(a), signed(b), signed(c))"),
     ("v_max3_u32", "max(a, b, c)"),
     ("v_or3_b32", "a | b | c"),
     ("v_perm_b32", "byte_permute(a, b, c)"),
@@ -512,6 +516,8 @@ def test_bitop3_of_halves(code: str, table: int, third: str) -> None:
         ("v_xor_b32", "v10, v0, v1", "WORD_1", "DWORD", "WORD_1", "(v0 ^ v1 >> 16) << 16"),
         ("v_xor_b32", "v10, v0, v1", "DWORD", "DWORD", "BYTE_0", "v0 ^ v1 & 255"),
         ("v_xor_b32", "v10, v0, v10", "WORD_1", "DWORD", "DWORD", "(v0 ^ v10) << 16"),
+        ("v_add_u32", "v10, sext(v0), v1", "DWORD", "WORD_1", "DWORD", "signed(v0 >> 16, 16) + v1"),
+        ("v_add_u32", "v10, v0, sext(v1)", "DWORD", "DWORD", "BYTE_2", "v0 + signed(v1 >> 16 & 255, 8)"),
     ],
 )
 def test_sdwa(operation: str, operands: str, to: str, first: str, second: str, formula: str) -> None:
@@ -520,12 +526,37 @@ def test_sdwa(operation: str, operands: str, to: str, first: str, second: str, f
     check_lanes(f"{operation}_sdwa {operands} {select}", formula)
 
 
+@pytest.mark.parametrize(
+    ("code", "formula"),
+    [
+        (
+            "v_pk_lshlrev_b16 v10, v0, v1",
+            "(v1 << (v0 & 15)) & 0xFFFF | ((v1 >> 16) << (v0 >> 16 & 15)) << 16",
+        ),
+        ("v_pk_lshlrev_b16 v10, 7, v1 op_sel_hi:[0,1]", "(v1 << 7) & 0xFFFF | ((v1 >> 16) << 7) << 16"),
+        (
+            "v_pk_lshlrev_b16 v10, v0, v1 op_sel:[1,0] op_sel_hi:[0,0]",
+            "(v1 << (v0 >> 16 & 15)) & 0xFFFF | (v1 << (v0 & 15)) << 16",
+        ),
+        ("v_pk_max_u16 v10, v0, v1", "max(v0 & 0xFFFF, v1 & 0xFFFF) | max(v0 >> 16, v1 >> 16) << 16"),
+        ("v_pk_max_u16 v10, v0, 64 op_sel_hi:[1,0]", "max(v0 & 0xFFFF, 64) | max(v0 >> 16, 64) << 16"),
+    ],
+)
+def test_packed_halves(code: str, formula: str) -> None:
+    """Two halves, each by a half."""
+    check_lanes(code, formula)
+
+
 CARRY = [
     ("v_add_co_u32_e32 v10, vcc, 0x4000, v1", "0x4000 + v1"),
     ("v_add_co_u32_e32 v10, vcc, s4, v1", "s4 + v1"),
     ("v_addc_co_u32_e32 v10, vcc, 0, v1, vcc", "v1 + vcc"),
     ("v_addc_co_u32_e64 v10, s[8:9], v0, v1, vcc", "v0 + v1 + vcc"),
     ("v_addc_co_u32_e64 v10, s[8:9], 0, v1, s[6:7]", "v1 + m"),
+    ("v_subb_co_u32_e32 v10, vcc, v0, v1, vcc", "v0 - v1 - vcc"),
+    ("v_subb_co_u32_e64 v10, s[8:9], v0, v1, s[6:7]", "v0 - v1 - m"),
+    ("v_subbrev_co_u32_e32 v10, vcc, 0, v1, vcc", "v1 - vcc"),
+    ("v_subbrev_co_u32_e64 v10, s[8:9], v0, v1, s[6:7]", "v1 - v0 - m"),
     ("v_sub_co_u32_e64 v10, s[8:9], s4, 1", "s4 - 1"),
     ("v_sub_co_u32_e64 v10, s[8:9], v0, v1", "v0 - v1"),
     ("v_mad_u64_u32 v[10:11], s[8:9], v0, s4, v[2:3]", "v0 * s4 + q2"),

@@ -139,6 +139,12 @@ def add_carry(a: Array, b: Array, carry: Array | None = None) -> tuple[Array, Ar
     return wide.astype(np.uint32), wide >> np.uint64(32) != 0
 
 
+def subtract_borrow(a: Array, b: Array, borrow: Array) -> tuple[Array, Array]:
+    """a - b - borrow, and the borrow out."""
+    less = b.astype(np.uint64) + borrow.astype(np.uint64)
+    return (a - less).astype(np.uint32), a < less
+
+
 def subtract(a: Array, b: Array, clamp: str | None = None) -> Array:
     """a - b, not below zero when clamped."""
     return a - b if clamp is None else np.where(a < b, np.uint32(0), a - b)
@@ -369,6 +375,20 @@ def identity(x: Array) -> Array:
     return x
 
 
+def by_halves(function: Callable[..., Array]) -> Callable[..., Array]:
+    """A function of 16 bits on both halves of registers; op_sel and op_sel_hi choose each operand's."""
+
+    def packed(a: Array, b: Array, op_sel: str = "[0,0]", op_sel_hi: str = "[1,1]") -> Array:
+        halves = []
+        for chosen in (op_sel, op_sel_hi):
+            upper = chosen.strip("[]").split(",")
+            pair = [x >> np.uint32(16) if u == "1" else x for x, u in zip((a, b), upper, strict=True)]
+            halves.append(function(*(x.astype(np.uint16) for x in pair)).astype(np.uint32))
+        return halves[0] | halves[1] << np.uint32(16)
+
+    return packed
+
+
 def select(a: Array, b: Array, mask: Array) -> Array:
     """b where the mask is set, else a."""
     return np.where(mask, b, a)
@@ -424,6 +444,7 @@ VECTOR: dict[str, Op] = {
     "v_max3_f32": op("f32 = f32 f32 f32", lambda a, b, c: maximum(maximum(a, b), c)),
     "v_max3_u32": op("u32 = u32 u32 u32", lambda a, b, c: np.maximum(np.maximum(a, b), c)),
     "v_max_f32": op(F32, maximum),
+    "v_max3_i32": op("i32 = i32 i32 i32", lambda a, b, c: np.maximum(np.maximum(a, b), c)),
     "v_max_i32": op(I32, np.maximum),
     "v_max_u16": op(U16, np.maximum),
     "v_max_u32": op(U32, np.maximum),
@@ -444,9 +465,13 @@ VECTOR: dict[str, Op] = {
     "v_perm_b32": op("u32 = u32 u32 u32", permute_bytes),
     "v_pk_add_f32": op("f32x2 = f32x2 f32x2", np.add),
     "v_pk_fma_f32": op("f32x2 = f32x2 f32x2 f32x2", fma),
+    "v_pk_lshlrev_b16": op(U32, by_halves(lambda a, b: b << (a & 15)), "op_sel", "op_sel_hi"),
+    "v_pk_max_u16": op(U32, by_halves(np.maximum), "op_sel", "op_sel_hi"),
     "v_pk_mul_f32": op("f32x2 = f32x2 f32x2", np.multiply),
     "v_rcp_f32": op("f32 = f32", reciprocal),
     "v_rcp_iflag_f32": op("f32 = f32", reciprocal),
+    "v_subb_co_u32": op("u32 mask = u32 u32 mask", subtract_borrow),
+    "v_subbrev_co_u32": op("u32 mask = u32 u32 mask", lambda a, b, c: subtract_borrow(b, a, c)),
     "v_sub_co_u32": op("u32 mask = u32 u32", lambda a, b: (a - b, a < b)),
     "v_sub_f32": op(F32, np.subtract),
     "v_sub_u32": op(U32, subtract, "clamp"),
@@ -502,6 +527,7 @@ SCALAR: dict[str, Op] = {
     "s_mul_hi_i32": op(I32, multiply_high),
     "s_mul_hi_u32": op(U32, multiply_high),
     "s_mul_i32": op(I32, np.multiply),
+    "s_brev_b32": op("u32 = u32", reverse_bits),
     "s_not_b32": op("u32 scc = u32", nonzero(np.invert)),
     "s_or_b32": op("u32 scc = u32 u32", nonzero(np.bitwise_or)),
     "s_or_b64": op("u64 scc = u64 u64", nonzero(np.bitwise_or)),

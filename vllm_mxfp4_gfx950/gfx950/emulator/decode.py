@@ -6,6 +6,7 @@ these files do not know they refuse by name.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -267,7 +268,7 @@ def dpp(form: Form, kind: str, text: str) -> tuple[Read, Callable[[Waves], Array
 
 def masked_write(form: Form, kind: str, target: Operand, allowed: Callable[[Waves], Array]) -> Write:
     """How an instruction writes in some of the lanes."""
-    if kind not in ("u32", "f32"):
+    if kind not in ("u32", "i32", "f32"):
         raise Unknown(f"{form.instruction.mnemonic} is not something the emulator knows")
     register = target.register
     return lambda waves, value: waves.write_lanes(
@@ -280,12 +281,14 @@ def sdwa_read(form: Form, index: int, kind: str, operand: Operand) -> Read:
     if kind == "mask":
         return vector_read(kind, operand)
     name = form.modifiers.pop(f"src{index}_sel", "DWORD")
-    whole = vector_read("u32", operand)
+    whole = vector_read("u32", dataclasses.replace(operand, signed=False))
     shift, mask = sub_dword(name)
+    sign = np.uint32((mask + 1) >> 1 if operand.signed else 0)
     dtype = DTYPES[kind]
 
     def read(waves: Waves) -> Array:
         part = (whole(waves) >> np.uint32(shift)) & np.uint32(mask)
+        part = (part ^ sign) - sign
         return part.astype(np.uint16).view(dtype) if np.dtype(dtype).itemsize == 2 else part.view(dtype)
 
     return read
@@ -348,7 +351,8 @@ def dpp_lanes(modifiers: dict[str, str]) -> tuple[Array, Array]:
 SPECIALS: dict[str, tuple[str, Callable[[Form], Effect]]] = {
     "ds_bpermute_b32": ("lds", lanes.permute),
     "ds_swizzle_b32": ("lds", lanes.swizzle),
-    "s_and_saveexec_b64": ("scalar", lanes.save_exec),
+    "s_and_saveexec_b64": ("scalar", functools.partial(lanes.save_exec, operation="and")),
+    "s_or_saveexec_b64": ("scalar", functools.partial(lanes.save_exec, operation="or")),
     "s_nop": ("wait", access.nothing),
     "s_waitcnt": ("wait", access.wait),
     "v_mfma_f32_16x16x32_bf16": ("matrix", lambda form: lanes.matrix(form, 16, 32)),

@@ -94,15 +94,15 @@ def swap(form: Form, size: int) -> Effect:
     return effect
 
 
-def save_exec(form: Form) -> Effect:
-    """Save EXEC, then AND it with a mask."""
+def save_exec(form: Form, operation: str) -> Effect:
+    """Save EXEC, then AND or OR it with a mask."""
     target, source = form.target(), form.source()
     read = scalar_read("u64", source)
 
     def effect(waves: Waves, machine: Machine) -> None:
         mask = read(waves)
         waves.write_pair(target.register, waves.exec)
-        waves.set_exec(waves.exec & mask)
+        waves.set_exec(waves.exec & mask if operation == "and" else waves.exec | mask)
         waves.write_scc(waves.exec != 0)
 
     return effect

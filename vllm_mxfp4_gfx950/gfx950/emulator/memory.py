@@ -43,7 +43,7 @@ def take(data: Bytes, offsets: Indices, size: int) -> Bytes:
 def put(data: Bytes, offsets: Indices, values: Bytes) -> None:
     """Bytes to offsets; values are uint8[..., size], contiguous."""
     size = values.shape[-1]
-    if not (offsets % size).any() and not data.size % size:
+    if size in WIDE and not (offsets % size).any() and not data.size % size:
         data.view(WIDE[size])[offsets // size] = values.view(WIDE[size])[..., 0]
     else:
         data[offsets[..., None] + np.arange(size)] = values
