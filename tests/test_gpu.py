@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vllm_mxfp4_gfx950 import backends, settings
-from vllm_mxfp4_gfx950.backends import reference, triton_ogs
+from vllm_mxfp4_gfx950.backends import reference, triton_decode, triton_ogs
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights, truth_and_plain
 from vllm_mxfp4_gfx950.tolerance import assert_rows_close
@@ -119,6 +119,40 @@ def test_route_is_exact(layer: Layer, tokens: int) -> None:
     assert torch.equal(gather.src_indx, position.int())
     assert torch.equal(scatter.src_indx, position.argsort().int())
     assert torch.equal(data.gate_scal, topk_weights.gather(1, order).flatten()[position])
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 64, 65, 256], ids=lambda t: f"T{t}")
+def test_decode_route_is_exact(layer: Layer, tokens: int) -> None:
+    """Choices and weights are the reference's, tiles have every pair in order, columns are in their place."""
+    shape, _, _, prepared = layer
+    decode = prepared.decode
+    x, logits = random_tokens(shape, tokens, seed=tokens, device="cuda")
+    assert decode.serves(logits)
+    assert not decode.serves(logits.float())
+    block = decode.tiles[0].at(tokens).block_m
+    routing = triton_decode.route(decode, logits, block, x)
+    topk_ids, topk_weights = reference.route(logits, shape.topk)
+    assert torch.equal(routing.experts.long(), topk_ids)
+    assert torch.equal(routing.weights, topk_weights)
+    order = topk_ids.flatten().sort(stable=True)
+    used = routing.tiles[routing.tiles[:, 0] >= 0].tolist()
+    assert [pair for _, count, *pairs in used for pair in pairs[:count]] == order.indices.tolist()
+    assert [e for e, count, *_ in used for _ in range(count)] == order.values.tolist()
+    assert all(0 < count <= block for _, count, *_ in used)
+    k = torch.arange(shape.hidden, device="cuda")
+    twist = k // 32 * 32 + k // 2 % 4 * 8 + k // 16 % 2 * 4 + k // 8 % 2 * 2 + k % 2
+    assert torch.equal(routing.x[:, twist], x)
+
+
+def test_decode_declines_what_it_cannot_scale(layer: Layer) -> None:
+    """A scale whose bf16 would overflow: matmul_ogs serves, and the layer is right."""
+    shape, _, backend, _ = layer
+    weights = random_weights(shape, seed=1, device="cuda")
+    weights.w2_scale[0, 0, 0] = triton_decode.MAX_SCALE + 1
+    prepared = backend.prepare(clone(weights), shape)
+    assert prepared.decode is None
+    x, logits = random_tokens(shape, 7, seed=7, device="cuda")
+    assert_rows_close(backend.run(prepared, x, logits), *truth_and_plain(x, logits, weights, shape))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

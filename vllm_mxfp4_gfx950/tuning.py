@@ -92,13 +92,13 @@ def ladder(arch: str, kernels: str, triton: str, gemm: Gemm) -> Ladder[TileConfi
 
     Args:
         arch: whose table.
-        kernels: "matmul_ogs" or "matmul".
+        kernels: "matmul_ogs", "matmul", or "decode" for our own.
         triton: Triton's release, such as "3.6.0"; tables go by its first two numbers.
         gemm: the matmul. Where the table does not have it, the nearest one that it has serves, which
             is logged; the nearest Triton likewise.
 
     Returns:
-        None where the arch has no table, and the package's own choice serves.
+        None where the arch has no table for these kernels.
     """
     table = _table(arch)
     if table is None:
@@ -107,6 +107,8 @@ def ladder(arch: str, kernels: str, triton: str, gemm: Gemm) -> Ladder[TileConfi
     releases = sorted(
         {key[1] for key in table if key[0] == kernels}, key=lambda r: abs(_number(r) - _number(release))
     )
+    if not releases:
+        return None
     candidates = {g: rungs for (kind, r, g), rungs in table.items() if (kind, r) == (kernels, releases[0])}
     nearest = min(
         (g for g in candidates if g.name == gemm.name),

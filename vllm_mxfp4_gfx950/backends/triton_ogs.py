@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_mxfp4_gfx950.backends import triton_package
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, pad_intermediate
 from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, gemms, ladder
+
+if TYPE_CHECKING:
+    from vllm_mxfp4_gfx950.backends.triton_decode import Decode, Parts
 
 NAME = "triton_ogs"
 KERNELS = "matmul_ogs"
@@ -46,6 +49,7 @@ class Prepared:
         flags: w13's and w2's OptFlags by number of tokens; None leaves a call to the package.
         constraints: what such a call must keep to.
         local: how to narrow the routing to this rank's experts; None when all are here.
+        decode: our own kernels, for few tokens; None where they do not serve.
     """
 
     w13: Any
@@ -59,6 +63,13 @@ class Prepared:
     flags: tuple[Ladder[Any], Ladder[Any]]
     constraints: dict[str, int]
     local: LocalExperts | None
+    decode: Decode | None
+
+    def parts(self, index: int) -> Parts:
+        """Values, scales and bias of w13 (0) or w2 (1), as the decode path takes them."""
+        w = (self.w13, self.w2)[index]
+        scale = (self.w13_precision, self.w2_precision)[index].weight_scale
+        return w.storage.data.mT, scale.storage.data.mT, (self.w13_bias, self.w2_bias)[index]
 
 
 @dataclass(frozen=True)
@@ -101,13 +112,17 @@ def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
     from triton_kernels.swiglu import swiglu_fn
     from triton_kernels.tensor_details.layout import StridedLayout, make_default_matmul_mxfp4_w_layout
 
+    from vllm_mxfp4_gfx950.backends import triton_decode
+
     if make_default_matmul_mxfp4_w_layout(mx_axis=1)[0] is not StridedLayout:
         weights = pad_intermediate(weights, triton_package.HOPPER_K)
+    largest_scale = max(int(scale.max()) for scale in (weights.w13_scale, weights.w2_scale))
     w13, w13_precision = _to_kernel_layout(weights.w13, weights.w13_scale)
     w2, w2_precision = _to_kernel_layout(weights.w2, weights.w2_scale)
     swiglu = FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"))
     target = triton.runtime.driver.active.get_current_target()
-    tiles = (ladder(str(target.arch), KERNELS, triton.__version__, gemm) for gemm in gemms(shape))
+    arch = f"sm{target.arch}" if target.backend == "cuda" else str(target.arch)
+    tiles = (ladder(arch, KERNELS, triton.__version__, gemm) for gemm in gemms(shape))
     w13_flags, w2_flags = (rungs.map(to_opt_flags) if rungs else Ladder((1,), (None,)) for rungs in tiles)
     return Prepared(
         w13=w13,
@@ -122,11 +137,18 @@ def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
         # Splitting K is right but slow on Hopper; vLLM pins this too, for the whole process.
         constraints={"split_k": 1} if target.backend == "cuda" else {},
         local=None if weights.expert_map is None else _local_experts(weights.expert_map),
+        decode=triton_decode.decode_for(
+            arch,
+            shape,
+            (w13.storage.layout, w13_precision.weight_scale.storage.layout),
+            largest_scale,
+            weights.expert_map,
+        ),
     )
 
 
 def run(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
-    """Route, multiply by w13 with the SwiGLU fused, multiply by w2 and combine.
+    """The layer, through our own kernels for as many tokens as the tile table says, else through matmul_ogs.
 
     Args:
         prepared: what `prepare` returned.
@@ -136,6 +158,15 @@ def run(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> tor
     Returns:
         bf16[T, H]
     """
+    from vllm_mxfp4_gfx950.backends import triton_decode
+
+    if prepared.decode is not None and prepared.decode.serves(router_logits):
+        return triton_decode.run(prepared.decode, x, router_logits, prepared.parts(0), prepared.parts(1))
+    return run_matmul_ogs(prepared, x, router_logits)
+
+
+def run_matmul_ogs(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
+    """Route, multiply by w13 with the SwiGLU fused, multiply by w2 and combine; as `run`."""
     from triton_kernels.matmul_ogs import matmul_ogs
 
     routing_data, gather, scatter = route(prepared, router_logits)

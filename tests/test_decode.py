@@ -1,0 +1,133 @@
+"""Our own kernels for few tokens, as gfx950 would run them, and the table that says where they serve."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from subprocess import CompletedProcess
+
+import pytest
+from run_python import ROOT, run_python
+from test_verification import EVERY, IN_CI, KERNELS, TRITONS, ids
+
+from vllm_mxfp4_gfx950 import tuning
+from vllm_mxfp4_gfx950.gfx950.verification import MAX_FROBENIUS
+
+Tile = tuple[int, int, int, int, int, int, int]
+PLAIN: Tile = (16, 64, 256, 1, 4, 1, 0)
+SPLIT: Tile = (16, 64, 256, 3, 4, 2, 0)
+TALL: Tile = (32, 128, 256, 1, 4, 2, 0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, its tokens and its tiles.
+
+    Args:
+        shape: experts, global_experts, topk, hidden, intermediate.
+        tokens: T.
+        tiles: of w13 and w2, as TileConfig.
+        expert_map: as in MoeWeights.
+        spoil: whether the scales of w13 are moved by one step.
+    """
+
+    shape: tuple[int, int, int, int, int]
+    tokens: int
+    tiles: tuple[Tile, Tile] = (PLAIN, PLAIN)
+    expert_map: tuple[int, ...] | None = None
+    spoil: bool = False
+
+    def __str__(self) -> str:
+        experts, _, topk, hidden, intermediate = self.shape
+        name = f"E{experts}-k{topk}-T{self.tokens}-H{hidden}-I{intermediate}"
+        name += f"-split{self.tiles[1][3]}-tall{self.tiles[0][0]}"
+        return name + ("-map" if self.expert_map else "") + ("-spoilt" if self.spoil else "")
+
+
+CASES = [
+    Case((4, 4, 1, 256, 320), 1),
+    Case((8, 8, 2, 320, 256), 3, (PLAIN, SPLIT)),
+    Case((32, 32, 4, 320, 288), 64, (PLAIN, SPLIT)),
+    Case((8, 8, 4, 320, 288), 65, (TALL, TALL)),
+    Case((128, 128, 4, 256, 256), 37),
+    Case((4, 8, 2, 320, 320), 130, (TALL, TALL), expert_map=(-1, 0, 1, -1, -1, 2, 3, -1)),
+    Case((4, 4, 2, 2880, 2880), 2, (PLAIN, SPLIT)),
+    Case((4, 4, 2, 320, 288), 3, spoil=True),
+]
+
+
+@functools.cache
+def emulated(triton: str, kernels: str) -> CompletedProcess[str]:
+    """Execute the cases in a process that has this Triton and these kernels."""
+    paths = [KERNELS[kernels]]
+    if triton != version("triton"):
+        paths.insert(0, TRITONS / triton)
+    for path in paths:
+        if not path.is_dir():
+            pytest.skip(f"needs {path.relative_to(ROOT)}: make test-emulated")
+    script, cases = ROOT / "tests/emulate_decode.py", json.dumps([asdict(case) for case in CASES])
+    return run_python([str(script)], path=paths, stdin=cases, timeout=900)
+
+
+def assert_right(pair: tuple[str, str], case: Case) -> None:
+    """Exact routing, the layer within the tolerance, four kernels that fit, and a spoilt one noticed."""
+    result = emulated(*pair)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)[CASES.index(case)]
+    assert found["routing"] == ""
+    assert found["kernels"] == ["route", "mxfp4_matmul", "mxfp4_matmul", "combine"]
+    assert found["misfits"] == []
+    if case.spoil:
+        assert "errs by" in found["miss"]
+        return
+    assert found["miss"] == ""
+    assert 0 < found["frobenius"] < MAX_FROBENIUS
+
+
+@pytest.mark.compile
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", CASES, ids=ids)
+@pytest.mark.parametrize("pair", IN_CI, ids=ids)
+def test_layer(pair: tuple[str, str], case: Case) -> None:
+    """Compiled for gfx950 and executed."""
+    assert_right(pair, case)
+
+
+@pytest.mark.emulate
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", CASES, ids=ids)
+@pytest.mark.parametrize("pair", EVERY, ids=ids)
+def test_every_triton(pair: tuple[str, str], case: Case) -> None:
+    """The same with every Triton."""
+    assert_right(pair, case)
+
+
+def test_table() -> None:
+    """Hopper's has both matmuls of each shape, with the same rows to a tile, and says where it comes from."""
+    table = json.loads((ROOT / "vllm_mxfp4_gfx950/tables/sm90.json").read_text())
+    assert table["columns"] == tuning.columns()
+    assert "timed on one NVIDIA H200" in table["provenance"]["decode 3.6.0"]["evidence"]
+    found = tuning.decode(table["rows"])
+    assert {(kernels, gemm.name, gemm.experts) for kernels, _, gemm in found} == {
+        ("decode", name, experts) for name in ("w13", "w2") for experts in (32, 128)
+    }
+    for (kernels, triton, gemm), rungs in found.items():
+        (other,) = (
+            each for (_, _, g), each in found.items() if g.experts == gemm.experts and g.name != gemm.name
+        )
+        assert rungs.bounds == other.bounds
+        assert [tile.block_m for tile in rungs.rungs] == [tile.block_m for tile in other.rungs], (
+            kernels,
+            triton,
+        )
+        assert gemm.name == "w2" or all(tile.split_k == 1 for tile in rungs.rungs)
+
+
+def test_no_tiles_no_decode() -> None:
+    """gfx950's table has none for these kernels: there matmul_ogs serves every batch."""
+    for gemm in tuning.gemms(tuning.MoeShape(32, 32, 4, 2880, 2880, 1.702, 7.0)):
+        assert tuning.ladder("gfx950", "decode", "3.6.0", gemm) is None
+        assert tuning.ladder("sm90", "decode", "3.6.0", gemm) is not None
+        assert tuning.ladder("sm90", "matmul_ogs", "3.6.0", gemm) is None
