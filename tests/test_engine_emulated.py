@@ -100,14 +100,18 @@ def fixture_serve(
     if not all(directory.is_dir() for directory in path):
         pytest.skip("needs .venv/triton/3.6.0: make .venv/triton/3.6.0")
 
-    def run(kernel: str) -> Emulated:
+    def run(kernel: str, self_check: str = "first") -> Emulated:
         answers = tmp_path_factory.mktemp("emulated") / "answers.json"
         script = str(Path(__file__).with_name("serve_emulated.py"))
         command = [script, str(checkpoint), json.dumps(prompts), str(TOKENS), kernel, str(answers)]
-        result = run_python(command, path=[*path, kernels], timeout=600)
-        assert result.returncode == 0, result.stdout + result.stderr
+        result = run_python(command, path=[*path, kernels], timeout=600, VLLM_MXFP4_SELF_CHECK=self_check)
+        log = result.stdout + result.stderr
+        if result.returncode:
+            raise RuntimeError(log)
+        assert ("Self-check of model.layers.0.mlp.experts" in log) == (self_check == "first")
+        assert ("Layers are not checked: VLLM_MXFP4_SELF_CHECK=off." in log) == (self_check == "off")
         source = f"triton_kernels in {kernels / 'triton_kernels'}, triton {triton}"
-        assert f"MoE layers run through {backend} on gfx950 ({source})" in result.stdout + result.stderr
+        assert f"MoE layers run through {backend} on gfx950 ({source})" in log
         served: Emulated = json.loads(answers.read_text())
         return served
 
@@ -149,7 +153,13 @@ def test_every_layer_ran_on_the_emulator(prompts: list[list[int]], emulated: Emu
 
 def test_a_wrong_instruction_shows(serve: Serve, reference: Served) -> None:
     """Negative control: w13's kernel converts one pair of FP4 values in place of another."""
-    served = serve("broken")
+    served = serve("broken", self_check="off")
     same = [mine == theirs for mine, theirs in zip(served["token_ids"], reference.token_ids, strict=True)]
     print(f"{same.count(False)} of {len(same)} answers differ")
     assert not all(same)
+
+
+def test_a_wrong_instruction_is_found_at_load(serve: Serve, backend: str) -> None:
+    """With the self-check on, the same kernel never serves."""
+    with pytest.raises(RuntimeError, match=rf"{backend}: the self-check: 1 tokens: row 0 errs by "):
+        serve("broken")

@@ -10,17 +10,21 @@ from vllm_mxfp4_gfx950.settings import Settings, from_environment
 
 @pytest.mark.parametrize("backend", ["auto", "triton", "ck", "reference"])
 @pytest.mark.parametrize("strict", ["0", "1"])
-def test_from_environment(backend: str, strict: str) -> None:
+@pytest.mark.parametrize("check", ["first", "all", "off"])
+def test_from_environment(backend: str, strict: str, check: str) -> None:
     """Every value that is allowed."""
-    environment = {"VLLM_MXFP4_BACKEND": backend, "VLLM_MXFP4_STRICT": strict}
-    assert from_environment(environment) == Settings(backend, strict == "1")
+    environment = {
+        "VLLM_MXFP4_BACKEND": backend, "VLLM_MXFP4_STRICT": strict, "VLLM_MXFP4_SELF_CHECK": check
+    }  # fmt: skip
+    assert from_environment(environment) == Settings(backend, strict == "1", check)
 
 
 def test_from_environment_reads_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a mapping it is os.environ that counts, at the time of the call; unset is the default."""
     monkeypatch.delenv("VLLM_MXFP4_BACKEND", raising=False)
     monkeypatch.delenv("VLLM_MXFP4_STRICT", raising=False)
-    assert from_environment() == Settings("auto", False)
+    monkeypatch.delenv("VLLM_MXFP4_SELF_CHECK", raising=False)
+    assert from_environment() == Settings("auto", False, "first")
     monkeypatch.setenv("VLLM_MXFP4_BACKEND", "ck")
     assert from_environment() == Settings("ck", False)
 
@@ -42,6 +46,11 @@ def test_from_environment_reads_the_process(monkeypatch: pytest.MonkeyPatch) -> 
             {"VLLM_MXFP4_STRICT": "true"},
             "VLLM_MXFP4_STRICT must be one of 0, 1; got 'true'. "
             "Set VLLM_MXFP4_STRICT to one of these or unset it.",
+        ),
+        (
+            {"VLLM_MXFP4_SELF_CHECK": "1"},
+            "VLLM_MXFP4_SELF_CHECK must be one of first, all, off; got '1'. "
+            "Set VLLM_MXFP4_SELF_CHECK to one of these or unset it.",
         ),
     ],
 )

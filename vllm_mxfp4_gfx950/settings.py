@@ -10,7 +10,9 @@ from vllm_mxfp4_gfx950.moe import Mxfp4Error
 
 BACKEND_VAR = "VLLM_MXFP4_BACKEND"
 STRICT_VAR = "VLLM_MXFP4_STRICT"
+SELF_CHECK_VAR = "VLLM_MXFP4_SELF_CHECK"
 BACKENDS = ("auto", "triton", "ck", "reference")
+SELF_CHECKS = ("first", "all", "off")
 
 
 @dataclass(frozen=True)
@@ -20,14 +22,16 @@ class Settings:
     Args:
         backend: one of BACKENDS; "auto" takes the first that works on the GPU at hand.
         strict: under "auto", fail rather than fall back to a second choice.
+        self_check: one of SELF_CHECKS; which layers are compared with float64 before they serve.
     """
 
     backend: str = "auto"
     strict: bool = False
+    self_check: str = "first"
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
-    """Read VLLM_MXFP4_BACKEND and VLLM_MXFP4_STRICT.
+    """Read VLLM_MXFP4_BACKEND, VLLM_MXFP4_STRICT and VLLM_MXFP4_SELF_CHECK.
 
     Args:
         environment: variables by name; None reads the process's own.
@@ -39,6 +43,7 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
     return Settings(
         backend=_one_of(variables, BACKEND_VAR, BACKENDS),
         strict=_one_of(variables, STRICT_VAR, ("0", "1")) == "1",
+        self_check=_one_of(variables, SELF_CHECK_VAR, SELF_CHECKS),
     )
 
 

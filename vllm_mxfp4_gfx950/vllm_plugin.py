@@ -22,7 +22,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from vllm_mxfp4_gfx950 import backends, settings
+from vllm_mxfp4_gfx950 import backends, self_check, settings
 from vllm_mxfp4_gfx950.moe import (
     MoeShape,
     MoeWeights,
@@ -56,7 +56,7 @@ def register() -> None:
     """Make the flag and our environment variables known; vLLM calls this in each of its processes."""
     register_quantization_config(NAME)(Mxfp4TritonConfig)
     # vLLM warns of VLLM_* variables that it does not know, and keys its compile cache by those it does.
-    for name in (settings.BACKEND_VAR, settings.STRICT_VAR):
+    for name in (settings.BACKEND_VAR, settings.STRICT_VAR, settings.SELF_CHECK_VAR):
         envs.environment_variables.setdefault(name, functools.partial(os.environ.get, name))
 
 
@@ -149,10 +149,12 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         self.shape = moe_shape(config.model_config.hf_text_config, moe)
         arch = backends.arch_of(torch.device(moe.device))
         check_activation_dtype(moe.in_dtype, arch)
-        selection = select_once(self.shape, arch, settings.from_environment())
-        check_capture(config, selection)
-        logger.info_once("MoE layers run through %s. Each is %s.", str(selection), str(self.shape))
-        self.backend = selection.backend
+        self.choice = choose_once(self.shape, arch, settings.from_environment())
+        check_capture(config, self.choice.selection)
+        logger.info_once(
+            "MoE layers run through %s. Each is %s.", str(self.choice.selection), str(self.shape)
+        )
+        self.backend = self.choice.selection.backend
         self.prepared: Any = None
         # Local experts that each parameter still waits for.
         from_checkpoint = config.load_config.load_format != "dummy"
@@ -240,7 +242,7 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         """Check the layer, hand it to the backend, and let go of the parameters.
 
         Raises:
-            Mxfp4Error: a tensor was missing, or a scale is NaN.
+            Mxfp4Error: a tensor was missing, a scale is NaN, or no backend computed the layer right.
         """
         for name, experts in self.missing.items():
             if experts:
@@ -256,7 +258,7 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
             expert_map = expert_map.to(fields["w13"].device)
         weights = MoeWeights(**fields, expert_map=expert_map)
         check_weights(weights, self.shape, f"{self.prefix}.")
-        self.prepared = self.backend.prepare(weights, self.shape)
+        self.backend, self.prepared = self.choice.prepare(weights, self.prefix)
         for name in PARAMETERS:
             delattr(layer, name)
 
@@ -342,10 +344,55 @@ def unquantized_tensors(layers: int) -> set[str]:
     return outside | {f"model.layers.{index}.{name}" for index in range(layers) for name in in_layer}
 
 
+class Choice:
+    """The backend of a model's layers: chosen before they are loaded, and again if a layer comes out wrong.
+
+    Args:
+        shape: each layer on this rank.
+        arch: as `backends.arch_of` names it.
+        wanted: what the user asked for.
+
+    Raises:
+        Mxfp4Error: no backend can serve it.
+    """
+
+    def __init__(self, shape: MoeShape, arch: str, wanted: settings.Settings) -> None:
+        self.shape, self.wanted = shape, wanted
+        self.selection = backends.select(shape, arch, wanted)
+        self.checked = False
+
+    def prepare(self, weights: MoeWeights, prefix: str) -> tuple[backends.Backend, Any]:
+        """A layer for the backend that serves it, compared with float64 where the user wants that.
+
+        The reference is what others are compared with, so it is not.
+
+        Args:
+            weights: consumed.
+            prefix: the layer's name, for the log.
+
+        Raises:
+            Mxfp4Error: no backend computed the layer right.
+        """
+        backend, when = self.selection.backend, self.wanted.self_check
+        if when == "off":
+            logger.info_once("Layers are not checked: %s=off.", settings.SELF_CHECK_VAR)
+        if backend.NAME == "reference" or when == "off" or (when == "first" and self.checked):
+            return backend, backend.prepare(weights, self.shape)
+        before = self.selection
+        self.selection, prepared, outcomes = self_check.prepare(before, weights, self.shape, self.wanted)
+        self.checked = True
+        for outcome in outcomes:
+            log = logger.warning if outcome.miss else logger.info
+            log("Self-check of %s on %s: %s.", prefix, before.arch, outcome)
+        if self.selection is not before:
+            logger.warning("MoE layers run through %s.", self.selection)
+        return self.selection.backend, prepared
+
+
 @functools.cache
-def select_once(shape: MoeShape, arch: str, wanted: settings.Settings) -> backends.Selection:
-    """`backends.select`, asked by every layer and answered once."""
-    return backends.select(shape, arch, wanted)
+def choose_once(shape: MoeShape, arch: str, wanted: settings.Settings) -> Choice:
+    """The choice that all layers share."""
+    return Choice(shape, arch, wanted)
 
 
 def check_capture(config: VllmConfig, selection: backends.Selection) -> None:

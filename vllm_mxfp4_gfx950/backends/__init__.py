@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -72,7 +74,9 @@ def arch_of(device: torch.device) -> str:
     return f"sm{properties.major}{properties.minor}"
 
 
-def select(shape: MoeShape, arch: str, settings: Settings) -> Selection:
+def select(
+    shape: MoeShape, arch: str, settings: Settings, failed: Mapping[str, str] = MappingProxyType({})
+) -> Selection:
     """Choose the backend for a model, once, before its weights are loaded.
 
     Args:
@@ -80,6 +84,7 @@ def select(shape: MoeShape, arch: str, settings: Settings) -> Selection:
         arch: what `arch_of` said.
         settings: what the user asked for. A backend asked for by name is taken or refused, never
             replaced by another.
+        failed: reasons why backends that could run must not, by name.
 
     Raises:
         Mxfp4Error: no backend can serve it; the text lists each with its reason.
@@ -91,7 +96,7 @@ def select(shape: MoeShape, arch: str, settings: Settings) -> Selection:
             refused.append((family, f"a second choice, and {STRICT_VAR}=1 forbids falling back"))
             continue
         for backend in FAMILIES[family]:
-            reason = backend.why_not(shape, arch)
+            reason = failed.get(backend.NAME) or backend.why_not(shape, arch)
             if reason is None:
                 return Selection(backend, arch, tuple(refused))
             refused.append((backend.NAME, reason))

@@ -20,7 +20,8 @@ from vllm_mxfp4_gfx950.backends.triton_package import CDNA4_SCALE_LAYOUTS
 from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, gemms, ladder
 
-logger = logging.getLogger(__name__)
+# Loggers below `vllm` print where vLLM's own do.
+logger = logging.getLogger("vllm.mxfp4_triton.decode")
 
 MAX_SCALE = 128
 """The largest E8M0 scale, 2^1: on Hopper a code is widened to itself times 2^-126, and the rest of its scale

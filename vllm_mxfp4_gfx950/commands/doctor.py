@@ -217,7 +217,9 @@ def check_backends(arch: str | None) -> list[Check]:
         Check(
             not fault,
             "settings",
-            fault or f"{settings.BACKEND_VAR}={asked.backend}, {settings.STRICT_VAR}={int(asked.strict)}",
+            fault
+            or f"{settings.BACKEND_VAR}={asked.backend}, {settings.STRICT_VAR}={int(asked.strict)}, "
+            f"{settings.SELF_CHECK_VAR}={asked.self_check}",
             "values that exist",
             "Correct it or unset it",
         ),

@@ -1,0 +1,135 @@
+"""The check before serving: what it lets pass, what it refuses, and what takes its place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_mxfp4_gfx950 import backends, self_check
+from vllm_mxfp4_gfx950.backends import reference
+from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, Mxfp4Error
+from vllm_mxfp4_gfx950.random_layer import make_shape, random_weights
+from vllm_mxfp4_gfx950.settings import Settings
+
+SHAPE = make_shape(8, 2, 96, 64)
+Run = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def backend(name: str, run: Run = reference.run, prepare: Any = reference.prepare) -> Any:
+    """The reference under another name, with a fault in it."""
+    return SimpleNamespace(
+        NAME=name, run=run, prepare=prepare, why_not=lambda shape, arch: None, source=lambda: "a test"
+    )
+
+
+def raises(*_: Any) -> Any:
+    """What a compiler does on a tile that does not fit."""
+    raise RuntimeError("out of resource: shared memory\nand more of that")
+
+
+def one_wrong_row(prepared: Any, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """A layer that is right but for a row of its largest batch."""
+    out = reference.run(prepared, x, logits)
+    if len(out) == max(self_check.TOKENS):
+        out[-1] *= 1.05
+    return out
+
+
+def nan(prepared: Any, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """One element of one row."""
+    out = reference.run(prepared, x, logits)
+    out[0, 3] = float("nan")
+    return out
+
+
+FAULTS = {
+    "row": (backend("bad", one_wrong_row), "1024 tokens: row 1023 errs by 5"),
+    "nan": (backend("bad", nan), "1 tokens: 1 elements are not finite"),
+    "launch": (backend("bad", raises), "1 tokens: RuntimeError: out of resource: shared memory"),
+    "prepare": (
+        backend("bad", prepare=raises),
+        "while preparing, RuntimeError: out of resource: shared memory",
+    ),
+    "swapped": (
+        backend("bad", lambda p, x, logits: reference.run(p, x, logits.flip(1))),
+        "1 tokens: row 0 errs by ",
+    ),
+}
+
+
+@pytest.fixture(name="weights")
+def fixture_weights() -> MoeWeights:
+    """A layer."""
+    return random_weights(SHAPE, seed=0)
+
+
+def choose_from(monkeypatch: pytest.MonkeyPatch, *some: Any) -> backends.Selection:
+    """Let these be the backends of a GPU, each a family of its own."""
+    families = {each.NAME: (each,) for each in some}
+    monkeypatch.setattr(backends, "FAMILIES", families)
+    monkeypatch.setattr(backends, "ORDER", {"gfx950": tuple(families)})
+    return backends.select(SHAPE, "gfx950", Settings())
+
+
+def test_right(weights: MoeWeights) -> None:
+    """A right layer passes, its weights stay, and the line says how far from wrong it was."""
+    before = weights.w13.clone()
+    prepared = reference.prepare(weights, SHAPE)
+    outcome = self_check.check(backend("good"), prepared, weights, SHAPE)
+    assert outcome.miss == ""
+    assert 0 < outcome.row < 1
+    line = r"1, 64, 1024 tokens against float64: worst row at 0\.\d\d of what is allowed \(\d+\.\d\d s\)"
+    assert re.fullmatch(line, str(outcome))
+    assert torch.equal(weights.w13, before)
+
+
+def test_absent_experts() -> None:
+    """With experts on other ranks, tokens choose among those that are here."""
+    expert_map = torch.tensor([-1, 0, -1, 1, 2, -1, 3, -1], dtype=torch.int32)
+    shape = MoeShape(4, 8, 2, 96, 64, 1.702, 7.0)
+    layer = random_weights(shape, seed=0)
+    weights = MoeWeights(**{**vars(layer), "expert_map": expert_map})
+    _, logits = self_check.batch(weights, shape, 64)
+    ids, _ = reference.route(logits, shape.topk)
+    assert set(ids.flatten().tolist()) == {1, 3, 4, 6}
+    prepared = reference.prepare(weights, shape)
+    assert self_check.check(backend("good"), prepared, weights, shape).miss == ""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights, fault: str) -> None:
+    """A wrong backend is refused with what was found, and the next one serves."""
+    bad, text = FAULTS[fault]
+    selection = choose_from(monkeypatch, bad, backend("good"))
+    assert selection.backend is bad
+    chosen, prepared, outcomes = self_check.prepare(selection, weights, SHAPE, Settings())
+    assert chosen.backend.NAME == "good"
+    assert text in outcomes[0].miss
+    assert outcomes[1].miss == ""
+    assert f"not bad: the self-check: {outcomes[0].miss}" in str(chosen)
+    x, logits = self_check.batch(weights, SHAPE, 3)
+    assert torch.equal(chosen.backend.run(prepared, x, logits), reference.run((weights, SHAPE), x, logits))
+
+
+@pytest.mark.parametrize(
+    "settings", [Settings(strict=True), Settings(backend="bad")], ids=["strict", "named"]
+)
+def test_no_second_choice(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights, settings: Settings) -> None:
+    """Where the user forbids another backend, loading stops with what was found."""
+    selection = choose_from(monkeypatch, FAULTS["row"][0], backend("good"))
+    with pytest.raises(Mxfp4Error, match="bad: the self-check: 1024 tokens: row 1023 errs by"):
+        self_check.prepare(selection, weights, SHAPE, settings)
+
+
+def test_none_left(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
+    """Every backend is named with its own fault."""
+    selection = choose_from(monkeypatch, FAULTS["nan"][0], backend("worse", raises))
+    with pytest.raises(
+        Mxfp4Error, match=r"bad: the self-check: .*not finite; worse: the self-check: .*out of res"
+    ):
+        self_check.prepare(selection, weights, SHAPE, Settings())

@@ -1,0 +1,133 @@
+"""A prepared layer against float64 before it serves: the chosen backend, on this machine, on real weights."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_mxfp4_gfx950 import backends
+from vllm_mxfp4_gfx950.backends import reference
+from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
+from vllm_mxfp4_gfx950.settings import Settings
+from vllm_mxfp4_gfx950.tolerance import compare
+
+TOKENS = (1, 64, 1024)
+"""Batches that are tried: one for each way that the tile tables take on Hopper and gfx950."""
+
+FAR = 30.0
+"""By so much the logits of experts that are not to be chosen lie below the others."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check found.
+
+    Args:
+        miss: why the layer must not serve; "" when it may.
+        row: the worst row's error over what `tolerance` allows.
+        tokens: the batches that were tried.
+        seconds: that it took, compilation included.
+    """
+
+    miss: str
+    row: float
+    tokens: tuple[int, ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        batches = ", ".join(map(str, self.tokens))
+        found = f"FAILED: {self.miss}" if self.miss else f"worst row at {self.row:.2f} of what is allowed"
+        return f"{batches} tokens against float64: {found} ({self.seconds:.2f} s)"
+
+
+def check(
+    backend: backends.Backend,
+    prepared: Any,
+    weights: MoeWeights,
+    shape: MoeShape,
+    tokens: tuple[int, ...] = TOKENS,
+) -> Outcome:
+    """Run batches through a prepared layer, and compare every row.
+
+    Tokens choose among twice topk of this rank's experts, so that few are dequantized.
+
+    Args:
+        backend: what prepared the layer.
+        prepared: the layer.
+        weights: the same layer as it was loaded; stays as it is.
+        shape: its sizes.
+        tokens: sizes of the batches.
+    """
+    began = time.perf_counter()
+    worst = 0.0
+    for index, count in enumerate(tokens):
+        x, logits = batch(weights, shape, count)
+        try:
+            out = backend.run(prepared, x, logits)
+            ids, topk_weights = reference.route(logits, shape.topk)
+            truth = reference.experts(x.double(), ids, topk_weights, weights, shape, torch.float64)
+            plain = reference.experts(x, ids, topk_weights, weights, shape, torch.bfloat16)
+            found = compare(out, truth, plain)
+            miss, worst = found.miss, max(worst, found.row)
+        except Exception as error:  # A compiler or a driver may raise anything.
+            lines = str(error).strip().splitlines() or [""]
+            miss = f"{type(error).__name__}: {lines[0]}"
+        if miss:
+            return Outcome(f"{count} tokens: {miss}", worst, tokens[: index + 1], time.perf_counter() - began)
+    return Outcome("", worst, tokens, time.perf_counter() - began)
+
+
+def batch(weights: MoeWeights, shape: MoeShape, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """bf16[T, H] activations, and bf16[T, global_experts] logits in favour of some of this rank's experts."""
+    device = weights.w13.device
+    generator = torch.Generator(device).manual_seed(tokens)
+    x = torch.randn(tokens, shape.hidden, generator=generator, device=device).bfloat16()
+    logits = torch.randn(tokens, shape.global_experts, generator=generator, device=device)
+    here = torch.arange(shape.experts, device=device)
+    if weights.expert_map is not None:
+        here = torch.where(weights.expert_map >= 0)[0]
+    far = torch.ones(shape.global_experts, dtype=torch.bool, device=device)
+    far[here[: 2 * shape.topk]] = False
+    return x, (logits - FAR * far).bfloat16()
+
+
+def prepare(
+    selection: backends.Selection, weights: MoeWeights, shape: MoeShape, settings: Settings
+) -> tuple[backends.Selection, Any, list[Outcome]]:
+    """Prepare a layer with the first backend that computes it right.
+
+    A copy of the weights is kept meanwhile, as backends consume what they are given.
+
+    Args:
+        selection: the choice so far.
+        weights: consumed.
+        shape: the layer's sizes.
+        settings: what the user asked for.
+
+    Returns:
+        the choice, the prepared layer, and what each check found, the last one being right.
+
+    Raises:
+        Mxfp4Error: no backend is left.
+    """
+    outcomes: list[Outcome] = []
+    failed: dict[str, str] = {}
+    while True:
+        copies: Any = {name: None if each is None else each.clone() for name, each in vars(weights).items()}
+        try:
+            prepared = selection.backend.prepare(MoeWeights(**copies), shape)
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            outcome = Outcome(f"while preparing, {type(error).__name__}: {lines[0]}", 0.0, (), 0.0)
+        else:
+            outcome = check(selection.backend, prepared, weights, shape)
+        outcomes.append(outcome)
+        if not outcome.miss:
+            return selection, prepared, outcomes
+        del copies
+        prepared = None
+        failed[selection.backend.NAME] = f"the self-check: {outcome.miss}"
+        selection = backends.select(shape, selection.arch, settings, failed)
