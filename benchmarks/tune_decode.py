@@ -3,8 +3,9 @@
     python benchmarks/tune_decode.py [--experts 32 128] [--out FILE]
 
 Each candidate is a tile for both matmuls. Its layer must be within the tolerance of float64, and each of its
-matmuls is then timed alone, as in `layer.py`. Up to the largest number of tokens at which the whole layer is
-faster than through matmul_ogs, the decode path serves. Two minutes on an H200.
+matmuls is then timed alone, as in `layer.py`; the layer of the fastest pair is checked once more. Up to the
+largest number of tokens at which the whole layer is faster than through matmul_ogs, the decode path serves.
+Two minutes on an H200.
 """
 
 from __future__ import annotations
@@ -152,6 +153,9 @@ class Batch:
             down += [(self.down(split), split) for split in splits]
         pairs = [[min(each, key=lambda found: found[0]) for each in pair] for pair in fastest.values()]
         up, down = min(pairs, key=lambda pair: pair[0][0] + pair[1][0])
+        miss = self.miss(with_tiles(self.shape, up[1], down[1]))
+        if miss:
+            raise RuntimeError(f"{up[1]} with {down[1]}: {miss}")
         print(f"  w13 {up[0]:.1f} us {astuple(up[1])}, w2 {down[0]:.1f} us {astuple(down[1])}")
         return up[1], down[1]
 

@@ -48,7 +48,7 @@ def nan(prepared: Any, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 FAULTS = {
-    "row": (backend("bad", one_wrong_row), "1024 tokens: row 1023 errs by 5"),
+    "row": (backend("bad", one_wrong_row), "2048 tokens: row 2047 errs by 5"),
     "nan": (backend("bad", nan), "1 tokens: 1 elements are not finite"),
     "launch": (backend("bad", raises), "1 tokens: RuntimeError: out of resource: shared memory"),
     "prepare": (
@@ -83,7 +83,8 @@ def test_right(weights: MoeWeights) -> None:
     outcome = self_check.check(backend("good"), prepared, weights, SHAPE)
     assert outcome.miss == ""
     assert 0 < outcome.row < 1
-    line = r"1, 64, 1024 tokens against float64: worst row at 0\.\d\d of what is allowed \(\d+\.\d\d s\)"
+    batches = "1, 64, 256, 1024, 2048 tokens against float64: "
+    line = batches + r"worst row at 0\.\d\d of what is allowed \(\d+\.\d\d s\)"
     assert re.fullmatch(line, str(outcome))
     assert torch.equal(weights.w13, before)
 
@@ -107,11 +108,14 @@ def test_fault(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights, fault: str)
     bad, text = FAULTS[fault]
     selection = choose_from(monkeypatch, bad, backend("good"))
     assert selection.backend is bad
-    chosen, prepared, outcomes = self_check.prepare(selection, weights, SHAPE, Settings())
+    outcomes: dict[str, self_check.Outcome] = {}
+    chosen, prepared, narrow = self_check.prepare(selection, weights, SHAPE, Settings(), outcomes.__setitem__)
     assert chosen.backend.NAME == "good"
-    assert text in outcomes[0].miss
-    assert outcomes[1].miss == ""
-    assert f"not bad: the self-check: {outcomes[0].miss}" in str(chosen)
+    assert not narrow
+    assert text in outcomes["bad"].miss
+    assert text in str(outcomes["bad"])
+    assert outcomes["good"].miss == ""
+    assert f"not bad: the self-check: {outcomes['bad'].miss}" in str(chosen)
     x, logits = self_check.batch(weights, SHAPE, 3)
     assert torch.equal(chosen.backend.run(prepared, x, logits), reference.run((weights, SHAPE), x, logits))
 
@@ -122,8 +126,8 @@ def test_fault(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights, fault: str)
 def test_no_second_choice(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights, settings: Settings) -> None:
     """Where the user forbids another backend, loading stops with what was found."""
     selection = choose_from(monkeypatch, FAULTS["row"][0], backend("good"))
-    with pytest.raises(Mxfp4Error, match="bad: the self-check: 1024 tokens: row 1023 errs by"):
-        self_check.prepare(selection, weights, SHAPE, settings)
+    with pytest.raises(Mxfp4Error, match="bad: the self-check: 2048 tokens: row 2047 errs by"):
+        self_check.prepare(selection, weights, SHAPE, settings, print)
 
 
 def test_none_left(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
@@ -132,4 +136,52 @@ def test_none_left(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None
     with pytest.raises(
         Mxfp4Error, match=r"bad: the self-check: .*not finite; worse: the self-check: .*out of res"
     ):
-        self_check.prepare(selection, weights, SHAPE, Settings())
+        self_check.prepare(selection, weights, SHAPE, Settings(), print)
+
+
+def test_last_expert() -> None:
+    """A fault in the last of many experts is met."""
+    shape = make_shape(32, 2, 96, 64)
+    weights = random_weights(shape, seed=0)
+    broken = MoeWeights(
+        **{name: None if each is None else each.clone() for name, each in vars(weights).items()}
+    )
+    broken.w2[-1] = 0x11
+    outcome = self_check.check(backend("bad"), reference.prepare(broken, shape), weights, shape)
+    assert "errs by" in outcome.miss
+
+
+def test_without_decode(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
+    """Where only the backend's own decode kernels are wrong, it serves without them."""
+
+    def run(prepared: Any, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        layer, decode = prepared
+        return reference.run(layer, x, logits) * (1.1 if decode and len(x) <= 64 else 1)
+
+    some = backend("some", run, lambda weights, shape: (reference.prepare(weights, shape), True))
+    some.without_decode = lambda prepared: (prepared[0], False) if prepared[1] else None
+    names: list[str] = []
+    chosen, prepared, narrow = self_check.prepare(
+        choose_from(monkeypatch, some), weights, SHAPE, Settings(), lambda name, outcome: names.append(name)
+    )
+    assert (chosen.backend, prepared[1], narrow) == (some, False, True)
+    assert names == ["some", "some without its decode kernels"]
+
+
+@pytest.mark.parametrize(("when", "times"), [("first", 1), ("all", 3), ("off", 0)])
+def test_which_layers(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights, when: str, times: int) -> None:
+    """The first layer, each one or none; what replaced a wrong backend stays for the layers behind."""
+    vllm_plugin = pytest.importorskip("vllm_mxfp4_gfx950.vllm_plugin")
+    choose_from(monkeypatch, FAULTS["swapped"][0], backend("good"))
+    checks: list[str] = []
+    check = self_check.check
+
+    def counted(some: Any, *arguments: Any) -> self_check.Outcome:
+        checks.append(some.NAME)
+        return check(some, *arguments)
+
+    monkeypatch.setattr(self_check, "check", counted)
+    choice = vllm_plugin.Choice(SHAPE, "gfx950", Settings(self_check=when))
+    served = [choice.prepare(weights, f"layers.{i}")[0].NAME for i in range(3)]
+    assert served == (["bad"] * 3 if when == "off" else ["good"] * 3)
+    assert checks == (["bad"] if times else []) + ["good"] * times

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tolerance import compare
 
-TOKENS = (1, 64, 1024)
-"""Batches that are tried: one for each way that the tile tables take on Hopper and gfx950."""
+TOKENS = (1, 64, 256, 1024, 2048)
+"""Batches that are tried: from one row of an expert to full tiles, so that most rungs of a table are met."""
 
 FAR = 30.0
 """By so much the logits of experts that are not to be chosen lie below the others."""
@@ -38,9 +39,13 @@ class Outcome:
     seconds: float
 
     def __str__(self) -> str:
+        if self.miss:
+            return f"FAILED after {self.seconds:.2f} s: {self.miss}"
         batches = ", ".join(map(str, self.tokens))
-        found = f"FAILED: {self.miss}" if self.miss else f"worst row at {self.row:.2f} of what is allowed"
-        return f"{batches} tokens against float64: {found} ({self.seconds:.2f} s)"
+        return (
+            f"{batches} tokens against float64: worst row at {self.row:.2f} of what is allowed "
+            f"({self.seconds:.2f} s)"
+        )
 
 
 def check(
@@ -52,7 +57,8 @@ def check(
 ) -> Outcome:
     """Run batches through a prepared layer, and compare every row.
 
-    Tokens choose among twice topk of this rank's experts, so that few are dequantized.
+    Tokens choose among twice topk of this rank's experts, from the first to the last, so that few are
+    dequantized.
 
     Args:
         backend: what prepared the layer.
@@ -90,13 +96,18 @@ def batch(weights: MoeWeights, shape: MoeShape, tokens: int) -> tuple[torch.Tens
     if weights.expert_map is not None:
         here = torch.where(weights.expert_map >= 0)[0]
     far = torch.ones(shape.global_experts, dtype=torch.bool, device=device)
-    far[here[: 2 * shape.topk]] = False
+    some = torch.linspace(0, len(here) - 1, min(len(here), 2 * shape.topk)).long()
+    far[here[some]] = False
     return x, (logits - FAR * far).bfloat16()
 
 
 def prepare(
-    selection: backends.Selection, weights: MoeWeights, shape: MoeShape, settings: Settings
-) -> tuple[backends.Selection, Any, list[Outcome]]:
+    selection: backends.Selection,
+    weights: MoeWeights,
+    shape: MoeShape,
+    settings: Settings,
+    report: Callable[[str, Outcome], None],
+) -> tuple[backends.Selection, Any, bool]:
     """Prepare a layer with the first backend that computes it right.
 
     A copy of the weights is kept meanwhile, as backends consume what they are given.
@@ -106,28 +117,35 @@ def prepare(
         weights: consumed.
         shape: the layer's sizes.
         settings: what the user asked for.
+        report: called with a backend's name and what its check found.
 
     Returns:
-        the choice, the prepared layer, and what each check found, the last one being right.
+        the choice, the prepared layer, and whether it had to do without the backend's own decode kernels.
 
     Raises:
         Mxfp4Error: no backend is left.
     """
-    outcomes: list[Outcome] = []
     failed: dict[str, str] = {}
     while True:
-        copies: Any = {name: None if each is None else each.clone() for name, each in vars(weights).items()}
+        backend = selection.backend
         try:
-            prepared = selection.backend.prepare(MoeWeights(**copies), shape)
+            copies: Any = {
+                name: each if each is None else each.clone() for name, each in vars(weights).items()
+            }
+            prepared = backend.prepare(MoeWeights(**copies), shape)
+            outcome = check(backend, prepared, weights, shape)
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             outcome = Outcome(f"while preparing, {type(error).__name__}: {lines[0]}", 0.0, (), 0.0)
-        else:
-            outcome = check(selection.backend, prepared, weights, shape)
-        outcomes.append(outcome)
+            prepared = None
+        report(backend.NAME, outcome)
         if not outcome.miss:
-            return selection, prepared, outcomes
-        del copies
-        prepared = None
-        failed[selection.backend.NAME] = f"the self-check: {outcome.miss}"
+            return selection, prepared, False
+        narrow = prepared is not None and getattr(backend, "without_decode", lambda _: None)(prepared)
+        if narrow:
+            outcome = check(backend, narrow, weights, shape)
+            report(f"{backend.NAME} without its decode kernels", outcome)
+            if not outcome.miss:
+                return selection, narrow, True
+        failed[backend.NAME] = f"the self-check: {outcome.miss}"
         selection = backends.select(shape, selection.arch, settings, failed)

@@ -28,7 +28,8 @@ class TileConfig:
         split_k: workgroups that share one tile's depth.
         num_warps: waves of a workgroup.
         num_stages: tiles of the depth in flight.
-        waves_per_eu: waves that each SIMD must have room for; 0 leaves it to the compiler.
+        waves_per_eu: waves that each SIMD must have room for, on Hopper warps of each scheduler, which caps
+            the registers; 0 leaves it to the compiler.
     """
 
     block_m: int
@@ -104,23 +105,25 @@ def ladder(arch: str, kernels: str, triton: str, gemm: Gemm) -> Ladder[TileConfi
     if table is None:
         return None
     release = _release(triton)
-    releases = sorted(
-        {key[1] for key in table if key[0] == kernels}, key=lambda r: abs(_number(r) - _number(release))
-    )
-    if not releases:
+    found = releases(arch, kernels)
+    if not found:
         return None
-    candidates = {g: rungs for (kind, r, g), rungs in table.items() if (kind, r) == (kernels, releases[0])}
+    closest = min(sorted(found), key=lambda r: abs(_number(r) - _number(release)))
+    candidates = {g: rungs for (kind, r, g), rungs in table.items() if (kind, r) == (kernels, closest)}
     nearest = min(
         (g for g in candidates if g.name == gemm.name),
         key=lambda g: sum(
             abs(math.log(a / b)) for a, b in zip(astuple(g)[1:], astuple(gemm)[1:], strict=True)
         ),
     )
-    if nearest != gemm or releases[0] != release:
-        _log_once(
-            f"no tiles for {gemm} on {arch} with triton {triton}; using those of {nearest}, {releases[0]}"
-        )
+    if nearest != gemm or closest != release:
+        _log_once(f"no tiles for {gemm} on {arch} with triton {triton}; using those of {nearest}, {closest}")
     return candidates[nearest]
+
+
+def releases(arch: str, kernels: str) -> set[str]:
+    """The Triton releases, such as "3.6", that an arch's table has tiles of these kernels for."""
+    return {key[1] for key in _table(arch) or () if key[0] == kernels}
 
 
 def encode(kernels: str, triton: str, gemm: Gemm, tiles: Ladder[TileConfig]) -> list[list[Any]]:

@@ -359,7 +359,7 @@ class Choice:
     def __init__(self, shape: MoeShape, arch: str, wanted: settings.Settings) -> None:
         self.shape, self.wanted = shape, wanted
         self.selection = backends.select(shape, arch, wanted)
-        self.checked = False
+        self.checked = self.narrow = False
 
     def prepare(self, weights: MoeWeights, prefix: str) -> tuple[backends.Backend, Any]:
         """A layer for the backend that serves it, compared with float64 where the user wants that.
@@ -377,13 +377,20 @@ class Choice:
         if when == "off":
             logger.info_once("Layers are not checked: %s=off.", settings.SELF_CHECK_VAR)
         if backend.NAME == "reference" or when == "off" or (when == "first" and self.checked):
-            return backend, backend.prepare(weights, self.shape)
-        before = self.selection
-        self.selection, prepared, outcomes = self_check.prepare(before, weights, self.shape, self.wanted)
-        self.checked = True
-        for outcome in outcomes:
+            prepared = backend.prepare(weights, self.shape)
+            if self.narrow:
+                prepared = backend.without_decode(prepared)  # type: ignore[attr-defined]
+            return backend, prepared
+
+        def report(name: str, outcome: self_check.Outcome) -> None:
             log = logger.warning if outcome.miss else logger.info
-            log("Self-check of %s on %s: %s.", prefix, before.arch, outcome)
+            log("Self-check of %s through %s: %s.", prefix, name, outcome)
+
+        before = self.selection
+        self.selection, prepared, self.narrow = self_check.prepare(
+            before, weights, self.shape, self.wanted, report
+        )
+        self.checked = True
         if self.selection is not before:
             logger.warning("MoE layers run through %s.", self.selection)
         return self.selection.backend, prepared

@@ -11,7 +11,7 @@ LOWEST = tl.constexpr(-(2**31))
 """A key below those of all logits."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "tiles"])
 def route(
     Logits, ExpertMap, Chosen, Weights, Tiles, X, Twisted, tokens, experts, tiles, stride, hidden,
     TOPK: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_TILES: tl.constexpr,

@@ -18,7 +18,7 @@ import triton
 from vllm_mxfp4_gfx950.backends import decode_kernels as kernels
 from vllm_mxfp4_gfx950.backends.triton_package import CDNA4_SCALE_LAYOUTS
 from vllm_mxfp4_gfx950.moe import MoeShape
-from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, gemms, ladder
+from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, gemms, ladder, releases
 
 # Loggers below `vllm` print where vLLM's own do.
 logger = logging.getLogger("vllm.mxfp4_triton.decode")
@@ -91,14 +91,23 @@ def decode_for(
         layout = "hopper"
     else:
         readable, layout = names[1] in CDNA4_SCALE_LAYOUTS, "cdna4"
-    tiles = [ladder(arch, "decode", triton.__version__, gemm) for gemm in gemms(shape)]
-    if tiles[0] is None or tiles[1] is None:
+    known = releases(arch, "decode")
+    if not known:
         return None
+    if ".".join(triton.__version__.split(".")[:2]) not in known:
+        # From 3.8 on, the same tiles get wgmma instead of mma, and spill.
+        timed = f"their tiles are those of triton {', '.join(known)}, and this is {triton.__version__}"
+        _log_once(f"the decode kernels do not serve: {timed}")
+        return None
+    tiles = [ladder(arch, "decode", triton.__version__, gemm) for gemm in gemms(shape)]
+    assert tiles[0] is not None
+    assert tiles[1] is not None
     if not readable:
         _log_once(f"the decode kernels do not serve: {' and '.join(names)}, largest scale {largest_scale}")
         return None
     _log_once(f"batches of up to {tiles[0].bounds[-1]} tokens run through the decode kernels")
     assert [tile.block_m for tile in tiles[0].rungs] == [tile.block_m for tile in tiles[1].rungs]
+    assert all(tile.split_k == 1 for tile in tiles[0].rungs), "the SwiGLU needs whole sums"
     return Decode(layout, shape, (tiles[0], tiles[1]), expert_map)
 
 
@@ -115,8 +124,8 @@ class Routing:
         experts: int32[T, topk], the best first; this rank's numbers, -1 for those of other ranks.
         weights: bf16[T, topk], of each in its token's sum.
         tiles: int32[tiles, 2 + rows]: an expert, its number of rows from here on, and the pair of each row:
-            token * topk + slot. Tiles and pairs are sorted by expert, then by token. An expert of -1 is no
-            tile.
+            token * topk + slot. Sorted by the model's number of the expert, then by token. An expert of -1 is
+            no tile.
         x: bf16[T, H], the tokens with their columns in the order of `decode_kernels.twist`, if asked for.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -163,6 +163,11 @@ def run(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> tor
     if prepared.decode is not None and prepared.decode.serves(router_logits):
         return triton_decode.run(prepared.decode, x, router_logits, prepared.parts(0), prepared.parts(1))
     return run_matmul_ogs(prepared, x, router_logits)
+
+
+def without_decode(prepared: Prepared) -> Prepared | None:
+    """The same layer through matmul_ogs alone; None when it has nothing else."""
+    return None if prepared.decode is None else replace(prepared, decode=None)
 
 
 def run_matmul_ogs(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
