@@ -18,7 +18,6 @@ from vllm_mxfp4_gfx950.gfx950.verification import MAX_FROBENIUS
 Tile = tuple[int, int, int, int, int, int, int]
 PLAIN: Tile = (16, 64, 256, 1, 4, 1, 0)
 SPLIT: Tile = (16, 64, 256, 3, 4, 2, 0)
-TALL: Tile = (32, 128, 256, 1, 4, 2, 0)
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Case:
     def __str__(self) -> str:
         experts, _, topk, hidden, intermediate = self.shape
         name = f"E{experts}-k{topk}-T{self.tokens}-H{hidden}-I{intermediate}"
-        name += f"-split{self.tiles[1][3]}-tall{self.tiles[0][0]}"
+        name += f"-split{self.tiles[1][3]}"
         return name + ("-map" if self.expert_map else "") + ("-spoilt" if self.spoil else "")
 
 
@@ -50,9 +49,9 @@ CASES = [
     Case((4, 4, 1, 256, 320), 1),
     Case((8, 8, 2, 320, 256), 3, (PLAIN, SPLIT)),
     Case((32, 32, 4, 320, 288), 64, (PLAIN, SPLIT)),
-    Case((8, 8, 4, 320, 288), 65, (TALL, TALL)),
+    Case((8, 8, 4, 320, 288), 65),
     Case((128, 128, 4, 256, 256), 37),
-    Case((4, 8, 2, 320, 320), 130, (TALL, TALL), expert_map=(-1, 0, 1, -1, -1, 2, 3, -1)),
+    Case((4, 8, 2, 320, 320), 130, expert_map=(-1, 0, 1, -1, -1, 2, 3, -1)),
     Case((4, 4, 2, 2880, 2880), 2, (PLAIN, SPLIT)),
     Case((4, 4, 2, 320, 288), 3, spoil=True),
 ]
