@@ -82,6 +82,25 @@ def test_wrong(tmp_path: Path, packages: Path, file: str, old: str, new: str, co
     assert re.search(complaint, result.stdout), result.stdout
 
 
+def test_rank_without_rows(tmp_path: Path, packages: Path) -> None:
+    """Nobody chose this rank's expert: nothing to compare is not a failure."""
+    result = verify(tmp_path, packages, "--tp", "4", "--ep", "4", "--tokens", "1", "3", "--json")
+    assert result.returncode == 0, result.stderr
+    notes = {(each["tokens"], each["stage"]): each["note"] for each in json.loads(result.stdout)["checks"]}
+    assert (notes[1, "w13"], notes[1, "w2"]) == ("no rows", "no rows")
+    assert (notes[3, "w13"], notes[3, "w2"]) == ("", "")
+
+
+def test_split_is_not_sampled(tmp_path: Path, packages: Path) -> None:
+    """Upstream's tiles split K here: whole it shows in the layer, of a sample nothing can be said."""
+    whole = verify(tmp_path, packages, "--upstream", "--tokens", "1")
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.count("in layer") == 2
+    sample = verify(tmp_path, packages, "--upstream", "--tokens", "1", "--sample", "2")
+    assert sample.returncode == 1
+    assert sample.stdout.count("FAIL what a split K leaves cannot be sampled") == 2
+
+
 @pytest.mark.parametrize("arguments", [("--sample", "-1"), ("--tokens", "0")])
 def test_bad_arguments(tmp_path: Path, packages: Path, arguments: tuple[str, str]) -> None:
     """Refused by name."""
