@@ -23,7 +23,7 @@ import torch
 from vllm_mxfp4_gfx950 import backends, settings
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
-from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights, truth_and_plain
+from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.tolerance import compare
 
 CALLS = 16
@@ -183,7 +183,7 @@ def main() -> None:
         }
         for tokens in args.tokens:
             inputs = [random_tokens(shape, tokens, seed, "cuda") for seed in range(CALLS)]
-            truth, plain = truth_and_plain(*inputs[0], truth_weights, shape)
+            truth, plain = reference.truth_and_plain(*inputs[0], truth_weights, shape)
             errors = {name: compare(some[0](*inputs[0]), truth, plain) for name, some in layers.items()}
             missed = {name: error.miss for name, error in errors.items() if error.miss}
             times: dict[str, list[float]] = {name: [] for name in args.backends}

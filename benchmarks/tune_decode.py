@@ -25,9 +25,9 @@ import triton
 from layer import CALLS, microseconds
 
 from vllm_mxfp4_gfx950 import backends, settings
-from vllm_mxfp4_gfx950.backends import triton_decode
+from vllm_mxfp4_gfx950.backends import reference, triton_decode
 from vllm_mxfp4_gfx950.moe import MoeShape
-from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights, truth_and_plain
+from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.tolerance import compare
 from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, columns, encode, gemms
 
@@ -74,7 +74,7 @@ class Batch:
         self.shape = make_shape(experts, 4, 2880, 2880)
         self.backend, self.layers = prepared_layers(experts)
         self.inputs = [random_tokens(self.shape, tokens, seed, "cuda") for seed in range(CALLS)]
-        self.truth, self.plain = truth_and_plain(
+        self.truth, self.plain = reference.truth_and_plain(
             *self.inputs[0], random_weights(self.shape, 0, "cuda"), self.shape
         )
         self.y = torch.empty(4 * tokens, 2880, device="cuda", dtype=torch.bfloat16)

@@ -13,7 +13,7 @@ from vllm_mxfp4_gfx950.gfx950.driver import ARCH, LDS_BYTES, Launch, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
 from vllm_mxfp4_gfx950.gfx950.report import read
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
-from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights, truth_and_plain
+from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights
 from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tolerance import compare
 from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig
@@ -25,9 +25,8 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
     expert_map = None if case["expert_map"] is None else torch.tensor(case["expert_map"], dtype=torch.int32)
     weights = dataclasses.replace(random_weights(shape, seed=0), expert_map=expert_map)
     x, logits = random_tokens(shape, case["tokens"], seed=case["tokens"])
-    truth, plain = truth_and_plain(x, logits, weights, shape)
+    truth, plain = reference.truth_and_plain(x, logits, weights, shape)
     backend: Any = backends.select(shape, ARCH, Settings(backend="triton")).backend
-    copies = {name: tensor.clone() for name, tensor in vars(weights).items() if tensor is not None}
     launches: list[Launch] = []
 
     def launch(one: Launch) -> None:
@@ -35,7 +34,7 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
         execute(one)
 
     with presented(execute):
-        prepared = backend.prepare(MoeWeights(**copies), shape)
+        prepared = backend.prepare(weights.clone(), shape)
     if case["spoil"]:
         scales = parts(prepared, 0)[1]
         scales.copy_(scales.roll(256, dims=2))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from vllm_mxfp4_gfx950 import backends
+from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH, Launch, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.assembly import Instruction, Program, parse
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute, lay_out
@@ -25,7 +26,7 @@ from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault
 from vllm_mxfp4_gfx950.gfx950.layer import MATMULS
 from vllm_mxfp4_gfx950.gfx950.verification import EmulatedLayer
 from vllm_mxfp4_gfx950.moe import MoeWeights
-from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights, truth_and_plain
+from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tolerance import compare
 from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig
@@ -70,7 +71,7 @@ class Layer:
             Ladder((1,), (self.backend.to_opt_flags(tile),)) for tile in TILES[self.backend.KERNELS]
         )
         self.x, self.logits = random_tokens(self.shape, tokens, seed=1)
-        self.truth, self.plain = truth_and_plain(self.x, self.logits, self.weights(), self.shape)
+        self.truth, self.plain = reference.truth_and_plain(self.x, self.logits, self.weights(), self.shape)
 
     def weights(self) -> MoeWeights:
         """The same each time: backends consume them."""

@@ -14,7 +14,7 @@ from run_python import run_python
 
 from vllm_mxfp4_gfx950.backends import ck, reference
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
-from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights, truth_and_plain
+from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.tolerance import assert_rows_close
 
 pytestmark = pytest.mark.skipif(not (TREE / "aiter").is_dir(), reason=f"needs amd-aiter unpacked in {TREE}")
@@ -71,7 +71,7 @@ def check(prepared: ck.Prepared, weights: MoeWeights, shape: MoeShape, tokens: i
     out = ck.run(prepared, x, logits)
     assert out.dtype == torch.bfloat16
     assert out.is_contiguous()
-    assert_rows_close(out, *truth_and_plain(x, logits, weights, shape))
+    assert_rows_close(out, *reference.truth_and_plain(x, logits, weights, shape))
 
 
 def rank_of(weights: MoeWeights, shape: MoeShape, mine: list[int]) -> tuple[MoeWeights, MoeShape]:
@@ -124,9 +124,9 @@ def test_ranks_of_experts_add_up(tokens: int) -> None:
     for mine in ([6, 1, 3], [0, 2, 4, 5, 7]):
         part, shape = rank_of(weights, SMALL, mine)
         out = ck.run(ck.prepare(part, shape), x, logits)
-        assert_rows_close(out, *truth_and_plain(x, logits, part, shape))
+        assert_rows_close(out, *reference.truth_and_plain(x, logits, part, shape))
         total += out.double()
-    assert_rows_close(total, *truth_and_plain(x, logits, weights, SMALL))
+    assert_rows_close(total, *reference.truth_and_plain(x, logits, weights, SMALL))
 
 
 def test_route_is_that_of_the_reference(aiter: ModuleType) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from subprocess import CompletedProcess
 
 import pytest
+import torch
 from run_python import ROOT, run_python
-from test_verification import EVERY, IN_CI, KERNELS, TRITONS, ids
+from test_verification import EVERY, IN_CI, TRITONS, ids, paths_of
 
 from vllm_mxfp4_gfx950 import tuning
 from vllm_mxfp4_gfx950.gfx950.verification import MAX_FROBENIUS
@@ -60,12 +60,7 @@ CASES = [
 @functools.cache
 def emulated(triton: str, kernels: str) -> CompletedProcess[str]:
     """Execute the cases in a process that has this Triton and these kernels."""
-    paths = [KERNELS[kernels]]
-    if triton != version("triton"):
-        paths.insert(0, TRITONS / triton)
-    for path in paths:
-        if not path.is_dir():
-            pytest.skip(f"needs {path.relative_to(ROOT)}: make test-emulated")
+    paths = paths_of(triton, kernels)
     script, cases = ROOT / "tests/emulate_decode.py", json.dumps([asdict(case) for case in CASES])
     return run_python([str(script)], path=paths, stdin=cases, timeout=900)
 
@@ -164,11 +159,14 @@ def test_other_tritons(monkeypatch: pytest.MonkeyPatch, triton: str) -> None:
     class HopperMXScaleLayout:
         num_warps = triton_decode.HOPPER_WARPS
 
+    def scales(largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(4, dtype=torch.uint8), torch.tensor([3, largest], dtype=torch.uint8)
+
     layouts = HopperMXValueLayout(), HopperMXScaleLayout()
     shape = tuning.MoeShape(32, 32, 4, 2880, 2880, 1.702, 7.0)
     monkeypatch.setattr(triton_decode.triton, "__version__", triton)
-    decode = triton_decode.decode_for("sm90", shape, layouts, 124, None)
+    decode = triton_decode.decode_for("sm90", shape, layouts, scales(124), None)
     assert (decode is not None) == (triton == "3.6.0")
-    assert triton_decode.decode_for("gfx950", shape, layouts, 124, None) is None
-    too_large = triton_decode.decode_for("sm90", shape, layouts, triton_decode.MAX_SCALE + 1, None)
+    assert triton_decode.decode_for("gfx950", shape, layouts, scales(124), None) is None
+    too_large = triton_decode.decode_for("sm90", shape, layouts, scales(triton_decode.MAX_SCALE + 1), None)
     assert too_large is None

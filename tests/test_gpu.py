@@ -9,7 +9,7 @@ import torch
 from vllm_mxfp4_gfx950 import backends, settings
 from vllm_mxfp4_gfx950.backends import reference, triton_decode, triton_ogs
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
-from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights, truth_and_plain
+from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.tolerance import assert_rows_close
 
 pytestmark = [
@@ -32,11 +32,6 @@ def shape_id(shape: MoeShape) -> str:
     return f"E{shape.experts}-k{shape.topk}-H{shape.hidden}-I{shape.intermediate}"
 
 
-def clone(weights: MoeWeights) -> MoeWeights:
-    """A copy for `prepare`, which consumes what it is given."""
-    return MoeWeights(**{name: None if t is None else t.clone() for name, t in vars(weights).items()})
-
-
 def poison() -> None:
     """Leave NaN in the memory that the next allocations will get."""
     for size in (2**12, 2**16, 2**20, 2**24, 2**28):
@@ -50,7 +45,7 @@ def layer(request: pytest.FixtureRequest) -> Layer:
     shape = request.param
     weights = random_weights(shape, seed=shape.experts, device="cuda")
     selection = backends.select(shape, backends.arch_of(torch.device("cuda")), settings.Settings("triton"))
-    return shape, weights, selection.backend, selection.backend.prepare(clone(weights), shape)
+    return shape, weights, selection.backend, selection.backend.prepare(weights.clone(), shape)
 
 
 @pytest.mark.parametrize("tokens", TOKENS, ids=lambda t: f"T{t}")
@@ -60,7 +55,7 @@ def test_run(layer: Layer, tokens: int) -> None:
     x, logits = random_tokens(shape, tokens, seed=tokens, device="cuda", unchosen=shape.experts - 1)
     poison()
     out = backend.run(prepared, x, logits)
-    assert_rows_close(out, *truth_and_plain(x, logits, weights, shape))
+    assert_rows_close(out, *reference.truth_and_plain(x, logits, weights, shape))
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 333], ids=lambda t: f"T{t}")
@@ -85,7 +80,7 @@ def test_run_is_captured_in_a_graph(layer: Layer, tokens: int) -> None:
     logits.copy_(logits2)
     out.fill_(float("nan"))
     graph.replay()
-    assert_rows_close(out, *truth_and_plain(x, logits, weights, shape))
+    assert_rows_close(out, *reference.truth_and_plain(x, logits, weights, shape))
 
 
 def test_run_does_not_wait_for_the_gpu(layer: Layer) -> None:
@@ -149,10 +144,10 @@ def test_decode_declines_what_it_cannot_scale(layer: Layer) -> None:
     shape, _, backend, _ = layer
     weights = random_weights(shape, seed=1, device="cuda")
     weights.w2_scale[0, 0, 0] = triton_decode.MAX_SCALE + 1
-    prepared = backend.prepare(clone(weights), shape)
+    prepared = backend.prepare(weights.clone(), shape)
     assert prepared.decode is None
     x, logits = random_tokens(shape, 7, seed=7, device="cuda")
-    assert_rows_close(backend.run(prepared, x, logits), *truth_and_plain(x, logits, weights, shape))
+    assert_rows_close(backend.run(prepared, x, logits), *reference.truth_and_plain(x, logits, weights, shape))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -173,12 +168,12 @@ def test_ranks_of_experts_add_up(ranks: int, tokens: int) -> None:
         part = MoeWeights(**tensors, expert_map=expert_map)
         shape = MoeShape(len(mine), whole.experts, 4, whole.hidden, whole.intermediate, 1.702, 7.0)
         backend = backends.select(shape, arch, settings.Settings("triton")).backend
-        prepared = backend.prepare(clone(part), shape)
+        prepared = backend.prepare(part.clone(), shape)
         poison()
         out = backend.run(prepared, x, logits)
-        assert_rows_close(out, *truth_and_plain(x, logits, part, shape))
+        assert_rows_close(out, *reference.truth_and_plain(x, logits, part, shape))
         total += out.double()
-    truth, plain = truth_and_plain(x, logits, weights, whole)
+    truth, plain = reference.truth_and_plain(x, logits, weights, whole)
     assert_rows_close(total, truth, plain)
 
 

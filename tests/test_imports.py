@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, str] = {
     "settings": "mxfp4 moe",
     "tuning": "mxfp4 moe",
     "backends": "mxfp4 moe settings tuning",
-    "random_layer": "moe backends",
+    "random_layer": "moe",
     "tolerance": "",
     "self_check": "moe settings backends tolerance",
     "vllm_plugin": "mxfp4 moe settings tuning backends self_check",

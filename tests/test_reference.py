@@ -10,8 +10,8 @@ import torch
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.mxfp4 import dequantize
-from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights, truth_and_plain
-from vllm_mxfp4_gfx950.tolerance import assert_rows_close
+from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
+from vllm_mxfp4_gfx950.tolerance import assert_rows_close, compare
 
 TOKENS = [1, 37, 199]
 UNCHOSEN = 3
@@ -126,7 +126,7 @@ def test_run_rounds_no_more_than_allowed(dtype: torch.dtype, tokens: int) -> Non
     x, logits = random_tokens(SHAPE, tokens, seed=2, unchosen=UNCHOSEN)
     got = run(weights, SHAPE, x.to(dtype), logits.to(dtype))
     assert got.dtype == dtype
-    assert_rows_close(got, *truth_and_plain(x, logits, weights, SHAPE))
+    assert_rows_close(got, *reference.truth_and_plain(x, logits, weights, SHAPE))
 
 
 @pytest.mark.parametrize("tokens", TOKENS, ids="T{}".format)
@@ -171,7 +171,9 @@ def test_rule_notices(damage: Any) -> None:
     weights = random_weights(SHAPE, seed=1)
     x, logits = random_tokens(SHAPE, 37, seed=2)
     with pytest.raises(AssertionError, match="row"):
-        assert_rows_close(run(damage(weights), SHAPE, x, logits), *truth_and_plain(x, logits, weights, SHAPE))
+        assert_rows_close(
+            run(damage(weights), SHAPE, x, logits), *reference.truth_and_plain(x, logits, weights, SHAPE)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -249,3 +251,13 @@ def test_operator_can_be_compiled() -> None:
     x, logits = random_tokens(SHAPE, 3, seed=13)
     sizes = (SHAPE.topk, SHAPE.alpha, SHAPE.limit)
     torch.library.opcheck(torch.ops.vllm_mxfp4.reference_moe, (x, logits, *vars(weights).values(), *sizes))
+
+
+@pytest.mark.parametrize(("spoilt", "what"), [(0, ""), (1, "of the truth "), (2, "of plain bf16 ")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_tolerance_refuses_what_is_not_finite(spoilt: int, what: str, value: float) -> None:
+    """Also in what it is compared with: NaN would make every comparison false."""
+    three = [torch.ones(2, 4), torch.ones(2, 4, dtype=torch.float64), torch.full((2, 4), 1.01)]
+    assert compare(*three).miss == ""
+    three[spoilt][1, 2] = value
+    assert compare(*three).miss == f"1 elements {what}are not finite"

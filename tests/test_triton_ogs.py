@@ -10,7 +10,7 @@ import torch
 from interpreter import BROKEN, LAYERS, RANKS, TILED, UNPADDED, Case, check_layout, outcomes
 
 from vllm_mxfp4_gfx950.backends import reference, triton_ogs, triton_package
-from vllm_mxfp4_gfx950.random_layer import make_shape, truth_and_plain
+from vllm_mxfp4_gfx950.random_layer import make_shape
 from vllm_mxfp4_gfx950.tolerance import assert_rows_close
 
 
@@ -39,7 +39,7 @@ def outcome(results: dict[str, Any]) -> Outcome:
 def test_run(outcome: Outcome, case: Case) -> None:
     """The layer against float64."""
     weights, shape, x, logits = case.inputs()
-    assert_rows_close(outcome(case)["out"], *truth_and_plain(x, logits, weights, shape))
+    assert_rows_close(outcome(case)["out"], *reference.truth_and_plain(x, logits, weights, shape))
 
 
 @pytest.mark.parametrize("case", LAYERS + RANKS, ids=str)
@@ -76,7 +76,7 @@ def test_tiles_of_the_table(outcome: Outcome, case: Case) -> None:
     weights, shape, x, logits = case.inputs()
     assert case.tile is not None
     assert outcome(case)["tiles"] == [(*case.tile, 256)] * 2
-    assert_rows_close(outcome(case)["out"], *truth_and_plain(x, logits, weights, shape))
+    assert_rows_close(outcome(case)["out"], *reference.truth_and_plain(x, logits, weights, shape))
 
 
 @pytest.mark.parametrize("case", BROKEN, ids=str)
@@ -84,7 +84,7 @@ def test_a_broken_layer_is_seen(outcome: Outcome, case: Case) -> None:
     """The tolerance catches each of these."""
     weights, shape, x, logits = case.inputs()
     with pytest.raises(AssertionError, match="errs by"):
-        assert_rows_close(outcome(case)["out"], *truth_and_plain(x, logits, weights, shape))
+        assert_rows_close(outcome(case)["out"], *reference.truth_and_plain(x, logits, weights, shape))
 
 
 def test_an_address_out_of_bounds_is_seen(results: dict[str, Any]) -> None:

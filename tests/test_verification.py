@@ -7,6 +7,7 @@ import itertools
 import json
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
@@ -101,15 +102,20 @@ def tiles_of(triton: str, kernels: str) -> list[Case]:
     return [Case((4, 4, 2, 832, 576), 64, tile=tile) for tile in sorted(tiles)]
 
 
-@functools.cache
-def emulated(triton: str, kernels: str, cases: tuple[Case, ...]) -> CompletedProcess[str]:
-    """Execute cases in a process that has this Triton and these kernels."""
-    paths = [KERNELS[kernels], ROOT / "tests"]
-    if triton != version("triton"):
-        paths.insert(0, TRITONS / triton)
+def paths_of(triton: str, kernels: str) -> list[Path]:
+    """What comes first on sys.path for a Triton and its kernels; the installed Triton needs nothing."""
+    paths = [TRITONS / triton] if triton != version("triton") else []
+    paths.append(KERNELS[kernels])
     for path in paths:
         if not path.is_dir():
             pytest.skip(f"needs {path.relative_to(ROOT)}: make test-emulated")
+    return paths
+
+
+@functools.cache
+def emulated(triton: str, kernels: str, cases: tuple[Case, ...]) -> CompletedProcess[str]:
+    """Execute cases in a process that has this Triton and these kernels."""
+    paths = [*paths_of(triton, kernels), ROOT / "tests"]
     return run_python(
         [str(ROOT / "tests/emulate_layers.py")],
         path=paths,

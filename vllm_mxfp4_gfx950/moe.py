@@ -92,6 +92,12 @@ class MoeWeights:
     w2_bias: torch.Tensor
     expert_map: torch.Tensor | None = None
 
+    def clone(self) -> MoeWeights:
+        """A copy for a backend's `prepare`, which consumes what it is given."""
+        return MoeWeights(
+            **{name: tensor.clone() for name, tensor in vars(self).items() if tensor is not None}
+        )
+
 
 def tensor_shapes(
     experts: int, hidden: int, intermediate: int

@@ -2,7 +2,6 @@
 
 import torch
 
-from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, tensor_shapes
 
 SCALES = (117, 124)
@@ -62,13 +61,3 @@ def random_tokens(
     if unchosen is not None:
         logits[:, unchosen] = -100
     return x, logits.bfloat16()
-
-
-def truth_and_plain(
-    x: torch.Tensor, logits: torch.Tensor, weights: MoeWeights, shape: MoeShape
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer in float64, and with every step in bf16."""
-    topk_ids, topk_weights = reference.route(logits, shape.topk)
-    truth = reference.experts(x.double(), topk_ids, topk_weights, weights, shape, torch.float64)
-    plain = reference.experts(x, topk_ids, topk_weights, weights, shape, torch.bfloat16)
-    return truth, plain

@@ -73,10 +73,7 @@ def check(
         x, logits = batch(weights, shape, count)
         try:
             out = backend.run(prepared, x, logits)
-            ids, topk_weights = reference.route(logits, shape.topk)
-            truth = reference.experts(x.double(), ids, topk_weights, weights, shape, torch.float64)
-            plain = reference.experts(x, ids, topk_weights, weights, shape, torch.bfloat16)
-            found = compare(out, truth, plain)
+            found = compare(out, *reference.truth_and_plain(x, logits, weights, shape))
             miss, worst = found.miss, max(worst, found.row)
         except Exception as error:  # A compiler or a driver may raise anything.
             lines = str(error).strip().splitlines() or [""]
@@ -129,10 +126,7 @@ def prepare(
     while True:
         backend = selection.backend
         try:
-            copies: Any = {
-                name: each if each is None else each.clone() for name, each in vars(weights).items()
-            }
-            prepared = backend.prepare(MoeWeights(**copies), shape)
+            prepared = backend.prepare(weights.clone(), shape)
             outcome = check(backend, prepared, weights, shape)
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]

@@ -104,7 +104,7 @@ def ladder(arch: str, kernels: str, triton: str, gemm: Gemm) -> Ladder[TileConfi
     table = _table(arch)
     if table is None:
         return None
-    release = _release(triton)
+    release = release_of(triton)
     found = releases(arch, kernels)
     if not found:
         return None
@@ -128,7 +128,7 @@ def releases(arch: str, kernels: str) -> set[str]:
 
 def encode(kernels: str, triton: str, gemm: Gemm, tiles: Ladder[TileConfig]) -> list[list[Any]]:
     """Rows of a table's file, in the order of `columns`."""
-    key = [kernels, _release(triton), *astuple(gemm)]
+    key = [kernels, release_of(triton), *astuple(gemm)]
     return [[*key, bound, *astuple(tile)] for bound, tile in zip(tiles.bounds, tiles.rungs, strict=True)]
 
 
@@ -157,7 +157,8 @@ def decode(rows: list[list[Any]]) -> dict[tuple[str, str, Gemm], Ladder[TileConf
     }
 
 
-def _release(triton: str) -> str:
+def release_of(triton: str) -> str:
+    """The first two numbers of a Triton version, by which tables go."""
     return ".".join(triton.split(".")[:2])
 
 

@@ -112,6 +112,16 @@ def experts(
     return out.to(x.dtype)
 
 
+def truth_and_plain(
+    x: torch.Tensor, logits: torch.Tensor, weights: MoeWeights, shape: MoeShape
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layer in float64, and with every step in bf16."""
+    topk_ids, topk_weights = route(logits, shape.topk)
+    truth = experts(x.double(), topk_ids, topk_weights, weights, shape, torch.float64)
+    plain = experts(x, topk_ids, topk_weights, weights, shape, torch.bfloat16)
+    return truth, plain
+
+
 def up(x: torch.Tensor, expert: int, weights: MoeWeights, shape: MoeShape) -> torch.Tensor:
     """One expert's w13, bias and SwiGLU: float[rows, H] to [rows, I], in the dtype of x."""
     w13 = dequantize(weights.w13[expert], weights.w13_scale[expert], x.dtype)

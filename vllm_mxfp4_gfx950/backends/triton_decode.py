@@ -18,7 +18,7 @@ import triton
 from vllm_mxfp4_gfx950.backends import decode_kernels as kernels
 from vllm_mxfp4_gfx950.backends.triton_package import CDNA4_SCALE_LAYOUTS
 from vllm_mxfp4_gfx950.moe import MoeShape
-from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, gemms, ladder, releases
+from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, gemms, ladder, release_of, releases
 
 # Loggers below `vllm` print where vLLM's own do.
 logger = logging.getLogger("vllm.mxfp4_triton.decode")
@@ -73,7 +73,7 @@ def decode_for(
     arch: str,
     shape: MoeShape,
     layouts: tuple[object, object],
-    largest_scale: int,
+    scales: tuple[torch.Tensor, torch.Tensor],
     expert_map: torch.Tensor | None,
 ) -> Decode | None:
     """The decode path for a prepared layer; None where the table has no tiles, or the kernels cannot read it.
@@ -82,19 +82,13 @@ def decode_for(
         arch: "sm90" or "gfx950".
         shape: the layer.
         layouts: triton_kernels' layouts of the values and of the scales.
-        largest_scale: of the layer, E8M0.
+        scales: uint8, w13's and w2's in that layout.
         expert_map: as in MoeWeights.
     """
-    names = tuple(type(layout).__name__ for layout in layouts)
-    if names == ("HopperMXValueLayout", "HopperMXScaleLayout"):
-        readable = getattr(layouts[1], "num_warps", None) == HOPPER_WARPS and largest_scale <= MAX_SCALE
-        layout = "hopper"
-    else:
-        readable, layout = names[1] in CDNA4_SCALE_LAYOUTS, "cdna4"
     known = releases(arch, "decode")
     if not known:
         return None
-    if ".".join(triton.__version__.split(".")[:2]) not in known:
+    if release_of(triton.__version__) not in known:
         # From 3.8 on, the same tiles get wgmma instead of mma, and spill.
         timed = f"their tiles are those of triton {', '.join(known)}, and this is {triton.__version__}"
         _log_once(f"the decode kernels do not serve: {timed}")
@@ -102,8 +96,15 @@ def decode_for(
     tiles = [ladder(arch, "decode", triton.__version__, gemm) for gemm in gemms(shape)]
     assert tiles[0] is not None
     assert tiles[1] is not None
+    names = tuple(type(each).__name__ for each in layouts)
+    largest = max(int(each.max()) for each in scales)
+    if names == ("HopperMXValueLayout", "HopperMXScaleLayout"):
+        readable = getattr(layouts[1], "num_warps", None) == HOPPER_WARPS and largest <= MAX_SCALE
+        layout = "hopper"
+    else:
+        readable, layout = names[1] in CDNA4_SCALE_LAYOUTS, "cdna4"
     if not readable:
-        _log_once(f"the decode kernels do not serve: {' and '.join(names)}, largest scale {largest_scale}")
+        _log_once(f"the decode kernels do not serve: {' and '.join(names)}, largest scale {largest}")
         return None
     _log_once(f"batches of up to {tiles[0].bounds[-1]} tokens run through the decode kernels")
     assert [tile.block_m for tile in tiles[0].rungs] == [tile.block_m for tile in tiles[1].rungs]

@@ -116,7 +116,6 @@ def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
 
     if make_default_matmul_mxfp4_w_layout(mx_axis=1)[0] is not StridedLayout:
         weights = pad_intermediate(weights, triton_package.HOPPER_K)
-    largest_scale = max(int(scale.max()) for scale in (weights.w13_scale, weights.w2_scale))
     w13, w13_precision = _to_kernel_layout(weights.w13, weights.w13_scale)
     w2, w2_precision = _to_kernel_layout(weights.w2, weights.w2_scale)
     swiglu = FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"))
@@ -141,7 +140,7 @@ def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
             arch,
             shape,
             (w13.storage.layout, w13_precision.weight_scale.storage.layout),
-            largest_scale,
+            (w13_precision.weight_scale.storage.data, w2_precision.weight_scale.storage.data),
             weights.expert_map,
         ),
     )

@@ -84,9 +84,8 @@ class EmulatedLayer:
     ) -> None:
         self.weights, self.shape, self.edit = weights, shape, edit
         self.backend: Any = backends.select(shape, ARCH, Settings(backend="triton")).backend
-        tensors = {name: tensor.clone() for name, tensor in vars(weights).items() if tensor is not None}
         with presented(self._execute):
-            self.prepared = self.backend.prepare(MoeWeights(**tensors), shape)
+            self.prepared = self.backend.prepare(weights.clone(), shape)
 
     def use_upstream_tiles(self) -> None:
         """Leave the choice of tiles to triton_kernels."""
@@ -131,11 +130,7 @@ class EmulatedLayer:
             raise Fault(f"{len(stages)} matmuls were launched, 2 expected")
         checks += [stage() for stage in stages]
         if sample is None:
-            truth = reference.experts(
-                x.double(), topk_ids, topk_weights, self.weights, self.shape, torch.float64
-            )
-            plain = reference.experts(x, topk_ids, topk_weights, self.weights, self.shape, torch.bfloat16)
-            found = compare(out, truth, plain)
+            found = compare(out, *reference.truth_and_plain(x, logits, self.weights, self.shape))
             checks.append(Check(tokens, "layer", 0, 0, found.frobenius, found.row, 0.0, None, found.miss))
         return checks
 

@@ -11,6 +11,7 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -130,6 +131,19 @@ def memory_op(form: Form, base: str) -> tuple[str, Effect]:
     raise Unknown(f"{form.instruction.mnemonic} is not an instruction that the emulator knows")
 
 
+def applied(writes: list[Write], function: Callable[..., Any], reads: list[Read]) -> Effect:
+    """Read the operands, compute, and write the result, or each of several."""
+    if len(writes) == 1:
+        write = writes[0]
+        return lambda waves, machine: write(waves, function(*[read(waves) for read in reads]))
+
+    def effect(waves: Waves, machine: Machine) -> None:
+        for write, result in zip(writes, function(*[read(waves) for read in reads]), strict=True):
+            write(waves, result)
+
+    return effect
+
+
 def scalar_op(form: Form, base: str) -> Effect:
     """A scalar instruction of the table."""
     in_place = base in SCALAR_IN_PLACE
@@ -142,16 +156,7 @@ def scalar_op(form: Form, base: str) -> Effect:
         (lambda waves: waves.scc) if kind == "scc" else scalar_read(kind, form.source())
         for kind in op.operands
     ]
-    function = op.function
-    if len(writes) == 1:
-        write = writes[0]
-        return lambda waves, machine: write(waves, function(*[read(waves) for read in reads]))
-
-    def effect(waves: Waves, machine: Machine) -> None:
-        for write, result in zip(writes, function(*[read(waves) for read in reads]), strict=True):
-            write(waves, result)
-
-    return effect
+    return applied(writes, op.function, reads)
 
 
 def vector_op(form: Form, op: Op) -> Effect:
@@ -169,7 +174,7 @@ def vector_op(form: Form, op: Op) -> Effect:
         first, allowed = dpp(form, op.operands[0], texts.pop(0))
         reads = [first, *map(vector_read, op.operands[1:], map(form.source, texts))]
         write = masked_write(form, op.results[0], targets[0], allowed)
-        return lambda waves, machine: write(waves, function(*[read(waves) for read in reads]))
+        return applied([write], function, reads)
     sources = [form.source(text) for text in texts]
     if len(sources) != len(op.operands):
         raise Unknown(f"{mnemonic} with {len(sources)} operands is not something the emulator knows")
@@ -179,21 +184,13 @@ def vector_op(form: Form, op: Op) -> Effect:
         ]
         if op.results[0] != "mask":
             write = sdwa_write(form, targets[0])
-            return lambda waves, machine: write(waves, function(*[read(waves) for read in reads]))
+            return applied([write], function, reads)
     elif "f32x2" in op.operands:
         reads = packed_reads(form, sources)
     else:
         reads = list(map(vector_read, op.operands, sources))
     writes = list(map(vector_write, op.results, targets))
-    if len(writes) == 1:
-        write = writes[0]
-
-        return lambda waves, machine: write(waves, function(*[read(waves) for read in reads]))
-
-    def effects(waves: Waves, machine: Machine) -> None:
-        for write, result in zip(writes, function(*[read(waves) for read in reads]), strict=True):
-            write(waves, result)
-
+    effects = applied(writes, function, reads)
     if mnemonic.startswith("v_mad_u64_u32") and sources[2].kind == "v":
         return unknown_upper_half(form, effects, targets[0].register + 1, sources[2].register + 1)
     return effects
