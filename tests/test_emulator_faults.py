@@ -244,6 +244,16 @@ def test_unwritten_vector_register(code: str, register: int) -> None:
     gcn.run(code, v={0: 0, 9: 0, 15: 0, **known}, a={0: 0, **a}, **state)
 
 
+@pytest.mark.parametrize("kind", ["v", "s"])
+def test_unwritten_half_of_a_pair(kind: str) -> None:
+    """It matters only to who chooses it."""
+    code = f"v_pk_mul_f32 v[10:11], v[0:1], {kind}[4:5]"
+    known = {"v": {0: 0, 1: 0} | ({4: 0} if kind == "v" else {}), "s": {4: 0} if kind == "s" else {}}
+    gcn.run(f"{code} op_sel_hi:[1,0]", **known)
+    with pytest.raises(Fault, match=(VECTOR if kind == "v" else SCALAR).format(5)):
+        gcn.run(code, **known)
+
+
 PARTLY = """
     s_mov_b64 exec, 0xff
     {write}

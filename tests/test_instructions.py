@@ -366,6 +366,9 @@ def test_saveexec(source: int, scc: int) -> None:
     assert (got.s[3] << 32 | got.s[2], got.exec, got.scc) == (SOME, SOME & source, bool(scc))
     got = run("s_or_saveexec_b64 s[2:3], s[0:1]", s={0: source & M32, 1: source >> 32}, exec_mask=SOME)
     assert (got.s[3] << 32 | got.s[2], got.exec, got.scc) == (SOME, SOME | source, True)
+    got = run("s_andn2_saveexec_b64 s[2:3], s[0:1]", s={0: source & M32, 1: source >> 32}, exec_mask=SOME)
+    left = source & ~SOME & M64
+    assert (got.s[3] << 32 | got.s[2], got.exec, got.scc) == (SOME, left, left != 0)
 
 
 TWO = [  # instructions of two sources a and b
@@ -377,6 +380,7 @@ TWO = [  # instructions of two sources a and b
     ("v_lshlrev_b32_e32", "b << (a & 31)"),
     ("v_lshlrev_b32_e64", "b << (a & 31)"),
     ("v_lshrrev_b32_e32", "b >> (a & 31)"),
+    ("v_bcnt_u32_b32", "a.bit_count() + b"),
     ("v_max_u32_e32", "max(a, b)"),
     ("v_max_i32_e32", "max(signed(a), signed(b))"),
     ("v_min_i32_e32", "min(signed(a), signed(b))"),
@@ -403,6 +407,8 @@ THREE = [  # instructions of three sources a, b and c
     *((f"v_bitop3_b32 bitop3:{table:#x}", f"truth({table}, a, b, c)") for table in TABLES),
     ("v_bitop3_b32 bitop3:0x36", "(a | c) ^ b"),
     ("v_bitop3_b32 bitop3:0xf8", "a | b & c"),
+    ("v_mad_u32_u24", "(a & 0xFFFFFF) * (b & 0xFFFFFF) + c"),
+    ("v_mad_i32_i24", "signed(a & 0xFFFFFF, 24) * signed(b & 0xFFFFFF, 24) + c"),
     ("v_lshl_add_u32", "(a << (b & 31)) + c"),
     ("v_lshl_or_b32", "a << (b & 31) | c"),
     ("v_max3_i32", "max(signed(a), signed(b), signed(c))"),
@@ -1115,6 +1121,7 @@ STORES = [
     (f"buffer_store_dwordx2 v[10:11], {BUFFER}", [(0, 8, 10, 0)]),
     (f"buffer_store_dwordx4 v[10:13], {BUFFER}", [(0, 16, 10, 0)]),
     ("global_store_short v[2:3], v10, off", [(0, 2, 10, 0)]),
+    ("global_store_short_d16_hi v[2:3], v10, off", [(0, 2, 10, 16)]),
     ("global_store_dword v[2:3], v10, off offset:768", [(768, 4, 10, 0)]),
     ("global_store_dword v0, v10, s[6:7]", [(0, 4, 10, 0)]),
     ("global_store_dwordx2 v[2:3], v[10:11], off offset:-64", [(-64, 8, 10, 0)]),
@@ -1455,6 +1462,32 @@ def test_every_comparison(name: str, kind: str) -> None:
         read = signed if kind[0] == "i" else (lambda value, width: value & ((1 << width) - 1))
         want = [COMPARE[name](read(int(x), width), read(int(y), width)) for x, y in pairs[at : at + 64]]
         assert [bool(bit(got.vcc, lane)) for lane in range(64)] == want
+
+
+@pytest.mark.parametrize("form", ["v[2:3], v[4:5]", "s[4:5], v[4:5]", "-1, v[4:5]"])
+@pytest.mark.parametrize(("name", "kind"), list(itertools.product(COMPARE, ("i64", "u64"))))
+def test_comparison_of_pairs(name: str, kind: str, form: str) -> None:
+    """64 bits, of which either half may decide."""
+    a, b = zip(*itertools.islice(itertools.cycle(itertools.product(EDGES, EDGES)), 4096), strict=True)
+    rng = generator(form)
+    order = rng.permutation(4096)
+    a_high, b_high = (np.array([each[i] for i in order], np.uint32) for each in (a, b))
+    a_low, b_low = (rng.choice(np.array(EDGES, np.uint32), 4096) for _ in range(2))
+    for at in range(0, 4096, 64):
+        some = slice(at, at + 64)
+        v = {2: a_low[some], 3: a_high[some], 4: b_low[some], 5: b_high[some]}
+        s = {4: int(a_low[at]), 5: int(a_high[at]), 8: M32, 9: M32}
+        got = run(f"v_cmp_{name}_{kind}_e64 s[8:9], {form}", v=v, s=s)
+        for lane in range(64):
+            pair = {"v": (3, 2), "s": (5, 4)}.get(form[0])
+            first = (1 << 64) - 1
+            if pair:
+                high, low = (int(v[n][lane]) if form[0] == "v" else s[n] for n in pair)
+                first = high << 32 | low
+            second = int(v[5][lane]) << 32 | int(v[4][lane])
+            if kind == "i64":
+                first, second = signed(first, 64), signed(second, 64)
+            assert bool(bit(got.s[9] << 32 | got.s[8], lane)) == COMPARE[name](first, second)
 
 
 @pytest.mark.parametrize("name", ["eq", "ge", "gt", "le", "lt"])

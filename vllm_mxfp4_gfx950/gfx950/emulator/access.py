@@ -30,6 +30,7 @@ WIDTHS: dict[str, tuple[int, int, Any]] = {
     "sshort": (2, 1, np.int16),
     "byte": (1, 1, np.uint8),
     "short": (2, 1, np.uint16),
+    "short_d16_hi": (2, 1, np.uint16),
     "dword": (4, 1, np.uint32),
     "dwordx2": (8, 2, np.uint32),
     "dwordx3": (12, 3, np.uint32),
@@ -151,7 +152,7 @@ def transfer(
 
     Args:
         verb: "load", "store" or "atomic_add".
-        width: "dword", "ubyte" and so on.
+        width: "dword", "ubyte" and so on; "short_d16_hi" stores the upper half of the register.
         data: the registers; None for a load that goes to LDS.
         addresses: gives int64[W, 64] addresses and, for buffers, how many bytes lie between each and the
             buffer's end: beyond it a load gives 0 and a store is dropped, dword by dword.
@@ -181,7 +182,9 @@ def transfer(
         return load_lds
 
     assert data is not None
-    first = data.register
+    first, skipped = data.register, 2 if width.endswith("_d16_hi") else 0
+    if verb == "load" and skipped:
+        raise Unknown(f"{form.instruction.text}: the emulator knows _d16_hi of stores only")
 
     def load(waves: Waves, machine: Machine) -> None:
         where, room = addresses(waves)
@@ -195,7 +198,7 @@ def transfer(
         where, room = addresses(waves)
         where, room = active(waves, where), None if room is None else active(waves, room)
         words = np.stack([active(waves, waves.v[first + i]) for i in range(count)], axis=1)
-        values = words.view(np.uint8)[:, :size]
+        values = words.view(np.uint8)[:, skipped : skipped + size]
         for part in [slice(0, size)] if room is None else pieces(room, size):
             inside = slice(None) if room is None else room >= part.stop
             machine.memory.store(where[inside] + part.start, np.ascontiguousarray(values[inside, part]))

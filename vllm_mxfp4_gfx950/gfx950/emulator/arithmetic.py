@@ -95,6 +95,11 @@ def multiply_24(a: Array, b: Array) -> Array:
     return (a & 0xFFFFFF) * (b & 0xFFFFFF)
 
 
+def multiply_signed_24(a: Array, b: Array) -> Array:
+    """The low 32 bits of the product of two signed numbers' low 24 bits."""
+    return (a << 8 >> 8) * (b << 8 >> 8)
+
+
 def align_bit(high: Array, low: Array, count: Array) -> Array:
     """32 bits of high:low from bit `count` on."""
     pair = (high.astype(np.uint64) << np.uint64(32)) | low
@@ -412,6 +417,7 @@ VECTOR: dict[str, Op] = {
     "v_and_b32": op(U32, np.bitwise_and),
     "v_and_or_b32": op("u32 = u32 u32 u32", lambda a, b, c: a & b | c),
     "v_ashrrev_i32": op("i32 = u32 i32", shift_right),
+    "v_bcnt_u32_b32": op(U32, lambda a, b: np.bitwise_count(a) + b),
     "v_bfe_i32": op("i32 = i32 u32 u32", lambda x, offset, width: bit_field(x, offset, width & 31)),
     "v_bfe_u32": op("u32 = u32 u32 u32", lambda x, offset, width: bit_field(x, offset, width & 31)),
     "v_bfi_b32": op("u32 = u32 u32 u32", lambda a, b, c: a & b | ~a & c),
@@ -440,6 +446,8 @@ VECTOR: dict[str, Op] = {
     "v_lshrrev_b16": op(U16, shift_right),
     "v_lshrrev_b32": op(U32, shift_right),
     "v_lshrrev_b64": op("u64 = u32 u64", shift_right),
+    "v_mad_i32_i24": op("i32 = i32 i32 i32", lambda a, b, c: multiply_signed_24(a, b) + c),
+    "v_mad_u32_u24": op("u32 = u32 u32 u32", lambda a, b, c: multiply_24(a, b) + c),
     "v_mad_u64_u32": op("u64 mask = u32 u32 u64", multiply_add_64),
     "v_max3_f32": op("f32 = f32 f32 f32", lambda a, b, c: maximum(maximum(a, b), c)),
     "v_max3_u32": op("u32 = u32 u32 u32", lambda a, b, c: np.maximum(np.maximum(a, b), c)),
@@ -456,7 +464,7 @@ VECTOR: dict[str, Op] = {
     "v_mov_b64": op("u64 = u64", identity),
     "v_mul_f32": op(F32, np.multiply),
     "v_mul_hi_u32": op(U32, multiply_high),
-    "v_mul_i32_i24": op(I32, lambda a, b: (a << 8 >> 8) * (b << 8 >> 8)),
+    "v_mul_i32_i24": op(I32, multiply_signed_24),
     "v_mul_lo_u32": op(U32, np.multiply),
     "v_mul_u32_u24": op(U32, multiply_24),
     "v_not_b32": op("u32 = u32", np.invert),
@@ -494,6 +502,13 @@ VECTOR |= {
     for name, function in COMPARISONS.items()
     for kind in ("i16", "u16", "i32", "u32", "f32")
     if (name, kind) != ("ne", "f32")  # Its name is neq, and no kernel has it.
+}
+VECTOR |= {
+    f"v_cmp_{name}_{kind}64": op(
+        "mask = u64 u64", lambda a, b, f=function, t=dtype: f(a.astype(t), b.astype(t))
+    )
+    for name, function in COMPARISONS.items()
+    for kind, dtype in (("i", np.int64), ("u", np.uint64))
 }
 
 SCALAR: dict[str, Op] = {

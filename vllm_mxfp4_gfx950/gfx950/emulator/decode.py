@@ -220,6 +220,9 @@ def packed_reads(form: Form, sources: list[Operand]) -> list[Read]:
 
     low, high = flags("op_sel", 0), flags("op_sel_hi", 1)
     negate_low, negate_high = flags("neg_lo", 0), flags("neg_hi", 0)
+    for operand, *chosen in zip(sources, low, high, strict=True):
+        for other in {0, 1}.difference(chosen) if operand.kind != "constant" else ():
+            form.reads[operand.kind].remove(operand.register + other)
 
     def half(operand: Operand, which: int, negate: int) -> Read:
         if operand.kind == "constant" and which:
@@ -349,6 +352,7 @@ SPECIALS: dict[str, tuple[str, Callable[[Form], Effect]]] = {
     "ds_bpermute_b32": ("lds", lanes.permute),
     "ds_swizzle_b32": ("lds", lanes.swizzle),
     "s_and_saveexec_b64": ("scalar", functools.partial(lanes.save_exec, operation="and")),
+    "s_andn2_saveexec_b64": ("scalar", functools.partial(lanes.save_exec, operation="andn2")),
     "s_or_saveexec_b64": ("scalar", functools.partial(lanes.save_exec, operation="or")),
     "s_nop": ("wait", access.nothing),
     "s_waitcnt": ("wait", access.wait),

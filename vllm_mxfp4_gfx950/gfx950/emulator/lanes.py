@@ -95,14 +95,15 @@ def swap(form: Form, size: int) -> Effect:
 
 
 def save_exec(form: Form, operation: str) -> Effect:
-    """Save EXEC, then AND or OR it with a mask."""
+    """Save EXEC, then AND or OR it with a mask, or turn off in the mask what was on ("andn2")."""
     target, source = form.target(), form.source()
     read = scalar_read("u64", source)
 
     def effect(waves: Waves, machine: Machine) -> None:
         mask = read(waves)
-        waves.write_pair(target.register, waves.exec)
-        waves.set_exec(waves.exec & mask if operation == "and" else waves.exec | mask)
+        before = waves.exec
+        waves.write_pair(target.register, before)
+        waves.set_exec({"and": before & mask, "or": before | mask, "andn2": mask & ~before}[operation])
         waves.write_scc(waves.exec != 0)
 
     return effect
