@@ -103,17 +103,17 @@ def test_route_is_exact(layer: Layer, tokens: int) -> None:
     """Choices, weights and order are the reference's, bit for bit."""
     shape, _, backend, prepared = layer
     if backend is not triton_ogs:
-        pytest.skip("needs triton_kernels with routing")
+        pytest.skip("needs triton_kernels with matmul_ogs")
     _, logits = random_tokens(shape, tokens, seed=tokens, device="cuda")
-    data, gather, scatter = triton_ogs.route(prepared, logits)
+    routing = triton_ogs.route(prepared, logits)
     topk_ids, topk_weights = reference.route(logits, shape.topk)
-    # triton_kernels keeps a token's choices in the order of their expert.
+    # A token's choices are in the order of their expert.
     topk_ids, order = topk_ids.sort(dim=1)
     sorted_ids, position = topk_ids.flatten().sort(stable=True)
-    assert torch.equal(data.expt_hist, sorted_ids.bincount(minlength=shape.experts).int())
-    assert torch.equal(gather.src_indx, position.int())
-    assert torch.equal(scatter.src_indx, position.argsort().int())
-    assert torch.equal(data.gate_scal, topk_weights.gather(1, order).flatten()[position])
+    assert torch.equal(routing.count, sorted_ids.bincount(minlength=shape.experts).int())
+    assert torch.equal(routing.gather, position.int())
+    assert torch.equal(routing.scatter, position.argsort().int())
+    assert torch.equal(routing.weights, topk_weights.gather(1, order).flatten()[position])
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 64, 65, 256], ids=lambda t: f"T{t}")

@@ -1,18 +1,15 @@
 """The backend on matmul: its kernels, run in Triton's interpreter as if on a gfx950."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from interpreter import BROKEN, LAYERS, RANKS, TILED, UNPADDED, Case, check_layout, outcomes
 
 from vllm_mxfp4_gfx950.backends import reference, triton_matmul, triton_package
-from vllm_mxfp4_gfx950.moe import MoeShape, Mxfp4Error
-from vllm_mxfp4_gfx950.random_layer import make_shape, random_weights
+from vllm_mxfp4_gfx950.random_layer import make_shape
 from vllm_mxfp4_gfx950.tolerance import assert_rows_close
 
 
@@ -42,26 +39,6 @@ def test_run(outcome: Outcome, case: Case) -> None:
     """The layer against float64."""
     weights, shape, x, logits = case.inputs()
     assert_rows_close(outcome(case)["out"], *reference.truth_and_plain(x, logits, weights, shape))
-
-
-@pytest.mark.parametrize("case", LAYERS + RANKS, ids=str)
-def test_route(outcome: Outcome, case: Case) -> None:
-    """Which rows go where with which weight, bit for bit."""
-    weights, shape, _, logits = case.inputs()
-    routing = outcome(case)["routing"]
-    ids, topk_weights = reference.route(logits, shape.topk)
-    assert torch.equal(routing["ids"].long(), ids)
-    assert torch.equal(routing["weights"], topk_weights)
-    by_expert, rows = ids.flatten().sort(stable=True)
-    count = by_expert.bincount(minlength=shape.global_experts)
-    start = count.cumsum(0) - count
-    assert torch.equal(routing["by_expert"], rows.int())
-    if weights.expert_map is not None:
-        here = weights.expert_map >= 0
-        assert torch.equal(routing["here"], here[ids])
-        count, start = count[here], start[here]
-    assert torch.equal(routing["count"][: shape.experts], count.int())
-    assert torch.equal(routing["start"][: shape.experts], start.int())
 
 
 @pytest.mark.parametrize("case", LAYERS[:1], ids=str)
@@ -148,12 +125,3 @@ def test_why_not_with_other_opt_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "triton_kernels in /there does not take our tiles: unexpected keyword argument 'xcd_swizzle'"
     assert triton_matmul.why_not(SHAPE, "gfx950") == reason
     assert triton_matmul.why_not(SHAPE, "gfx942") is None
-
-
-def test_prepare_refuses_experts_out_of_order() -> None:
-    """The package's remapping would give them each other's rows."""
-    shape = MoeShape(2, 4, 2, 64, 32, 1.702, 7.0)
-    weights = random_weights(make_shape(2, 2, 64, 32), seed=0)
-    shuffled = replace(weights, expert_map=torch.tensor([-1, 1, 0, -1], dtype=torch.int32))
-    with pytest.raises(Mxfp4Error, match=r"expert_map must be ascending .* got \[1, 0\]\. Choose linear"):
-        triton_matmul.prepare(shuffled, shape)

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from interpreter import BROKEN, LAYERS, RANKS, TILED, UNPADDED, Case, check_layout, outcomes
 
 from vllm_mxfp4_gfx950.backends import reference, triton_ogs, triton_package
@@ -40,28 +39,6 @@ def test_run(outcome: Outcome, case: Case) -> None:
     """The layer against float64."""
     weights, shape, x, logits = case.inputs()
     assert_rows_close(outcome(case)["out"], *reference.truth_and_plain(x, logits, weights, shape))
-
-
-@pytest.mark.parametrize("case", LAYERS + RANKS, ids=str)
-def test_route(outcome: Outcome, case: Case) -> None:
-    """Which rows go where with which weight, bit for bit."""
-    weights, shape, _, logits = case.inputs()
-    routing = outcome(case)["routing"]
-    ids, topk_weights = reference.route(logits, shape.topk)
-    if weights.expert_map is not None:
-        ids = weights.expert_map[ids].long()
-    # A token's choices are in the order of their expert, those of other ranks behind them.
-    ids, order = torch.where(ids < 0, shape.experts, ids).sort(dim=1, stable=True)
-    by_expert, rows = ids.flatten().sort(stable=True)
-    count = by_expert.bincount(minlength=shape.experts + 1)[:-1]
-    here = int(count.sum())
-    scatter = torch.full_like(rows, -1)
-    scatter[rows[:here]] = torch.arange(here)
-    assert torch.equal(routing["count"], count.int())
-    assert torch.equal(routing["gather"][:here], rows[:here].int())
-    assert (routing["gather"][here:] == -1).all()
-    assert torch.equal(routing["scatter"], scatter.int())
-    assert torch.equal(routing["weights"][:here], topk_weights.gather(1, order).flatten()[rows[:here]])
 
 
 @pytest.mark.parametrize("case", LAYERS[:1], ids=str)

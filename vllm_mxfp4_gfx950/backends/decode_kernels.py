@@ -7,8 +7,7 @@ OVERLAP: on Hopper a kernel is launched while the one before it ends, and waits 
 import triton
 import triton.language as tl
 
-LOWEST = tl.constexpr(-(2**31))
-"""A key below those of all logits."""
+from vllm_mxfp4_gfx950.backends.routing_kernels import keys, logit, lowest, take
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles"])
@@ -44,12 +43,12 @@ def _sort(
         local = tl.load(ExpertMap + expert, mask=expert < experts, other=-1)
     here = (local >= 0)[None, :]
     token = tl.arange(0, BLOCK_TOKENS)
-    key = _keys(Logits, token, tokens, experts, stride, BLOCK_EXPERTS)
-    total, taken = _take(key, token, tokens, TOPK)
+    key = keys(Logits, None, token, tokens, experts, stride, BLOCK_EXPERTS)
+    total, taken = take(key, token, tokens, TOPK)
     count = tl.sum((taken & here).to(tl.int32), 0)
     for chunk in range(1, CHUNKS):
         later = chunk * BLOCK_TOKENS + token
-        _, more = _take(_keys(Logits, later, tokens, experts, stride, BLOCK_EXPERTS), later, tokens, TOPK)
+        _, more = take(keys(Logits, None, later, tokens, experts, stride, BLOCK_EXPERTS), later, tokens, TOPK)
         count += tl.sum((more & here).to(tl.int32), 0)
     needed = (count + BLOCK_T - 1) // BLOCK_T
     begin = tl.cumsum(needed, 0) - needed
@@ -62,23 +61,23 @@ def _sort(
     for chunk in range(CHUNKS):
         if CHUNKS > 1:
             token = chunk * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-            key = _keys(Logits, token, tokens, experts, stride, BLOCK_EXPERTS)
-            total, taken = _take(key, token, tokens, TOPK)
+            key = keys(Logits, None, token, tokens, experts, stride, BLOCK_EXPERTS)
+            total, taken = take(key, token, tokens, TOPK)
         present = (taken & here).to(tl.int32)
         row = before[None, :] + tl.cumsum(present, 0) - present
         before += tl.sum(present, 0)
-        best = _logit(tl.max(key, 1))
+        best = logit(tl.max(key, 1))
         for slot in tl.static_range(TOPK):
             most = tl.max(key, 1)
             mine = key == most[:, None]
-            key = tl.where(mine, LOWEST, key)
+            key = tl.where(mine, lowest(key), key)
             pair = token * TOPK + slot
             live = token < tokens
             number = BLOCK_EXPERTS - (most & 0xFFFF)
             if ExpertMap is not None:
                 number = tl.load(ExpertMap + number, mask=live, other=-1)
             tl.store(Chosen + pair, number, mask=live)
-            weight = tl.exp(_logit(most) - best) / total
+            weight = tl.exp(logit(most) - best) / total
             tl.store(Weights + pair, weight.to(Weights.dtype.element_ty), mask=live)
             mine_row = tl.sum(tl.where(mine, row, 0), 1)
             mine_begin_count = tl.sum(tl.where(mine, begin_count, 0), 1)
@@ -88,38 +87,6 @@ def _sort(
             head = live & (mine_row % BLOCK_T == 0)
             tl.store(at, number, mask=head)
             tl.store(at + 1, tl.minimum((mine_begin_count & 0xFFFF) - mine_row, BLOCK_T), mask=head)
-
-
-@triton.jit
-def _keys(Logits, token, tokens, experts, stride, BLOCK_EXPERTS: tl.constexpr):
-    """int32[tokens, experts] in the order of the bf16 logits, and among equals of falling experts."""
-    expert = tl.arange(0, BLOCK_EXPERTS)[None, :]
-    there = (token < tokens)[:, None] & (expert < experts)
-    # Adding zero makes -0.0 the 0.0 that it is equal to.
-    logits = tl.load(Logits + token[:, None] * stride + expert, mask=there, other=0.0).to(tl.float32) + 0.0
-    bits = logits.to(tl.int32, bitcast=True)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(there, (bits & -65536) | (BLOCK_EXPERTS - expert), LOWEST)
-
-
-@triton.jit
-def _logit(key):
-    """The logit that a key was made of."""
-    bits = (key ^ ((key >> 31) & 0x7FFFFFFF)) & -65536
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _take(key, token, tokens, TOPK: tl.constexpr):
-    """The sum over a token's choices that its weights are parts of, and which experts they are."""
-    best = _logit(tl.max(key, 1))
-    total = tl.zeros_like(best)
-    left = key
-    for _ in tl.static_range(TOPK):
-        most = tl.max(left, 1)
-        left = tl.where(left == most[:, None], LOWEST, left)
-        total += tl.exp(_logit(most) - best)
-    return total, (left != key) & (token < tokens)[:, None]
 
 
 @triton.jit

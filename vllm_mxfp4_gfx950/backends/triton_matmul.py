@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_mxfp4_gfx950.backends import triton_package
-from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, Mxfp4Error, pad_intermediate
+from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, pad_intermediate
 from vllm_mxfp4_gfx950.mxfp4 import BLOCK
 from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, gemms, ladder
+
+if TYPE_CHECKING:
+    from vllm_mxfp4_gfx950.backends.triton_routing import Routing
 
 NAME = "triton_matmul"
 KERNELS = "matmul"
@@ -29,12 +32,10 @@ NEEDS = {
     "swiglu": ("swiglu_fn",),
     "tensor": (
         "FP4",
-        "SparseMatrix",
+        "RaggedTensorMetadata",
         "Storage",
         "Tensor",
         "convert_layout",
-        "make_ragged_tensor_metadata",
-        "remap_ragged_tensor_metadata",
         "wrap_torch_tensor",
     ),
     "tensor_details.layout": (
@@ -42,7 +43,6 @@ NEEDS = {
         "make_default_matmul_mxfp4_w_layout",
         "make_default_matmul_mxfp4_w_scale_layout",
     ),
-    "topk": ("topk",),
 }
 
 
@@ -56,8 +56,8 @@ class Prepared:
         w13_precision, w2_precision: PrecisionConfigs that hold the swizzled scales.
         activation: the fused SwiGLU.
         topk: experts per token.
+        order: as `triton_routing.order_of` returns it.
         flags: w13's and w2's OptFlags by number of tokens; None leaves a call to the package.
-        expert_map: int32[global_experts] as in MoeWeights; None when all are here.
     """
 
     w13: Any
@@ -68,8 +68,8 @@ class Prepared:
     w2_precision: Any
     activation: Any
     topk: int
+    order: torch.Tensor | None
     flags: tuple[Ladder[Any], Ladder[Any]]
-    expert_map: torch.Tensor | None
 
 
 def why_not(shape: MoeShape, arch: str) -> str | None:
@@ -91,16 +91,13 @@ def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
     Args:
         weights: consumed; their tensors must not be used afterwards.
         shape: the layer's sizes.
-
-    Raises:
-        Mxfp4Error: this rank's experts are not in the model's order.
     """
-    if weights.expert_map is not None:
-        _check_order(weights.expert_map)
     import triton
     from triton_kernels.matmul import FnSpecs, FusedActivation
     from triton_kernels.swiglu import swiglu_fn
     from triton_kernels.tensor_details.layout import StridedLayout, make_default_matmul_mxfp4_w_layout
+
+    from vllm_mxfp4_gfx950.backends import triton_routing
 
     if not isinstance(make_default_matmul_mxfp4_w_layout(mx_axis=-2), StridedLayout):
         weights = pad_intermediate(weights, triton_package.HOPPER_K)
@@ -119,8 +116,8 @@ def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
         w2_precision=w2_precision,
         activation=FusedActivation(swiglu, (shape.alpha, shape.limit)),
         topk=shape.topk,
+        order=triton_routing.order_of(weights.expert_map),
         flags=(w13_flags, w2_flags),
-        expert_map=weights.expert_map,
     )
 
 
@@ -137,17 +134,18 @@ def run(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> tor
     """
     from triton_kernels.matmul import matmul, scoped_opt_flags
     from triton_kernels.reduce import reduce
+    from triton_kernels.tensor import RaggedTensorMetadata
 
-    chosen, ragged, here = route(prepared, router_logits)
-    by_expert = chosen.mask_metadata.col_sorted_indx
+    routing = route(prepared, router_logits)
+    experts = RaggedTensorMetadata(routing.count, routing.start, routing.block_start, routing.schedule)
     w13_flags, w2_flags = (flags.at(x.shape[0]) for flags in prepared.flags)
     with scoped_opt_flags(w13_flags):
         rows = matmul(
             x,
             prepared.w13,
             prepared.w13_bias,
-            a_ragged_metadata=ragged,
-            gather_indx=by_expert // prepared.topk,
+            a_ragged_metadata=experts,
+            gather_indx=routing.gather // prepared.topk,
             precision_config=prepared.w13_precision,
             fused_activation=prepared.activation,
         )
@@ -156,58 +154,37 @@ def run(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> tor
             rows,
             prepared.w2,
             prepared.w2_bias,
-            a_ragged_metadata=ragged,
-            scatter_indx=by_expert,
+            a_ragged_metadata=experts,
+            scatter_indx=routing.gather,
             precision_config=prepared.w2_precision,
-            gammas=chosen.vals.flatten()[by_expert],
+            gammas=routing.weights,
         )
     # Rows of experts on other ranks were never written: they are masked, not multiplied by zero.
     rows = rows.view(x.shape[0], prepared.topk, x.shape[1])
-    mask = None if here is None else here.unsqueeze(-1).expand(rows.shape)
+    mask = None
+    if prepared.order is not None:
+        mask = (routing.scatter >= 0).view(x.shape[0], prepared.topk, 1).expand(rows.shape)
     out: torch.Tensor = reduce(rows, dim=1, mask=mask)[0]
     return out
 
 
-def route(prepared: Prepared, router_logits: torch.Tensor) -> tuple[Any, Any, torch.Tensor | None]:
-    """Choose experts among all of the model's, and lay out the choices that live on this rank.
+def route(prepared: Prepared, router_logits: torch.Tensor) -> Routing:
+    """Choose experts, and sort the choices that live on this rank."""
+    from triton_kernels.tensor import RaggedTensorMetadata
 
-    Returns:
-        chosen: SparseMatrix of triton_kernels, over all experts.
-        ragged: RaggedTensorMetadata of this rank's experts.
-        here: bool[T, topk], whether a choice lives on this rank; None when all do.
-    """
-    from triton_kernels.tensor import make_ragged_tensor_metadata, remap_ragged_tensor_metadata
-    from triton_kernels.topk import topk
+    from vllm_mxfp4_gfx950.backends import triton_routing
 
-    chosen = topk(router_logits, prepared.topk)
-    ragged = make_ragged_tensor_metadata(chosen.mask_metadata.col_sum, chosen.indx.numel())
-    if prepared.expert_map is None:
-        return chosen, ragged, None
-    here = prepared.expert_map[chosen.indx.int()] >= 0
-    return chosen, remap_ragged_tensor_metadata(ragged, prepared.expert_map), here
+    sizes = len(RaggedTensorMetadata.block_sizes())
+    return triton_routing.route(
+        router_logits, prepared.topk, prepared.w13_bias.shape[0], prepared.order, sizes
+    )
 
 
 def choices(prepared: Prepared, router_logits: torch.Tensor) -> triton_package.Choices:
     """The routing of some logits, for comparison; `run` does not need it in this form."""
-    chosen, _, _ = route(prepared, router_logits)
-    by_expert, count = chosen.mask_metadata.col_sorted_indx, chosen.mask_metadata.col_sum
-    start = count.cumsum(0) - count
-    if prepared.expert_map is not None:
-        start, count = (each[prepared.expert_map >= 0] for each in (start, count))
-    weight = chosen.vals.flatten()[by_expert]
-    return triton_package.Choices(by_expert, weight, by_expert, start.tolist(), count.tolist())
-
-
-def _check_order(expert_map: torch.Tensor) -> None:
-    # remap_ragged_tensor_metadata keeps the slices' sizes in the model's order but numbers them by the map.
-    present = expert_map[expert_map >= 0].tolist()
-    if present != list(range(len(present))):
-        raise Mxfp4Error(
-            "expert_map",
-            "ascending over the experts of a rank",
-            present,
-            "Choose linear or round-robin expert placement",
-        )
+    routing = route(prepared, router_logits)
+    start, count = routing.start[:-1].tolist(), routing.count.tolist()
+    return triton_package.Choices(routing.gather, routing.weights, routing.gather, start, count)
 
 
 def _to_kernel_layout(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[Any, Any]:

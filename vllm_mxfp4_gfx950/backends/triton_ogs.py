@@ -15,16 +15,20 @@ from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, gemms, ladder
 
 if TYPE_CHECKING:
     from vllm_mxfp4_gfx950.backends.triton_decode import Decode, Parts
+    from vllm_mxfp4_gfx950.backends.triton_routing import Routing
 
 NAME = "triton_ogs"
 KERNELS = "matmul_ogs"
 """The package's generation, as the tile table names it."""
 
+TILE_ROWS = (16, 32, 64, 128, 256)
+"""The sizes of tiles that matmul_ogs may choose among."""
+
 NEEDS = {
     "matmul_ogs": ("matmul_ogs", "FlexCtx", "FnSpecs", "FusedActivation", "PrecisionConfig"),
     "matmul_ogs_details.opt_flags": ("OptFlags", "_opt_flags", "_opt_flags_constraints"),
     "numerics": ("InFlexData",),
-    "routing": ("routing", "prune_routing", "routing_from_bitmatrix"),
+    "routing": ("ExptData", "GatherIndx", "RoutingData", "ScatterIndx"),
     "swiglu": ("swiglu_fn",),
     "tensor": ("FP4", "Storage", "Tensor"),
     "tensor_details.layout": (
@@ -32,7 +36,6 @@ NEEDS = {
         "make_default_matmul_mxfp4_w_layout",
         "make_default_matmul_mxfp4_w_scale_layout",
     ),
-    "topk": ("topk",),
 }
 
 
@@ -46,9 +49,9 @@ class Prepared:
         w13_precision, w2_precision: PrecisionConfigs that hold the swizzled scales.
         activation: the fused SwiGLU.
         topk: experts per token.
+        order: as `triton_routing.order_of` returns it.
         flags: w13's and w2's OptFlags by number of tokens; None leaves a call to the package.
         constraints: what such a call must keep to.
-        local: how to narrow the routing to this rank's experts; None when all are here.
         decode: our own kernels, for few tokens; None where they do not serve.
     """
 
@@ -60,9 +63,9 @@ class Prepared:
     w2_precision: Any
     activation: Any
     topk: int
+    order: torch.Tensor | None
     flags: tuple[Ladder[Any], Ladder[Any]]
     constraints: dict[str, int]
-    local: LocalExperts | None
     decode: Decode | None
 
     def parts(self, index: int) -> Parts:
@@ -70,21 +73,6 @@ class Prepared:
         w = (self.w13, self.w2)[index]
         scale = (self.w13_precision, self.w2_precision)[index].weight_scale
         return w.storage.data.mT, scale.storage.data.mT, (self.w13_bias, self.w2_bias)[index]
-
-
-@dataclass(frozen=True)
-class LocalExperts:
-    """A renumbering of the model's experts in which this rank's come first.
-
-    Args:
-        count: experts on this rank.
-        order: int64[global_experts], the old number of each new one.
-        rank: int32[global_experts], the new number of each old one; topk would shift bits out of int16.
-    """
-
-    count: int
-    order: torch.Tensor
-    rank: torch.Tensor
 
 
 def why_not(shape: MoeShape, arch: str) -> str | None:
@@ -112,7 +100,7 @@ def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
     from triton_kernels.swiglu import swiglu_fn
     from triton_kernels.tensor_details.layout import StridedLayout, make_default_matmul_mxfp4_w_layout
 
-    from vllm_mxfp4_gfx950.backends import triton_decode
+    from vllm_mxfp4_gfx950.backends import triton_decode, triton_routing
 
     if make_default_matmul_mxfp4_w_layout(mx_axis=1)[0] is not StridedLayout:
         weights = pad_intermediate(weights, triton_package.HOPPER_K)
@@ -132,10 +120,10 @@ def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
         w2_precision=w2_precision,
         activation=FusedActivation(swiglu, (shape.alpha, shape.limit), 2),
         topk=shape.topk,
+        order=triton_routing.order_of(weights.expert_map),
         flags=(w13_flags, w2_flags),
         # Splitting K is right but slow on Hopper; vLLM pins this too, for the whole process.
         constraints={"split_k": 1} if target.backend == "cuda" else {},
-        local=None if weights.expert_map is None else _local_experts(weights.expert_map),
         decode=triton_decode.decode_for(
             arch,
             shape,
@@ -172,16 +160,20 @@ def without_decode(prepared: Prepared) -> Prepared | None:
 def run_matmul_ogs(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
     """Route, multiply by w13 with the SwiGLU fused, multiply by w2 and combine; as `run`."""
     from triton_kernels.matmul_ogs import matmul_ogs
+    from triton_kernels.routing import ExptData, GatherIndx, RoutingData, ScatterIndx
 
-    routing_data, gather, scatter = route(prepared, router_logits)
+    routing = route(prepared, router_logits)
+    blocks = (dict(zip(TILE_ROWS, each, strict=True)) for each in (routing.block_start, routing.schedule))
+    tiles = ExptData(routing.count, routing.start, *blocks)
+    experts = RoutingData(routing.weights, routing.count, len(routing.count), prepared.topk, tiles)
     w13_flags, w2_flags = (flags.at(x.shape[0]) for flags in prepared.flags)
     with _opt_flags(w13_flags, prepared.constraints):
         rows = matmul_ogs(
             x,
             prepared.w13,
             prepared.w13_bias,
-            routing_data,
-            gather_indx=gather,
+            experts,
+            gather_indx=GatherIndx(routing.gather, routing.scatter),
             precision_config=prepared.w13_precision,
             fused_activation=prepared.activation,
         )
@@ -190,51 +182,28 @@ def run_matmul_ogs(prepared: Prepared, x: torch.Tensor, router_logits: torch.Ten
             rows,
             prepared.w2,
             prepared.w2_bias,
-            routing_data,
-            scatter_indx=scatter,
+            experts,
+            scatter_indx=ScatterIndx(routing.scatter, routing.gather),
             precision_config=prepared.w2_precision,
-            gammas=routing_data.gate_scal,
+            gammas=routing.weights,
         )
     return out
 
 
-def route(prepared: Prepared, router_logits: torch.Tensor) -> Any:
-    """Choose experts and sort the choices by expert.
+def route(prepared: Prepared, router_logits: torch.Tensor) -> Routing:
+    """Choose experts, and sort the choices that live on this rank."""
+    from vllm_mxfp4_gfx950.backends import triton_routing
 
-    Returns:
-        triton_kernels' RoutingData, GatherIndx and ScatterIndx, over this rank's experts.
-    """
-    from triton_kernels.routing import prune_routing, routing, routing_from_bitmatrix
-    from triton_kernels.topk import topk
-
-    local = prepared.local
-    if local is None:
-        return routing(router_logits, prepared.topk)
-    # Every rank chooses among all experts in the model's own order, so that ties fall alike.
-    _, topk_ids, _ = topk(router_logits, prepared.topk)
-    renumbered = local.rank[topk_ids.int()]
-    chosen = topk(router_logits[:, local.order], prepared.topk, y_indx=renumbered)
-    # It keeps the first n_expts_tot / simulated_ep experts; any such pair with that quotient will do.
-    weights, ids, bitmatrix = prune_routing(*chosen, n_expts_tot=2 * local.count, simulated_ep=2)
-    return routing_from_bitmatrix(bitmatrix, weights, ids, local.count, prepared.topk)
+    experts = prepared.w13_bias.shape[0]
+    return triton_routing.route(router_logits, prepared.topk, experts, prepared.order, len(TILE_ROWS))
 
 
 def choices(prepared: Prepared, router_logits: torch.Tensor) -> triton_package.Choices:
     """The routing of some logits, for comparison; `run` does not need it in this form."""
-    data, gather, _ = route(prepared, router_logits)
-    position, count = gather.src_indx, data.expt_hist
-    output = torch.arange(len(position), device=position.device)
-    start = count.cumsum(0) - count
-    return triton_package.Choices(position, data.gate_scal, output, start.tolist(), count.tolist())
-
-
-def _local_experts(expert_map: torch.Tensor) -> LocalExperts:
-    absent = expert_map < 0
-    # Present experts by local index, then the absent ones.
-    order = torch.where(absent, expert_map.numel(), expert_map).argsort(stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(order.numel(), device=order.device)
-    return LocalExperts(int((~absent).sum()), order, rank.int())
+    routing = route(prepared, router_logits)
+    output = torch.arange(len(routing.gather), device=routing.gather.device)
+    start, count = routing.start[:-1].tolist(), routing.count.tolist()
+    return triton_package.Choices(routing.gather, routing.weights, output, start, count)
 
 
 def _to_kernel_layout(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[Any, Any]:

@@ -1,0 +1,86 @@
+"""Our own routing, as gfx950 would run it: every field bit for bit, and no more than two launches."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+from subprocess import CompletedProcess
+
+import pytest
+from run_python import ROOT, run_python
+from test_verification import EVERY, IN_CI, ids, paths_of
+
+
+@dataclass(frozen=True)
+class Case:
+    """Tokens and experts.
+
+    Args:
+        tokens: T.
+        global_experts, topk: of the model.
+        expert_map: as in MoeWeights.
+        dtype: of the logits.
+        spoil: whether the experts' order is moved by one.
+    """
+
+    tokens: int
+    global_experts: int
+    topk: int
+    expert_map: tuple[int, ...] | None = None
+    dtype: str = "bfloat16"
+    spoil: bool = False
+
+    def __str__(self) -> str:
+        name = f"E{self.global_experts}-k{self.topk}-T{self.tokens}-{self.dtype}"
+        return name + ("-map" if self.expert_map else "") + ("-spoilt" if self.spoil else "")
+
+
+OUT_OF_ORDER = (-1, 0, 3, -1, 2, 1, -1, -1)
+SOME = tuple(i // 8 if i % 8 == 3 else -1 for i in range(128))
+CASES = [
+    Case(1, 32, 4),
+    Case(3, 8, 2, OUT_OF_ORDER),
+    Case(37, 128, 4),
+    Case(64, 32, 4),
+    Case(65, 128, 4),
+    Case(100, 8, 1, OUT_OF_ORDER),
+    Case(130, 128, 4, SOME),
+    Case(64, 128, 4, SOME, "float32"),
+    Case(65, 128, 4, None, "float32"),
+    Case(700, 8, 4),
+    Case(37, 8, 2, OUT_OF_ORDER, spoil=True),
+]
+
+
+@functools.cache
+def emulated(triton: str, kernels: str) -> CompletedProcess[str]:
+    """Execute the cases in a process that has this Triton."""
+    script, cases = ROOT / "tests/emulate_routing.py", json.dumps([asdict(case) for case in CASES])
+    return run_python([str(script)], path=paths_of(triton, kernels), stdin=cases, timeout=600)
+
+
+def assert_right(pair: tuple[str, str], case: Case) -> None:
+    """Exact, one launch or two that fit, and a spoilt one noticed."""
+    result = emulated(*pair)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)[CASES.index(case)]
+    assert found["kernels"] == (["place"] if case.tokens <= 64 else ["count", "place"])
+    assert found["misfits"] == []
+    assert found["miss"] == ("other count" if case.spoil else "")
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("case", CASES, ids=ids)
+@pytest.mark.parametrize("pair", IN_CI, ids=ids)
+def test_route(pair: tuple[str, str], case: Case) -> None:
+    """Compiled for gfx950 and executed."""
+    assert_right(pair, case)
+
+
+@pytest.mark.emulate
+@pytest.mark.parametrize("case", CASES, ids=ids)
+@pytest.mark.parametrize("pair", EVERY, ids=ids)
+def test_every_triton(pair: tuple[str, str], case: Case) -> None:
+    """The same with every Triton."""
+    assert_right(pair, case)

@@ -1,0 +1,153 @@
+"""Triton kernels of `triton_routing`, and the choice of experts that `decode_kernels` shares.
+
+A "pair" is a token and one of its slots, numbered token * TOPK + slot. A column is an expert, as `Order` has
+them.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def count(
+    Logits, Order, Counts, tokens, experts, local, stride,
+    TOPK: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """How many of a block's tokens chose each column."""
+    column = tl.arange(0, BLOCK_EXPERTS)
+    block = tl.program_id(0)
+    chosen = _count(Logits, Order, block, tokens, experts, local, stride, TOPK, BLOCK_TOKENS, BLOCK_EXPERTS)
+    tl.store(Counts + block * BLOCK_EXPERTS + column, chosen)
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks", "stride_schedule"])
+def place(
+    Logits, Order, Counts, Gather, Scatter, Weights, Count, Starts, Schedule,
+    tokens, experts, local, blocks, stride, stride_starts, stride_schedule,
+    TOPK: tl.constexpr, SIZES: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
+    BLOCK_COUNTS: tl.constexpr, BLOCK_SCHEDULE: tl.constexpr,
+):  # fmt: skip
+    """Place a block's choices among all, and write the block's share of the schedules."""
+    this = tl.program_id(0)
+    column = tl.arange(0, BLOCK_EXPERTS)
+    total = tl.zeros((BLOCK_EXPERTS,), tl.int32)
+    before = tl.zeros((BLOCK_EXPERTS,), tl.int32)
+    if Counts is None:
+        for block in range(blocks):
+            chosen = _count(
+                Logits, Order, block, tokens, experts, local, stride, TOPK, BLOCK_TOKENS, BLOCK_EXPERTS
+            )
+            total += chosen
+            before += tl.where(block < this, chosen, 0)
+    else:
+        for first in range(0, blocks, BLOCK_COUNTS):
+            block = first + tl.arange(0, BLOCK_COUNTS)[:, None]
+            chosen = tl.load(Counts + block * BLOCK_EXPERTS + column[None, :], mask=block < blocks, other=0)
+            total += tl.sum(chosen, 0)
+            before += tl.sum(tl.where(block < this, chosen, 0), 0)
+    begin = tl.cumsum(total, 0) - total
+    rows = tl.sum(total, 0)
+
+    token = this * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    key = keys(Logits, Order, token, tokens, experts, stride, BLOCK_EXPERTS)
+    parts, taken = take(key, token, tokens, TOPK)
+    taken = taken & (column < local)[None, :]
+    present = taken.to(tl.int32)
+    row = (begin + before)[None, :] + tl.cumsum(present, 0) - present
+    pair = (token * TOPK)[:, None] + tl.cumsum(present, 1) - present
+    weight = tl.exp(logit(key) - logit(tl.max(key, 1))[:, None]) / parts[:, None]
+    tl.store(Gather + row, pair, mask=taken)
+    tl.store(Scatter + pair, row, mask=taken)
+    tl.store(Weights + row, weight.to(Weights.dtype.element_ty), mask=taken)
+    if Order is not None:
+        slot = tl.arange(0, TOPK)[None, :]
+        absent = (slot >= tl.sum(present, 1)[:, None]) & (token < tokens)[:, None]
+        tl.store(Scatter + (token * TOPK)[:, None] + slot, -1, mask=absent)
+        empty = this * BLOCK_TOKENS * TOPK + tl.arange(0, BLOCK_TOKENS * TOPK)
+        tl.store(Gather + empty, -1, mask=(empty >= rows) & (empty < tokens * TOPK))
+
+    if this == 0:
+        tl.store(Count + column, total, mask=column < local)
+        tl.store(Starts + column, begin, mask=column < local)
+        tl.store(Starts + local, rows)
+    for size in tl.static_range(SIZES):
+        needed = (total + (16 << size) - 1) // (16 << size)
+        end = tl.cumsum(needed, 0)
+        used = tl.sum(needed, 0)
+        if this == 0:
+            at = Starts + (1 + size) * stride_starts
+            tl.store(at + column, end - needed, mask=column < local)
+            tl.store(at + local, used)
+        # The tile of an expert is the first to end behind it.
+        for first in range(this * BLOCK_SCHEDULE, stride_schedule, blocks * BLOCK_SCHEDULE):
+            tile = first + tl.arange(0, BLOCK_SCHEDULE)
+            passed = end[None, :] <= tile[:, None]
+            expert = tl.sum(passed.to(tl.int32), 1)
+            behind = tile - tl.max(tl.where(passed, end[None, :], 0), 1)
+            entry = tl.where(tile < used, behind << 16 | expert, -1)
+            tl.store(Schedule + size * stride_schedule + tile, entry, mask=tile < stride_schedule)
+
+
+@triton.jit
+def _count(
+    Logits, Order, block, tokens, experts, local, stride,
+    TOPK: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """int32[BLOCK_EXPERTS], how many of a block's tokens chose each column of this rank."""
+    token = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    key = keys(Logits, Order, token, tokens, experts, stride, BLOCK_EXPERTS)
+    _, taken = take(key, token, tokens, TOPK)
+    return tl.sum((taken & (tl.arange(0, BLOCK_EXPERTS) < local)[None, :]).to(tl.int32), 0)
+
+
+@triton.jit
+def keys(Logits, Order, token, tokens, experts, stride, BLOCK_EXPERTS: tl.constexpr):
+    """Integers [tokens, columns] in the order of the logits, and among equals of falling experts.
+
+    A bf16 leaves 16 bits of 32 for the expert, an fp32 takes 64.
+    """
+    column = tl.arange(0, BLOCK_EXPERTS)
+    expert = column
+    if Order is not None:
+        expert = tl.load(Order + column, mask=column < experts, other=0)
+    there = (token < tokens)[:, None] & (column < experts)[None, :]
+    # Adding zero makes -0.0 the 0.0 that it is equal to.
+    at = Logits + token[:, None] * stride + expert[None, :]
+    bits = (tl.load(at, mask=there, other=0.0).to(tl.float32) + 0.0).to(tl.int32, bitcast=True)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    rank = (BLOCK_EXPERTS - expert)[None, :]
+    if Logits.dtype.element_ty == tl.float32:
+        key = (bits.to(tl.int64) << 32) | rank
+    else:
+        key = (bits & -65536) | rank
+    return tl.where(there, key, lowest(key))
+
+
+@triton.jit
+def lowest(key):
+    """A key below those of all logits."""
+    return -(2**63) if key.dtype == tl.int64 else -(2**31)
+
+
+@triton.jit
+def logit(key):
+    """The logit that a key was made of."""
+    if key.dtype == tl.int64:
+        bits = (key >> 32).to(tl.int32)
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    else:
+        bits = (key ^ ((key >> 31) & 0x7FFFFFFF)) & -65536
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def take(key, token, tokens, TOPK: tl.constexpr):
+    """The sum over a token's choices that its weights are parts of, and which columns they are."""
+    best = logit(tl.max(key, 1))
+    total = tl.zeros_like(best)
+    left = key
+    for _ in tl.static_range(TOPK):
+        most = tl.max(left, 1)
+        left = tl.where(left == most[:, None], lowest(key), left)
+        total += tl.exp(logit(most) - best)
+    return total, (left != key) & (token < tokens)[:, None]

@@ -1,0 +1,123 @@
+"""From the router's logits to all that triton_kernels' matmuls need, in one launch or two.
+
+The package's own routing takes four launches, and a dozen where a rank has some of the experts. What both of
+its generations want to know is the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from vllm_mxfp4_gfx950.backends import routing_kernels as kernels
+
+BLOCK_TOKENS = 16
+"""Tokens of a workgroup."""
+
+WARPS = 8
+"""Of a workgroup. With fewer, or more tokens, CDNA spills scalar registers."""
+
+ONE_LAUNCH = 64
+"""Tokens up to which each workgroup counts all choices itself, instead of a launch before it."""
+
+BLOCK_COUNTS = 32
+"""Workgroups whose counts are read together."""
+
+BLOCK_SCHEDULE = 16
+"""Tiles that are written together."""
+
+SMALLEST_TILE = 16
+"""Rows; the next size has twice as many."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The choices of all tokens that live on this rank, sorted by expert, then by token: the rows.
+
+    Args:
+        gather: int32[T * topk], the pair of each row: token * topk + slot, a token's slots being in the
+            order of their experts, those of other ranks behind them. -1 behind the last row.
+        scatter: int32[T * topk], the row of each pair; -1 where its expert is on another rank.
+        weights: [T * topk] in the logits' dtype, of each row in its token's sum.
+        count: int32[E], rows of each expert.
+        start: int32[E + 1], the first of them.
+        block_start: int32[sizes, E + 1], the first of them counted in tiles of 16, 32, ... rows.
+        schedule: int32[sizes, tiles], what each tile computes: the expert, and in the upper half of the bits
+            which of its tiles it is; -1 behind the last tile.
+    """
+
+    gather: torch.Tensor
+    scatter: torch.Tensor
+    weights: torch.Tensor
+    count: torch.Tensor
+    start: torch.Tensor
+    block_start: torch.Tensor
+    schedule: torch.Tensor
+
+
+def order_of(expert_map: torch.Tensor | None) -> torch.Tensor | None:
+    """int32[global_experts], the model's experts with this rank's first, in its order; None for all.
+
+    Args:
+        expert_map: as in MoeWeights.
+    """
+    if expert_map is None:
+        return None
+    last = torch.where(expert_map < 0, expert_map.numel(), expert_map)
+    return last.argsort(stable=True).int()
+
+
+def route(
+    router_logits: torch.Tensor, topk: int, experts: int, order: torch.Tensor | None, sizes: int
+) -> Routing:
+    """Choose experts among all of the model's, weigh them, and sort the choices that live on this rank.
+
+    Args:
+        router_logits: bf16 or fp32[T, global_experts], T > 0.
+        topk: experts per token, a power of two.
+        experts: of this rank, E.
+        order: what `order_of` returned.
+        sizes: how many sizes of tiles to schedule, from 16 rows on.
+    """
+    tokens, global_experts = router_logits.shape
+    pairs = tokens * topk
+    tiles = pairs if pairs <= experts else experts + (pairs - experts) // SMALLEST_TILE
+    integers: Any = {"dtype": torch.int32, "device": router_logits.device}
+    # Triton compiles a kernel anew for a pointer that is not a multiple of 16 bytes: each row begins on one.
+    starts = torch.empty(1 + sizes, aligned(experts + 1), **integers)
+    routing = Routing(
+        gather=torch.empty(pairs, **integers),
+        scatter=torch.empty(pairs, **integers),
+        weights=router_logits.new_empty(pairs),
+        count=torch.empty(experts, **integers),
+        start=starts[0, : experts + 1],
+        block_start=starts[1:, : experts + 1],
+        schedule=torch.empty(sizes, aligned(tiles), **integers),
+    )
+    blocks = triton.cdiv(tokens, BLOCK_TOKENS)
+    block_experts = triton.next_power_of_2(global_experts)
+    sizes_of_blocks = {"TOPK": topk, "BLOCK_TOKENS": BLOCK_TOKENS, "BLOCK_EXPERTS": block_experts}
+    counts = None
+    if tokens > ONE_LAUNCH:
+        counts = torch.empty(blocks, block_experts, **integers)
+        kernels.count[(blocks,)](
+            router_logits, order, counts, tokens, global_experts, experts, router_logits.stride(0),
+            **sizes_of_blocks, num_warps=WARPS,
+        )  # fmt: skip
+    kernels.place[(blocks,)](
+        router_logits, order, counts, routing.gather, routing.scatter, routing.weights,
+        routing.count, starts, routing.schedule,
+        tokens, global_experts, experts, blocks,
+        router_logits.stride(0), starts.stride(0), routing.schedule.stride(0),
+        SIZES=sizes, BLOCK_COUNTS=BLOCK_COUNTS, BLOCK_SCHEDULE=BLOCK_SCHEDULE, **sizes_of_blocks,
+        num_warps=WARPS,
+    )  # fmt: skip
+    return routing
+
+
+def aligned(count: int) -> int:
+    """So many integers, or a few more, that they end at a multiple of 16 bytes."""
+    return triton.cdiv(count, 4) * 4
