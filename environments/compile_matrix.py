@@ -45,7 +45,7 @@ def tune(tritons: list[str]) -> int:
     """Search the tiles anew."""
     for triton, kernels in pairs(tritons):
         print(f"triton {triton} {kernels}", flush=True)
-        run(triton, kernels, "tune", "--table", str(TABLE)).check_returncode()
+        run(triton, kernels, "tune", "--arch", "gfx950", "--table", str(TABLE)).check_returncode()
     return 0
 
 

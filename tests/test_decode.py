@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
@@ -102,7 +103,7 @@ def test_table() -> None:
     """Hopper's has both matmuls of each shape, with the same rows to a tile, and says where it comes from."""
     table = json.loads((ROOT / "vllm_mxfp4_gfx950/tables/sm90.json").read_text())
     assert table["columns"] == tuning.columns()
-    assert "timed on one NVIDIA H200" in table["provenance"]["decode 3.6.0"]["evidence"]
+    assert "timed on one NVIDIA H200" in table["provenance"]["decode 3.6"]["evidence"]
     found = tuning.decode(table["rows"])
     assert {(kernels, gemm.name, gemm.experts) for kernels, _, gemm in found} == {
         ("decode", name, experts) for name in ("w13", "w2") for experts in (32, 128)
@@ -149,7 +150,7 @@ def test_tiles_of_the_table() -> None:
 
 
 @pytest.mark.parametrize("triton", ["3.5.1", "3.6.0", "3.8.0"])
-def test_other_tritons(monkeypatch: pytest.MonkeyPatch, triton: str) -> None:
+def test_other_tritons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton: str) -> None:
     """Tiles serve with the release that they were timed with, and no other."""
     from vllm_mxfp4_gfx950.backends import triton_decode
 
@@ -170,3 +171,17 @@ def test_other_tritons(monkeypatch: pytest.MonkeyPatch, triton: str) -> None:
     assert triton_decode.decode_for("gfx950", shape, layouts, scales(124), None) is None
     too_large = triton_decode.decode_for("sm90", shape, layouts, scales(triton_decode.MAX_SCALE + 1), None)
     assert too_large is None
+    # A user's table: for up to so many tokens, with the Triton that it was timed with; or for none.
+    tile = tuning.TileConfig(8, 64, 256, 1, 4, 3, 6)
+    for bound in (16, 0):
+        rungs = tuning.Ladder((bound,), (tile,))
+        rows = [row for gemm in tuning.gemms(shape) for row in tuning.encode("decode", "3.8", gemm, rungs)]
+        (tmp_path / str(bound)).mkdir()
+        tuning.write(tmp_path / str(bound) / "sm90.json", "sm90", {}, rows)
+    decode = triton_decode.decode_for("sm90", shape, layouts, scales(124), None, tmp_path / "16")
+    assert (decode and decode.tiles[0].bounds) == {
+        "3.6.0": (1, 2, 4, 8, 16, 32, 64, 128, 256),
+        "3.8.0": (16,),
+    }.get(triton)
+    decode = triton_decode.decode_for("sm90", shape, layouts, scales(124), None, tmp_path / "0")
+    assert (decode is not None) == (triton == "3.6.0")

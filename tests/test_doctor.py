@@ -94,7 +94,7 @@ def test_cpu_is_served_by_the_reference(tmp_path: Path) -> None:
     assert checks["plugin"]["found"] == "vllm_mxfp4_gfx950.vllm_plugin:register"
     assert checks["GPU"]["found"] == "cpu"
     assert checks["settings"]["found"] == (
-        "VLLM_MXFP4_BACKEND=auto, VLLM_MXFP4_STRICT=0, VLLM_MXFP4_SELF_CHECK=first"
+        "VLLM_MXFP4_BACKEND=auto, VLLM_MXFP4_STRICT=0, VLLM_MXFP4_SELF_CHECK=first, VLLM_MXFP4_TABLES=unset"
     )
     for what in ("triton_ogs", "triton_matmul"):
         assert checks[what]["found"] == (

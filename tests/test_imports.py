@@ -20,11 +20,12 @@ MAY_IMPORT: dict[str, str] = {
     "tuning": "mxfp4 moe",
     "backends": "mxfp4 moe settings tuning",
     "random_layer": "moe",
+    "timing": "",
     "tolerance": "",
     "self_check": "moe settings backends tolerance",
     "vllm_plugin": "mxfp4 moe settings tuning backends self_check",
     "gfx950": "mxfp4 moe models settings tuning backends tolerance",
-    "commands": "mxfp4 moe models settings tuning backends gfx950 random_layer",
+    "commands": "mxfp4 moe models settings tuning backends gfx950 random_layer timing tolerance",
     "cli": "moe commands",
 }
 """Each part of the package, and the parts below it that it may import beside itself."""

@@ -156,7 +156,7 @@ def test_without_decode(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) ->
         layer, decode = prepared
         return reference.run(layer, x, logits) * (1.1 if decode and len(x) <= 64 else 1)
 
-    some = backend("some", run, lambda weights, shape: (reference.prepare(weights, shape), True))
+    some = backend("some", run, lambda weights, shape, _: (reference.prepare(weights, shape), True))
     some.without_decode = lambda prepared: (prepared[0], False) if prepared[1] else None
     names: list[str] = []
     chosen, prepared, narrow = self_check.prepare(

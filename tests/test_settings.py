@@ -1,6 +1,7 @@
 """The environment variables: what they may say, and what they say when they do not."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,7 @@ def test_from_environment_reads_the_process(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("VLLM_MXFP4_BACKEND", raising=False)
     monkeypatch.delenv("VLLM_MXFP4_STRICT", raising=False)
     monkeypatch.delenv("VLLM_MXFP4_SELF_CHECK", raising=False)
+    monkeypatch.delenv("VLLM_MXFP4_TABLES", raising=False)
     assert from_environment() == Settings("auto", False, "first")
     monkeypatch.setenv("VLLM_MXFP4_BACKEND", "ck")
     assert from_environment() == Settings("ck", False)
@@ -58,3 +60,16 @@ def test_from_environment_refuses(environment: dict[str, str], text: str) -> Non
     """A misspelt value is an error, never a silent default."""
     with pytest.raises(Mxfp4Error, match=f"^{re.escape(text)}$"):
         from_environment(environment)
+
+
+def test_tables(tmp_path: Path) -> None:
+    """A directory that exists; nothing else, and no blank that would mean the one where the server runs."""
+    assert from_environment({"VLLM_MXFP4_TABLES": str(tmp_path)}).tables == tmp_path
+    (tmp_path / "sm90.json").touch()
+    for value in ("", str(tmp_path / "none"), str(tmp_path / "sm90.json")):
+        text = (
+            f"VLLM_MXFP4_TABLES must be a directory that exists; got {value!r}. "
+            "Set VLLM_MXFP4_TABLES to what `vllm-mxfp4 tune --out` was given, or unset it."
+        )
+        with pytest.raises(Mxfp4Error, match=f"^{re.escape(text)}$"):
+            from_environment({"VLLM_MXFP4_TABLES": value})

@@ -3,13 +3,20 @@
 import json
 import logging
 import math
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from run_python import ROOT
 
-from vllm_mxfp4_gfx950 import tuning
-from vllm_mxfp4_gfx950.commands.tune import MAX_OVERREAD, WEIGHT_BOUND_TOKENS, expected_tiles
+from vllm_mxfp4_gfx950 import backends, tuning
+from vllm_mxfp4_gfx950.gfx950.ranking import MAX_OVERREAD, WEIGHT_BOUND_TOKENS, expected_tiles
 from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, layer_shape
+from vllm_mxfp4_gfx950.moe import Mxfp4Error
+from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tuning import Gemm, Ladder, TileConfig, decode, encode, gemms, ladder
 
 TABLE = json.loads((ROOT / "vllm_mxfp4_gfx950/tables/gfx950.json").read_text())
@@ -39,6 +46,13 @@ def test_ladder_exact(caplog: pytest.LogCaptureFixture) -> None:
     assert found is not None
     assert found == decode(TABLE["rows"])["matmul_ogs", "3.6", W13]
     assert not caplog.records
+
+
+def test_ladder_merged() -> None:
+    """A rung serves up to its bound, so equal neighbours are one."""
+    whole = Ladder((1, 2, 4, 8, 16), ("a", "a", "b", "a", "a"))
+    assert whole.merged() == Ladder((2, 4, 16), ("a", "b", "a"))
+    assert [whole.merged().at(n) for n in range(1, 40)] == [whole.at(n) for n in range(1, 40)]
 
 
 def test_ladder_without_a_table() -> None:
@@ -103,3 +117,200 @@ def test_expected_tiles(tokens: int, block_m: int) -> None:
     found, active = expected_tiles(tokens, chance, block_m)
     assert found == pytest.approx(tiles, rel=0.02)
     assert active == pytest.approx(1 - weights[0], abs=0.02)
+
+
+OTHER = TileConfig(32, 64, 256, 1, 4, 1, 0)
+SMALL = TileConfig(16, 64, 256, 1, 4, 1, 0)
+W2 = gemms(layer_shape("gpt-oss-20b"))[1]
+
+
+def own_table(directory: Path, arch: str = "gfx950", triton: str = "3.6") -> Path:
+    """A user's table for GPT-OSS-20B."""
+    rows = encode("matmul_ogs", triton, W13, Ladder((64, 8192), (TILE, OTHER)))
+    rows += encode("decode", triton, W13, Ladder((8,), (SMALL,)))
+    rows += encode("decode", triton, W2, Ladder((8,), (SMALL,)))
+    tuning.write(directory / f"{arch}.json", arch, {"matmul_ogs 3.6": {"evidence": "here"}}, rows)
+    return directory
+
+
+def test_own_table_serves_what_it_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The user's rows for their matmul and their Triton; ours for every other; the log says whose, once."""
+    own = own_table(tmp_path)
+    ours = decode(TABLE["rows"])
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            found = ladder("gfx950", "matmul_ogs", "3.6.1", W13, own)
+            assert found == Ladder((64, 8192), (TILE, OTHER))
+            assert ladder("gfx950", "matmul_ogs", "3.6.1", W2, own) == ours["matmul_ogs", "3.6", W2]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"matmul_ogs tiles for triton 3.6 are those of {own}/gfx950.json",
+        "matmul_ogs tiles for triton 3.6 are those of this package "
+        f"({own}/gfx950.json has none for this layer)",
+    ]
+    big = gemms(layer_shape("gpt-oss-120b"))[0]
+    assert ladder("gfx950", "matmul_ogs", "3.6.1", big, own) == ours["matmul_ogs", "3.6", big]
+    assert ladder("gfx950", "matmul", "3.8.0", W13, own) == ours["matmul", "3.8", W13]
+    # What was timed with another Triton does not serve, be it the nearest.
+    assert ladder("gfx950", "matmul_ogs", "3.7.1", W13, own) == ours["matmul_ogs", "3.7", W13]
+    assert ladder("gfx950", "decode", "3.6.1", W13, own) == Ladder((8,), (SMALL,))
+    assert ladder("gfx950", "decode", "3.7.1", W13, own) is None
+    assert ladder("gfx950", "decode", "3.6.1", big, own) is None
+    # Nor on another arch, nor where there is no file.
+    assert ladder("sm90", "matmul_ogs", "3.6.1", W13, own) is None
+    assert ladder("sm90", "decode", "3.6.1", W13, own) == ladder("sm90", "decode", "3.6.1", W13)
+
+
+def test_timed_tiles_of_ours_serve_with_their_triton_only() -> None:
+    """Ranked ones are lent to the nearest Triton."""
+    assert ladder("sm90", "decode", "3.6.0", W13) is not None
+    assert ladder("sm90", "decode", "3.7.0", W13) is None
+    assert ladder("gfx950", "matmul_ogs", "3.12.0", W13) is not None
+
+
+def test_select_refuses_a_bad_table(tmp_path: Path) -> None:
+    """At once: when a layer is prepared it would look like the backend's fault, and another would serve."""
+    (tmp_path / "cpu.json").write_text("[")
+    with pytest.raises(Mxfp4Error, match=r"cpu\.json must be JSON; got "):
+        backends.select(layer_shape("gpt-oss-20b"), "cpu", Settings(tables=tmp_path))
+    (tmp_path / "cpu.json").rename(tmp_path / "gfx950.json")
+    assert backends.select(layer_shape("gpt-oss-20b"), "cpu", Settings(tables=tmp_path)).arch == "cpu"
+
+
+def put(*path: Any) -> Callable[[Any], None]:
+    """Set what lies at a path of a table's content, whose last item is the value."""
+    *way, last, value = path
+
+    def edit(content: Any) -> None:
+        for key in way:
+            content = content[key]
+        content[last] = value
+
+    return edit
+
+
+ROW = 8  # where a row's tile begins
+POWERS = "one of 8, 16, 32, 64, 128, 256"
+BAD = {
+    "arch": (put("arch", "sm90"), ": arch must be gfx950; got 'sm90'"),
+    "no rows": (lambda c: c.pop("rows"), " must be of arch, columns, provenance, rows; got ['arch', 'col"),
+    "more": (put("code", "import os"), " must be of arch, columns, provenance, rows; got ['arch', 'code', "),
+    "columns": (lambda c: c["columns"].append("stages"), ": columns must be kernels, triton, name, k, n, "),
+    "rows": (put("rows", {"0": []}), ": rows must be a list; got {'0': []}"),
+    "provenance": (put("provenance", []), ": provenance must be an object; got []"),
+    "nested": (put("rows", 0, [[1]]), ": rows[0] must be 15 values; got [[1]]"),
+    "short": (lambda c: c["rows"][0].pop(), ": rows[0] must be 15 values; got ['"),
+    "kernels": (put("rows", 0, 0, "cuda"), ": rows[0].kernels must be one of matmul_ogs, matmul, decode; "),
+    "kernels list": (put("rows", 0, 0, ["decode"]), ": rows[0].kernels must be one of matmul_ogs, matmul, "),
+    "triton": (put("rows", 0, 1, "3.6.0"), ": rows[0].triton must be the first two numbers of a release, "),
+    "triton float": (put("rows", 0, 1, 3.6), ": rows[0].triton must be the first two numbers of a release"),
+    "name": (put("rows", 0, 2, "w1"), ": rows[0].name must be one of w13, w2; got 'w1'"),
+    "k": (put("rows", 0, 3, 33), ": rows[0].k must be an integer from 32 to 65536 in steps of 32; got 33"),
+    "experts": (put("rows", 0, 5, 0), ": rows[0].experts must be an integer from 1 to 4096; got 0"),
+    "tokens": (put("rows", 2, 7, 0), ": rows[2].tokens must be an integer from 1 to 1048576; got 0"),
+    "negative": (put("rows", 0, 7, -1), ": rows[0].tokens must be an integer from 0 to 1048576; got -1"),
+    "float": (put("rows", 0, ROW, 16.0), f": rows[0].block_m must be {POWERS}; got 16.0"),
+    "bool": (put("rows", 0, ROW + 6, True), ": rows[0].waves_per_eu must be an integer from 0 to 8; got T"),
+    "null": (put("rows", 0, ROW, None), f": rows[0].block_m must be {POWERS}; got None"),
+    "text": (put("rows", 0, ROW, "16"), f": rows[0].block_m must be {POWERS}; got '16'"),
+    "no power": (put("rows", 0, ROW, 24), f": rows[0].block_m must be {POWERS}; got 24"),
+    "list": (put("rows", 0, ROW, [16]), f": rows[0].block_m must be {POWERS}; got [16]"),
+    "nan": (put("rows", 0, ROW, math.nan), f": rows[0].block_m must be {POWERS}; got nan"),
+    "infinite": (put("rows", 0, ROW, math.inf), f": rows[0].block_m must be {POWERS}; got inf"),
+    "huge": (put("rows", 0, ROW, 10**4000), f": rows[0].block_m must be {POWERS}; got 1000000000000"),
+    "past the scales": (put("rows", 2, ROW + 2, 512), ": rows[2].block_k must be one of 32, 64, 128, 256; "),
+    "split": (put("rows", 1, ROW + 3, 2), ": rows[1].split_k must be 1; got 2"),
+    "twice": (lambda c: c["rows"].append(c["rows"][2]), ": rows[4] must be the only one for its tokens"),
+    "block_m differs": (put("rows", 0, ROW, 32), ": the rows of decode must be of w13 and w2 alike in "),
+    "half of decode": (lambda c: c["rows"].pop(0), ": the rows of decode must be of w13 and w2 alike in "),
+    "us": (put("measured", [["decode", "3.6", "w2", 32, 32, 1, 1, 1, *[16, 64, 64, 1, 4, 1, 0], math.nan]]),
+           ": measured[0].us must be a time above 0.0; got nan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_read_refuses(tmp_path: Path, fault: str) -> None:
+    """Each rule of a table, broken alone."""
+    file = own_table(tmp_path) / "gfx950.json"
+    content = json.loads(file.read_text())
+    assert [row[:3] for row in content["rows"][:3]] == [
+        ["decode", "3.6", "w2"], ["decode", "3.6", "w13"], ["matmul_ogs", "3.6", "w13"]
+    ]  # fmt: skip
+    edit, text = BAD[fault]
+    edit(content)
+    file.write_text(json.dumps(content))
+    with pytest.raises(Mxfp4Error, match=f"^{re.escape(f'{file}{text}')}") as raised:
+        tuning.read(file, "gfx950")
+    assert str(raised.value).endswith(". Correct it, or let `vllm-mxfp4 tune` write the file anew.")
+    assert len(str(raised.value)) < 600
+
+
+HOSTILE = {
+    "empty": "",
+    "cut off": '{"arch": "gfx950", "rows": [',
+    "deep": "[" * 500_000,
+    "many digits": '{"arch": 1' + "0" * 500_000 + "}",
+    "not text": "\udcff",
+    "python": "__import__('os').system('true')",
+    "large": '{"arch": "' + "x" * (10 << 20) + '"}',
+    "many keys": json.dumps({str(i): i for i in range(50_000)}),
+}
+
+
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_read_survives(tmp_path: Path, fault: str) -> None:
+    """What is no table at all is refused in a moment, and in a line."""
+    file = tmp_path / "gfx950.json"
+    file.write_text(HOSTILE[fault], errors="surrogateescape")
+    began = time.perf_counter()
+    with pytest.raises(Mxfp4Error, match=f"^{re.escape(str(file))} must be ") as raised:
+        tuning.read(file, "gfx950")
+    assert time.perf_counter() - began < 2
+    assert len(str(raised.value)) < 600
+
+
+def test_read_refuses_a_large_table(tmp_path: Path) -> None:
+    """Though it is right, and blank from the first mebibyte on."""
+    file = own_table(tmp_path) / "gfx950.json"
+    file.write_text(file.read_text() + " " * (10 << 20))
+    with pytest.raises(Mxfp4Error, match=r"gfx950\.json must be at most 1048576 bytes; got 'more'\. "):
+        tuning.read(file, "gfx950")
+
+
+def test_read_refuses_a_directory(tmp_path: Path) -> None:
+    """What has a table's name and is none."""
+    (tmp_path / "gfx950.json").mkdir()
+    with pytest.raises(Mxfp4Error, match=r"gfx950\.json must be a file; got 'something else'"):
+        tuning.users(tmp_path, "gfx950")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "rule"),
+    [
+        ("num_warps", 4, "8"),
+        ("block_n", 128, "256"),
+        ("block_k", 32, "one of 64, 128, 256"),
+        ("block_m", 256, "one of 16, 32, 64, 128"),
+    ],
+)
+def test_read_knows_hopper(tmp_path: Path, column: str, value: int, rule: str) -> None:
+    """With such tiles matmul_ogs would take each scale for another's, or not start."""
+    file = tmp_path / "sm90.json"
+    rows = encode("matmul_ogs", "3.6", W13, Ladder((64,), (TileConfig(16, 256, 128, 1, 8, 4, 0),)))
+    tuning.write(file, "sm90", {}, rows)
+    assert tuning.read(file, "sm90")["rows"] == rows
+    rows[0][tuning.columns().index(column)] = value
+    tuning.write(file, "sm90", {}, rows)
+    with pytest.raises(Mxfp4Error, match=re.escape(f"rows[0].{column} must be {rule}; got {value}. ")):
+        tuning.read(file, "sm90")
+
+
+@pytest.mark.parametrize("arch", ["gfx950", "sm90"])
+def test_our_tables_keep_to_the_rules(tmp_path: Path, arch: str) -> None:
+    """And are written as `write` writes them."""
+    file = ROOT / f"vllm_mxfp4_gfx950/tables/{arch}.json"
+    content = tuning.read(file, arch)
+    tuning.write(tmp_path / "again.json", arch, content["provenance"], content["rows"])
+    assert json.loads((tmp_path / "again.json").read_text())["rows"] == sorted(
+        content["rows"], key=lambda row: [str(value).rjust(12) for value in row]
+    )
+    assert not (tmp_path / "again.part").exists()

@@ -27,6 +27,9 @@ stands in the model's code only.
 DIVISIONS = ((1, 1), (2, 1), (4, 1), (8, 1), (4, 4), (8, 8))
 """Tensor-parallel and expert-parallel ranks that the tile table covers."""
 
+TOKENS = tuple(2**i for i in range(14))
+"""Token counts of a forward that tile tables are made for."""
+
 
 def layer_shape(model: str, tp: int = 1, ep: int = 1) -> MoeShape:
     """One layer of a model on one rank, as vLLM divides it.

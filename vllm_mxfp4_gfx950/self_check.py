@@ -126,7 +126,7 @@ def prepare(
     while True:
         backend = selection.backend
         try:
-            prepared = backend.prepare(weights.clone(), shape)
+            prepared = backend.prepare(weights.clone(), shape, settings.tables)
             outcome = check(backend, prepared, weights, shape)
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from vllm_mxfp4_gfx950.moe import Mxfp4Error
 
 BACKEND_VAR = "VLLM_MXFP4_BACKEND"
 STRICT_VAR = "VLLM_MXFP4_STRICT"
 SELF_CHECK_VAR = "VLLM_MXFP4_SELF_CHECK"
+TABLES_VAR = "VLLM_MXFP4_TABLES"
 BACKENDS = ("auto", "triton", "ck", "reference")
 SELF_CHECKS = ("first", "all", "off")
 
@@ -23,28 +25,43 @@ class Settings:
         backend: one of BACKENDS; "auto" takes the first that works on the GPU at hand.
         strict: under "auto", fail rather than fall back to a second choice.
         self_check: one of SELF_CHECKS; which layers are compared with float64 before they serve.
+        tables: a directory of the user's own tile tables, as `vllm-mxfp4 tune` writes them.
     """
 
     backend: str = "auto"
     strict: bool = False
     self_check: str = "first"
+    tables: Path | None = None
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
-    """Read VLLM_MXFP4_BACKEND, VLLM_MXFP4_STRICT and VLLM_MXFP4_SELF_CHECK.
+    """Read VLLM_MXFP4_BACKEND, VLLM_MXFP4_STRICT, VLLM_MXFP4_SELF_CHECK and VLLM_MXFP4_TABLES.
 
     Args:
         environment: variables by name; None reads the process's own.
 
     Raises:
-        Mxfp4Error: a variable holds a value that is not on its list.
+        Mxfp4Error: a variable holds a value that is not on its list, or no directory.
     """
     variables = os.environ if environment is None else environment
     return Settings(
         backend=_one_of(variables, BACKEND_VAR, BACKENDS),
         strict=_one_of(variables, STRICT_VAR, ("0", "1")) == "1",
         self_check=_one_of(variables, SELF_CHECK_VAR, SELF_CHECKS),
+        tables=_directory(variables, TABLES_VAR),
     )
+
+
+def _directory(variables: Mapping[str, str], name: str) -> Path | None:
+    """The directory that a variable names; None where it is not set."""
+    value = variables.get(name)
+    if value is None:
+        return None
+    # A blank one would be the directory where the server happens to run.
+    if not value or not Path(value).is_dir():
+        fix = f"Set {name} to what `vllm-mxfp4 tune --out` was given, or unset it"
+        raise Mxfp4Error(name, "a directory that exists", repr(value), fix)
+    return Path(value)
 
 
 def _one_of(variables: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str:

@@ -1,4 +1,8 @@
-"""The kernels' tiles as data: one table an arch, looked up once when a layer is prepared."""
+"""The kernels' tiles as data: one table an arch, looked up once when a layer is prepared.
+
+A user's table, from `vllm-mxfp4 tune`, stands beside ours, and serves instead for the layers and the Triton
+that it was timed with.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,60 @@ import functools
 import json
 import logging
 import math
+import re
+import reprlib
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
 from importlib import resources
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, TypeAlias, TypeVar
 
-from vllm_mxfp4_gfx950.moe import MoeShape
+from vllm_mxfp4_gfx950.moe import MoeShape, Mxfp4Error
 
-logger = logging.getLogger(__name__)
+# Loggers below `vllm` print where vLLM's own do.
+logger = logging.getLogger("vllm.mxfp4_triton.tuning")
 T = TypeVar("T")
 U = TypeVar("U")
+
+OURS = Path(str(resources.files("vllm_mxfp4_gfx950") / "tables"))
+KERNELS = ("matmul_ogs", "matmul", "decode")
+RANKED = (("gfx950", "matmul_ogs"), ("gfx950", "matmul"))
+"""Tiles of ours that were ranked by compiling: those of the nearest Triton are better than the package's own,
+which spill. All others were timed, and serve with that Triton alone."""
+
+MAX_FILE_BYTES = 1 << 20
+FIX = "Correct it, or let `vllm-mxfp4 tune` write the file anew"
+
+BOUNDS: dict[str, range | tuple[int, ...]] = {
+    "k": range(32, 2**16 + 1, 32),
+    "n": range(32, 2**17 + 1, 32),
+    "experts": range(1, 2**12 + 1),
+    "global_experts": range(1, 2**12 + 1),
+    "tokens": range(2**20 + 1),
+    "block_m": (8, 16, 32, 64, 128, 256),
+    # No larger, as scales are padded so far: see triton_package.SCALE_ROWS.
+    "block_n": (16, 32, 64, 128, 256, 512),
+    "block_k": (32, 64, 128, 256),
+    "split_k": range(1, 9),
+    "num_warps": (1, 2, 4, 8, 16),
+    "num_stages": range(1, 9),
+    "waves_per_eu": range(9),
+}
+"""What the integers of a row may be. A row for up to 0 tokens says that its kernels serve none."""
+
+HOPPER_MATMUL: dict[str, tuple[int, ...]] = {
+    "block_m": (16, 32, 64, 128),
+    "block_n": (256,),
+    "block_k": (64, 128, 256),
+    "num_warps": (8,),
+}
+"""And those of matmul_ogs on Hopper, whose scales are laid out for 8 warps side by side: with fewer, the
+kernel takes one row's scale for another's.
+
+Source: triton_kernels in vLLM 0.26, tensor_details/layout_details/hopper_scale.py, matmul_ogs_details/
+_matmul_ogs.py, routing.py.
+"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +126,20 @@ class Ladder(Generic[T]):
         """The same ladder with converted values."""
         return Ladder(self.bounds, tuple(convert(rung) for rung in self.rungs))
 
+    def merged(self) -> Ladder[T]:
+        """The same ladder with equal neighbours made one: a rung serves up to its bound."""
+        pairs = list(zip(self.bounds, self.rungs, strict=True))
+        last = [
+            pair
+            for pair, later in zip(pairs, [*pairs[1:], None], strict=True)
+            if later is None or pair[1] != later[1]
+        ]
+        return Ladder(tuple(bound for bound, _ in last), tuple(rung for _, rung in last))
+
+
+Key: TypeAlias = tuple[str, str, Gemm]
+"""Kernels, Triton release and matmul."""
+
 
 def gemms(shape: MoeShape) -> tuple[Gemm, Gemm]:
     """A layer's two matmuls."""
@@ -88,28 +149,39 @@ def gemms(shape: MoeShape) -> tuple[Gemm, Gemm]:
     )
 
 
-def ladder(arch: str, kernels: str, triton: str, gemm: Gemm) -> Ladder[TileConfig] | None:
-    """The tiles of a matmul.
+def ladder(
+    arch: str, kernels: str, triton: str, gemm: Gemm, tables: Path | None = None
+) -> Ladder[TileConfig] | None:
+    """The tiles of a matmul: the user's, where their table has this very matmul, else ours.
 
     Args:
         arch: whose table.
         kernels: "matmul_ogs", "matmul", or "decode" for our own.
         triton: Triton's release, such as "3.6.0"; tables go by its first two numbers.
-        gemm: the matmul. Where the table does not have it, the nearest one that it has serves, which
-            is logged; the nearest Triton likewise.
+        gemm: the matmul. Where our table does not have it, the nearest one that it has serves, which is
+            logged; the nearest Triton likewise, if the tiles were ranked and not timed.
+        tables: the directory of the user's tables, if any.
 
     Returns:
-        None where the arch has no table for these kernels.
+        None where there are none.
+
+    Raises:
+        Mxfp4Error: as `users`.
     """
-    table = _table(arch)
-    if table is None:
-        return None
     release = release_of(triton)
+    if tables is not None:
+        own = users(tables, arch).get((kernels, release, gemm))
+        whose = (
+            f"{tables / arch}.json" if own else f"this package ({tables / arch}.json has none for this layer)"
+        )
+        _log_once(f"{kernels} tiles for triton {release} are those of {whose}", logging.INFO)
+        if own:
+            return own
     found = releases(arch, kernels)
-    if not found:
+    if not found or (release not in found and (arch, kernels) not in RANKED):
         return None
     closest = min(sorted(found), key=lambda r: abs(_number(r) - _number(release)))
-    candidates = {g: rungs for (kind, r, g), rungs in table.items() if (kind, r) == (kernels, closest)}
+    candidates = {g: rungs for (kind, r, g), rungs in _ours(arch).items() if (kind, r) == (kernels, closest)}
     nearest = min(
         (g for g in candidates if g.name == gemm.name),
         key=lambda g: sum(
@@ -122,8 +194,8 @@ def ladder(arch: str, kernels: str, triton: str, gemm: Gemm) -> Ladder[TileConfi
 
 
 def releases(arch: str, kernels: str) -> set[str]:
-    """The Triton releases, such as "3.6", that an arch's table has tiles of these kernels for."""
-    return {key[1] for key in _table(arch) or () if key[0] == kernels}
+    """The Triton releases, such as "3.6", that our table of an arch has tiles of these kernels for."""
+    return {key[1] for key in _ours(arch) if key[0] == kernels}
 
 
 def encode(kernels: str, triton: str, gemm: Gemm, tiles: Ladder[TileConfig]) -> list[list[Any]]:
@@ -139,16 +211,139 @@ def columns() -> list[str]:
 
 
 @functools.cache
-def _table(arch: str) -> dict[tuple[str, str, Gemm], Ladder[TileConfig]] | None:
-    file = resources.files("vllm_mxfp4_gfx950") / "tables" / f"{arch}.json"
-    if not file.is_file():
-        return None
-    return decode(json.loads(file.read_text())["rows"])
+def _ours(arch: str) -> dict[Key, Ladder[TileConfig]]:
+    file = OURS / f"{arch}.json"
+    return decode(read(file, arch)["rows"]) if file.is_file() else {}
 
 
-def decode(rows: list[list[Any]]) -> dict[tuple[str, str, Gemm], Ladder[TileConfig]]:
-    """The ladders of a table's rows, by kernels, Triton release and matmul."""
-    found: dict[tuple[str, str, Gemm], list[tuple[int, TileConfig]]] = {}
+@functools.cache
+def users(tables: Path, arch: str) -> dict[Key, Ladder[TileConfig]]:
+    """The ladders of a user's table; none where the directory has no table for this arch.
+
+    Raises:
+        Mxfp4Error: the file is not a table, or a value of it is out of its bounds.
+    """
+    file = tables / f"{arch}.json"
+    return decode(read(file, arch)["rows"]) if file.exists() else {}
+
+
+def read(file: Path, arch: str) -> dict[str, Any]:
+    """A table as data: "provenance", "rows" and "measured", which is empty unless `vllm-mxfp4 tune` wrote it.
+
+    Args:
+        file: the table.
+        arch: whose it must be.
+
+    Raises:
+        Mxfp4Error: the file is not a table, or a value of it is out of its bounds.
+    """
+    _require(file.is_file(), f"{file}", "a file", "something else")
+    with file.open("rb") as opened:
+        text = opened.read(MAX_FILE_BYTES + 1)
+    _require(len(text) <= MAX_FILE_BYTES, f"{file}", f"at most {MAX_FILE_BYTES} bytes", "more")
+    try:
+        content: dict[str, Any] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Mxfp4Error(f"{file}", "JSON", str(error), FIX) from error
+    wanted = ["arch", "columns", "provenance", "rows"]
+    found = sorted(content) if isinstance(content, dict) else content
+    _require(found in (wanted, sorted([*wanted, "measured"])), f"{file}", f"of {', '.join(wanted)}", found)
+    _require(content["arch"] == arch, f"{file}: arch", arch, content["arch"])
+    _require(
+        isinstance(content["provenance"], dict), f"{file}: provenance", "an object", content["provenance"]
+    )
+    width = len(columns())
+    _require(content["columns"] == columns(), f"{file}: columns", ", ".join(columns()), content["columns"])
+    for name, extra in (("rows", 0), ("measured", 1)):
+        rows = content.setdefault(name, [])
+        _require(isinstance(rows, list), f"{file}: {name}", "a list", rows)
+        for index, row in enumerate(rows):
+            at = f"{file}: {name}[{index}]"
+            _require(isinstance(row, list) and len(row) == width + extra, at, f"{width + extra} values", row)
+            _check_row(arch, row[:width], at)
+            for us in row[width:]:
+                _require(type(us) is float and 0 < us < math.inf, f"{at}.us", "a time above 0.0", us)
+    _check_ladders(content["rows"], f"{file}")
+    return content
+
+
+def _require(ok: object, name: str, rule: str, got: object) -> None:
+    if not ok:
+        raise Mxfp4Error(name, rule, reprlib.repr(got), FIX)
+
+
+def _check_row(arch: str, row: list[Any], at: str) -> None:
+    values = dict(zip(columns(), row, strict=True))
+    for name, some in (("kernels", KERNELS), ("name", ("w13", "w2"))):
+        _require(values[name] in some, f"{at}.{name}", _one_of(some), values[name])
+    release = values["triton"]
+    is_release = isinstance(release, str) and re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}", release)
+    _require(is_release, f"{at}.triton", "the first two numbers of a release, such as 3.6", release)
+    bounds = dict(BOUNDS)
+    if (arch, values["kernels"]) == ("sm90", "matmul_ogs"):
+        bounds |= HOPPER_MATMUL
+    if values["kernels"] != "decode":
+        bounds["tokens"] = range(1, 2**20 + 1)
+    elif values["name"] == "w13":
+        bounds["split_k"] = (1,)  # The SwiGLU needs whole sums.
+    for name, integers in bounds.items():
+        value = values[name]
+        # True == 1 and 8.0 == 8, but neither is an integer.
+        _require(type(value) is int and value in integers, f"{at}.{name}", _one_of(integers), value)
+
+
+def _check_ladders(rows: list[list[Any]], file: str) -> None:
+    """No rung twice; and for the decode kernels as many rows to a tile of w2 as to one of w13."""
+    found: dict[Key, dict[int, int]] = {}
+    for index, (kernels, triton, *rest) in enumerate(rows):
+        rungs = found.setdefault((kernels, triton, Gemm(*rest[:5])), {})
+        _require(rest[5] not in rungs, f"{file}: rows[{index}]", "the only one for its tokens", rows[index])
+        rungs[rest[5]] = rest[6]
+    sides: dict[str, dict[tuple[str | float, ...], dict[int, int]]] = {"w13": {}, "w2": {}}
+    for (kernels, triton, gemm), rungs in found.items():
+        if kernels == "decode":
+            hidden, inner = (gemm.k, gemm.n / 2) if gemm.name == "w13" else (gemm.n, gemm.k)
+            sides[gemm.name][triton, gemm.experts, gemm.global_experts, hidden, inner] = rungs
+    rule = "of w13 and w2 alike in tokens and block_m"
+    _require(sides["w13"] == sides["w2"], f"{file}: the rows of decode", rule, "others")
+
+
+def _one_of(some: range | tuple[object, ...]) -> str:
+    if isinstance(some, range):
+        steps = f" in steps of {some.step}" if some.step > 1 else ""
+        return f"an integer from {some[0]} to {some[-1]}{steps}"
+    return f"one of {', '.join(map(str, some))}" if len(some) > 1 else f"{some[0]}"
+
+
+def write(
+    file: Path,
+    arch: str,
+    provenance: dict[str, Any],
+    rows: Sequence[list[Any]],
+    measured: Sequence[list[Any]] = (),
+) -> None:
+    """Write a table whole, or leave the old one: it may be read at any time.
+
+    Args:
+        file: the table.
+        arch: whose it is.
+        provenance: where rows come from, by kernels and Triton release.
+        rows: as `encode` gives them.
+        measured: what `vllm-mxfp4 tune` has timed so far: such rows, each with the layer's microseconds.
+    """
+    text = json.dumps({"arch": arch, "provenance": provenance, "columns": columns()}, indent=1)[:-2]
+    for name, some in (("rows", rows), ("measured", measured)):
+        if some or name == "rows":
+            lines = (json.dumps(row) for row in sorted(some, key=lambda row: [str(v).rjust(12) for v in row]))
+            text += f',\n "{name}": [\n  ' + ",\n  ".join(lines) + "\n ]"
+    part = file.with_suffix(".part")
+    part.write_text(text + "\n}\n")
+    part.replace(file)
+
+
+def decode(rows: list[list[Any]]) -> dict[Key, Ladder[TileConfig]]:
+    """The ladders of a table's rows."""
+    found: dict[Key, list[tuple[int, TileConfig]]] = {}
     for kernels, triton, *rest in rows:
         found.setdefault((kernels, triton, Gemm(*rest[:5])), []).append((rest[5], TileConfig(*rest[6:])))
     return {
@@ -168,5 +363,5 @@ def _number(release: str) -> int:
 
 
 @functools.cache
-def _log_once(text: str) -> None:
-    logger.warning(text)
+def _log_once(text: str, level: int = logging.WARNING) -> None:
+    logger.log(level, text)

@@ -56,7 +56,7 @@ def register() -> None:
     """Make the flag and our environment variables known; vLLM calls this in each of its processes."""
     register_quantization_config(NAME)(Mxfp4TritonConfig)
     # vLLM warns of VLLM_* variables that it does not know, and keys its compile cache by those it does.
-    for name in (settings.BACKEND_VAR, settings.STRICT_VAR, settings.SELF_CHECK_VAR):
+    for name in (settings.BACKEND_VAR, settings.STRICT_VAR, settings.SELF_CHECK_VAR, settings.TABLES_VAR):
         envs.environment_variables.setdefault(name, functools.partial(os.environ.get, name))
 
 
@@ -377,7 +377,7 @@ class Choice:
         if when == "off":
             logger.info_once("Layers are not checked: %s=off.", settings.SELF_CHECK_VAR)
         if backend.NAME == "reference" or when == "off" or (when == "first" and self.checked):
-            prepared = backend.prepare(weights, self.shape)
+            prepared = backend.prepare(weights, self.shape, self.wanted.tables)
             if self.narrow:
                 prepared = backend.without_decode(prepared)  # type: ignore[attr-defined]
             return backend, prepared

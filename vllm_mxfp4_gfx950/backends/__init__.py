@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 
+from vllm_mxfp4_gfx950 import tuning
 from vllm_mxfp4_gfx950.backends import ck, reference, triton_matmul, triton_ogs
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, Mxfp4Error
 from vllm_mxfp4_gfx950.settings import BACKEND_VAR, STRICT_VAR, Settings
@@ -25,8 +27,11 @@ class Backend(Protocol):
     def source(self) -> str:
         """Which package does the work, and where it came from. Only asked when why_not is None."""
 
-    def prepare(self, weights: MoeWeights, shape: MoeShape) -> Any:
-        """Bring the weights into the backend's layout. Consumes them: their memory may be reused."""
+    def prepare(self, weights: MoeWeights, shape: MoeShape, tables: Path | None = None) -> Any:
+        """Bring the weights into the backend's layout. Consumes them: their memory may be reused.
+
+        `tables` is the directory of the user's own tiles, for kernels that take any.
+        """
 
     def run(self, prepared: Any, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
         """bf16[T, H] and [T, global_experts] to bf16[T, H].
@@ -87,8 +92,11 @@ def select(
         failed: reasons why backends that could run must not, by name.
 
     Raises:
-        Mxfp4Error: no backend can serve it; the text lists each with its reason.
+        Mxfp4Error: no backend can serve it; the text lists each with its reason. Or the user's table for
+            this arch is not a table: now, as later that would look like a fault of the backend.
     """
+    if settings.tables is not None:
+        tuning.users(settings.tables, arch)
     wanted = ORDER.get(arch, ()) if settings.backend == "auto" else (settings.backend,)
     refused: list[tuple[str, str]] = []
     for family in wanted:

@@ -87,7 +87,7 @@ def source() -> str:
     return f"aiter {version} in {Path(importlib.import_module('aiter').__path__[0])}"
 
 
-def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
+def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) -> Prepared:
     """De-interleave, pad and shuffle the weights, one expert at a time.
 
     The padding is zeros, and aiter is not told of it by hidden_pad and intermediate_pad: that would
@@ -97,6 +97,7 @@ def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
     Args:
         weights: consumed; their tensors must not be used afterwards.
         shape: the layer's sizes.
+        tables: not used; aiter has its own.
     """
     aiter = importlib.import_module("aiter")
     fused_moe = importlib.import_module("aiter.fused_moe").fused_moe

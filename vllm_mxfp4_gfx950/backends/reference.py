@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
@@ -20,7 +22,7 @@ def source() -> str:
     return f"torch {torch.__version__}"
 
 
-def prepare(weights: MoeWeights, shape: MoeShape) -> tuple[MoeWeights, MoeShape]:
+def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) -> tuple[MoeWeights, MoeShape]:
     """Keep the weights as they are; they are dequantized expert by expert as tokens choose them."""
     return weights, shape
 

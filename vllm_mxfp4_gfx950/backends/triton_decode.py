@@ -10,15 +10,16 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 import triton
 
 from vllm_mxfp4_gfx950.backends import decode_kernels as kernels
-from vllm_mxfp4_gfx950.backends.triton_package import CDNA4_SCALE_LAYOUTS
+from vllm_mxfp4_gfx950.backends.triton_package import CDNA4_SCALE_LAYOUTS, hopper_registers
 from vllm_mxfp4_gfx950.moe import MoeShape
-from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, gemms, ladder, release_of, releases
+from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, gemms, ladder, releases
 
 # Loggers below `vllm` print where vLLM's own do.
 logger = logging.getLogger("vllm.mxfp4_triton.decode")
@@ -75,6 +76,7 @@ def decode_for(
     layouts: tuple[object, object],
     scales: tuple[torch.Tensor, torch.Tensor],
     expert_map: torch.Tensor | None,
+    tables: Path | None = None,
 ) -> Decode | None:
     """The decode path for a prepared layer; None where the table has no tiles, or the kernels cannot read it.
 
@@ -84,18 +86,19 @@ def decode_for(
         layouts: triton_kernels' layouts of the values and of the scales.
         scales: uint8, w13's and w2's in that layout.
         expert_map: as in MoeWeights.
+        tables: the directory of the user's tile tables.
     """
-    known = releases(arch, "decode")
-    if not known:
+    tiles = [ladder(arch, "decode", triton.__version__, gemm, tables) for gemm in gemms(shape)]
+    if tiles[0] is None or tiles[1] is None:
+        known = releases(arch, "decode")
+        if known:
+            # From 3.8 on, the same tiles get wgmma instead of mma, and spill.
+            timed = f"their tiles are those of triton {', '.join(known)}, and this is {triton.__version__}"
+            _log_once(f"the decode kernels do not serve: {timed}")
         return None
-    if release_of(triton.__version__) not in known:
-        # From 3.8 on, the same tiles get wgmma instead of mma, and spill.
-        timed = f"their tiles are those of triton {', '.join(known)}, and this is {triton.__version__}"
-        _log_once(f"the decode kernels do not serve: {timed}")
+    if tiles[0].bounds[-1] == 0:
+        _log_once("the decode kernels do not serve: by the table they are slower at every number of tokens")
         return None
-    tiles = [ladder(arch, "decode", triton.__version__, gemm) for gemm in gemms(shape)]
-    assert tiles[0] is not None
-    assert tiles[1] is not None
     names = tuple(type(each).__name__ for each in layouts)
     largest = max(int(each.max()) for each in scales)
     if names == ("HopperMXValueLayout", "HopperMXScaleLayout"):
@@ -230,7 +233,7 @@ def multiply(
     options = decode.launch(tile.num_warps) | {"num_stages": tile.num_stages}
     if decode.layout == "hopper":
         values, scales = values.view(torch.int32), scales.view(torch.int16)
-        options |= {"maxnreg": 512 // tile.waves_per_eu // 8 * 8 if tile.waves_per_eu else None}
+        options |= {"maxnreg": hopper_registers(tile)}
     else:
         options |= {"waves_per_eu": tile.waves_per_eu, "matrix_instr_nonkdim": 16}
     columns = bias.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,7 +83,7 @@ def source() -> str:
     return triton_package.source()
 
 
-def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
+def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) -> Prepared:
     """Swizzle blocks and scales into the layouts that this GPU's kernels read.
 
     Blocks are swizzled expert by expert in the memory that they already hold, so that no second
@@ -91,6 +92,7 @@ def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
     Args:
         weights: consumed; their tensors must not be used afterwards.
         shape: the layer's sizes.
+        tables: the directory of the user's tile tables.
     """
     import triton
     from triton_kernels.matmul import FnSpecs, FusedActivation
@@ -105,7 +107,7 @@ def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
     w2, w2_precision = _to_kernel_layout(weights.w2, weights.w2_scale)
     swiglu = FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"), reduction_n=2)
     target = triton.runtime.driver.active.get_current_target()
-    tiles = (ladder(str(target.arch), KERNELS, triton.__version__, gemm) for gemm in gemms(shape))
+    tiles = (ladder(str(target.arch), KERNELS, triton.__version__, gemm, tables) for gemm in gemms(shape))
     w13_flags, w2_flags = (rungs.map(to_opt_flags) if rungs else Ladder((1,), (None,)) for rungs in tiles)
     return Prepared(
         w13=w13,

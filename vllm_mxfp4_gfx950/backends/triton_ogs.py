@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,7 +86,7 @@ def source() -> str:
     return triton_package.source()
 
 
-def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
+def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) -> Prepared:
     """Swizzle blocks and scales into the layouts that this GPU's kernels read.
 
     Blocks are swizzled expert by expert in the memory that they already hold, so that no second
@@ -94,6 +95,7 @@ def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
     Args:
         weights: consumed; their tensors must not be used afterwards.
         shape: the layer's sizes.
+        tables: the directory of the user's tile tables.
     """
     import triton
     from triton_kernels.matmul_ogs import FnSpecs, FusedActivation
@@ -109,8 +111,11 @@ def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
     swiglu = FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"))
     target = triton.runtime.driver.active.get_current_target()
     arch = f"sm{target.arch}" if target.backend == "cuda" else str(target.arch)
-    tiles = (ladder(arch, KERNELS, triton.__version__, gemm) for gemm in gemms(shape))
-    w13_flags, w2_flags = (rungs.map(to_opt_flags) if rungs else Ladder((1,), (None,)) for rungs in tiles)
+    tiles = (ladder(arch, KERNELS, triton.__version__, gemm, tables) for gemm in gemms(shape))
+    w13_flags, w2_flags = (
+        rungs.map(lambda tile: to_opt_flags(tile, arch)) if rungs else Ladder((1,), (None,))
+        for rungs in tiles
+    )
     return Prepared(
         w13=w13,
         w13_bias=weights.w13_bias.float(),
@@ -130,6 +135,7 @@ def prepare(weights: MoeWeights, shape: MoeShape) -> Prepared:
             (w13.storage.layout, w13_precision.weight_scale.storage.layout),
             (w13_precision.weight_scale.storage.data, w2_precision.weight_scale.storage.data),
             weights.expert_map,
+            tables,
         ),
     )
 
@@ -230,11 +236,11 @@ def _to_kernel_layout(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[Any, 
     return w, PrecisionConfig(weight_scale=w_scale, flex_ctx=FlexCtx(rhs_data=InFlexData()))
 
 
-def to_opt_flags(tile: TileConfig) -> Any:
+def to_opt_flags(tile: TileConfig, arch: str = "gfx950") -> Any:
     """A tile as this generation of triton_kernels takes it."""
     from triton_kernels.matmul_ogs_details.opt_flags import OptFlags
 
-    return OptFlags(**triton_package.opt_flags_fields(tile), fused_scatter=False)
+    return OptFlags(**triton_package.opt_flags_fields(tile, arch), fused_scatter=False)
 
 
 @contextmanager

@@ -194,28 +194,42 @@ def swizzle(data: torch.Tensor, layout: Callable[[torch.Tensor], torch.Tensor]) 
     return out.mT
 
 
-def opt_flags_fields(tile: TileConfig) -> dict[str, Any]:
-    """The OptFlags that both generations have; what a tile does not say is as they have it on CDNA."""
-    return {
+def opt_flags_fields(tile: TileConfig, arch: str = "gfx950") -> dict[str, Any]:
+    """The OptFlags that both generations have; what a tile does not say is as they have it on that GPU."""
+    fields = {
         "block_m": tile.block_m,
         "block_n": tile.block_n,
         "block_k": tile.block_k,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
-        "group_m": 4,
-        "xcd_swizzle": 8,
-        "w_cache_modifier": ".cg" if tile.block_m <= 32 else None,
         "split_k": tile.split_k,
         "is_persistent": False,
         "idle_sms": 0,
         "epilogue_subtile": 1,
         "arch": None,
+    }
+    if arch == "sm90":
+        return fields | {
+            "group_m": 8,
+            "xcd_swizzle": 1,
+            "w_cache_modifier": None,
+            "target_kernel_kwargs": {"maxnreg": hopper_registers(tile)},
+        }
+    return fields | {
+        "group_m": 4,
+        "xcd_swizzle": 8,
+        "w_cache_modifier": ".cg" if tile.block_m <= 32 else None,
         "target_kernel_kwargs": {
             "waves_per_eu": tile.waves_per_eu,
             "matrix_instr_nonkdim": 16,
             "kpack": 1,
         },
     }
+
+
+def hopper_registers(tile: TileConfig) -> int | None:
+    """A thread's registers where each scheduler must have room for so many warps; None: any number."""
+    return 512 // tile.waves_per_eu // 8 * 8 if tile.waves_per_eu else None
 
 
 def pad_scales(scales: torch.Tensor) -> torch.Tensor:

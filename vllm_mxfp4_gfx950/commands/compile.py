@@ -9,13 +9,12 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from vllm_mxfp4_gfx950.models import GPT_OSS, layer_shape
+from vllm_mxfp4_gfx950.models import GPT_OSS, TOKENS, layer_shape
 from vllm_mxfp4_gfx950.moe import Mxfp4Error
 
 if TYPE_CHECKING:
     from vllm_mxfp4_gfx950.gfx950.layer import CompiledMatmul
 
-TOKENS = tuple(2**i for i in range(14))
 FIGURES = ("waves", "LDS", "VGPR", "AGPR", "spills", "scratch", "per CU", "occupancy", "per MFMA")
 HEADER = "tokens gemm workgroups  tile          " + "".join(f"{name:>10}" for name in FIGURES)
 

@@ -219,7 +219,7 @@ def check_backends(arch: str | None) -> list[Check]:
             "settings",
             fault
             or f"{settings.BACKEND_VAR}={asked.backend}, {settings.STRICT_VAR}={int(asked.strict)}, "
-            f"{settings.SELF_CHECK_VAR}={asked.self_check}",
+            f"{settings.SELF_CHECK_VAR}={asked.self_check}, {settings.TABLES_VAR}={asked.tables or 'unset'}",
             "values that exist",
             "Correct it or unset it",
         ),

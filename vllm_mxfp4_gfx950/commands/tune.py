@@ -1,244 +1,488 @@
-"""Search the tiles of gfx950's table for the Triton and triton_kernels that are installed here."""
+"""Choose tiles by timing them on this machine's GPU; or rank gfx950's by compiling, without a GPU."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
+import functools
 import itertools
-import json
 import math
+import multiprocessing
+import os
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import astuple, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vllm_mxfp4_gfx950.commands.compile import TOKENS, progress
-from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, layer_shape
-from vllm_mxfp4_gfx950.moe import Mxfp4Error
-from vllm_mxfp4_gfx950.tuning import Gemm, Ladder, TileConfig, columns, decode, encode, gemms
+import torch
 
-if TYPE_CHECKING:
-    from vllm_mxfp4_gfx950.gfx950.emulator.execution import Counts
-    from vllm_mxfp4_gfx950.gfx950.report import KernelReport
+from vllm_mxfp4_gfx950 import backends, tuning
+from vllm_mxfp4_gfx950.backends import reference
+from vllm_mxfp4_gfx950.commands.compile import progress
+from vllm_mxfp4_gfx950.gfx950 import ranking
+from vllm_mxfp4_gfx950.models import GPT_OSS, TOKENS, layer_shape
+from vllm_mxfp4_gfx950.moe import MoeShape, Mxfp4Error
+from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights
+from vllm_mxfp4_gfx950.settings import TABLES_VAR, Settings
+from vllm_mxfp4_gfx950.timing import graph_time_us
+from vllm_mxfp4_gfx950.tolerance import compare
+from vllm_mxfp4_gfx950.tuning import Gemm, Ladder, TileConfig, encode, gemms
 
-MIN_WORKGROUPS = 2
-"""On a compute unit at once: while one waits, another works."""
+Pair = tuple[TileConfig, TileConfig]
+"""The tiles of w13 and of w2."""
 
-BLOCK_K = 256
-"""What the CDNA4 scale layout is read in."""
+Tiles = tuple[str, Pair]
+"""Kernels, and a pair for them."""
 
-WEIGHT_BOUND_TOKENS = 64
-MAX_OVERREAD = 1.02
-"""Up to so many tokens, reading the weights is most of the work, and no more of them may be read."""
+Group = tuple[list[TileConfig], list[TileConfig]]
+"""Tiles of w13 and of w2 that go together."""
 
-WORTH_A_CHANGE = 0.95
-"""A tile gives way to another only for less work than this: each one that serves is a kernel to compile."""
+ROTATED_BYTES = 3 << 30
+"""The copies of a layer that are timed in turn hold so much, so that no call finds its weights in a cache."""
 
-# A gfx950 as far as the choice between tiles depends on it: published peaks (2.5 PFLOP/s of dense bf16
-# and 8 TB/s at 2.4 GHz over 256 compute units, 128 bytes of LDS a cycle in each), and two guesses (the
-# cache's bandwidth and the latency). They weigh counts of executed instructions against each other: the
-# result is a ranking by counted work, not a prediction of time.
-COMPUTE_UNITS = 256
-SIMDS = 4
-ISSUE_CYCLES = 4
-MFMA_CYCLES = 16
-HBM_BYTES_PER_CYCLE = 3300
-L2_BYTES_PER_CYCLE = 3 * HBM_BYTES_PER_CYCLE
-LATENCY_CYCLES = 1500
-LDS_PASS_CYCLES = 2
+COPIES = (8, 64)
+"""But no fewer and no more."""
 
-ISSUED = ("vector", "fp4", "memory", "lds")
-"""Kinds of instruction that take a slot of ISSUE_CYCLES; scalar ones are issued beside them."""
+GIVE_UP = 1.1
+"""Once the decode kernels take so many times as long as the others, no larger batch is tried with them."""
 
-TRIED_TOKENS = 64
-LONG_K = 2880
-SHORT_K = 832
-"""Executed beside GPT-OSS's K, and with a tail like it: tells each block's cost from what is done once."""
+HOPPER_STEPS = ((128, 4, 0), (128, 3, 0), (128, 3, 4), (128, 2, 4), (64, 4, 0), (64, 4, 4), (256, 2, 0))
+"""block_k, num_stages and waves_per_eu of matmul_ogs on Hopper; of the rest, see tuning.HOPPER_MATMUL."""
+
+HOPPER_DECODE = (
+    (8, 64, 256, 4), (8, 128, 128, 4), (8, 64, 128, 2), (8, 32, 256, 2),
+    (16, 64, 256, 4), (16, 128, 128, 4), (32, 128, 128, 4), (64, 128, 128, 4),
+)  # fmt: skip
+"""block_m, block_n, block_k, num_warps of the decode kernels on Hopper."""
+
+DECODE_SPLITS = (1, 2, 3)
+SPLIT_TOKENS = 64
+"""w2's depth is split for up to so many tokens; then there are workgroups enough."""
+
+WORKER_BYTES = 3 << 30
+"""What a process that compiles needs of the GPU's memory, beside four times its layer."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--table", type=Path, required=True, help="the JSON file to bring up to date")
+    parser.add_argument("--model", default="gpt-oss-20b", help=f"{', '.join(GPT_OSS)}, or a config.json")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
+    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks, which hold experts whole")
+    parser.add_argument("--out", type=Path, help=f"the directory of your tables, as for {TABLES_VAR}")
+    parser.add_argument("--arch", choices=["gfx950"], help="rank its tiles by compiling, all models at once")
+    parser.add_argument("--table", type=Path, help="with --arch: the file to bring up to date")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compile and execute each candidate, choose one per matmul and token count, and write the rows."""
+    """Bring a table up to date, and say what was gained."""
+    for needed, given in (("--table", args.table), ("--out", args.out)):
+        if (needed == "--table") == (args.arch is not None) and given is None:
+            fix = "Give --out DIR to time on this GPU, or --arch gfx950 --table FILE to rank by compiling"
+            raise Mxfp4Error(needed, "given", "nothing", fix)
+    if args.arch:
+        ranking.rank(args.table, progress)
+        return 0
+    shape = layer_shape(args.model, args.tp, args.ep)
+    if not torch.cuda.is_available():
+        fix = "Run where the model is served, or rank gfx950's tiles by compiling: --arch gfx950 --table FILE"
+        raise Mxfp4Error("the machine", "one with a GPU", "none that torch sees", fix)
     import triton
-    from triton.runtime.errors import OutOfResources
 
-    from vllm_mxfp4_gfx950.gfx950.layer import CompiledLayer
-
-    shape = layer_shape("gpt-oss-20b")
-    layer = CompiledLayer(shape)
-    short = CompiledLayer(dataclasses.replace(shape, hidden=SHORT_K, intermediate=SHORT_K))
-    kernels = layer.backend.KERNELS
-    tiles = list(candidates(kernels))
-    work: dict[tuple[str, TileConfig], Work] = {}
-    for done, tile in enumerate(tiles):
-        progress(done, len(tiles))
-        tried = layer.tried(TRIED_TOKENS, tile)
-        if not any(matmul.fits for matmul in tried):
-            continue
-        try:
-            counts = zip(short.executed(TRIED_TOKENS, tile), layer.executed(TRIED_TOKENS, tile), strict=True)
-        except OutOfResources:
-            continue  # One of the two does not fit; the other cannot be reached without it.
-        for matmul, (few, many) in zip(tried, counts, strict=True):
-            if matmul.fits and matmul.report is not None and matmul.report.workgroups >= MIN_WORKGROUPS:
-                work[matmul.gemm, tile] = Work.of(matmul.report, few, many)
-    progress(len(tiles), len(tiles))
-
-    topk = 4
-    rows: list[list[Any]] = []
-    found = {gemm for model in GPT_OSS for tp, ep in DIVISIONS for gemm in gemms(layer_shape(model, tp, ep))}
-    for gemm in sorted(found, key=lambda g: (g.name, -g.global_experts, -g.experts, -g.k, -g.n)):
-        usable = {tile: each for (name, tile), each in work.items() if name == gemm.name}
-        best: list[TileConfig] = []
-        for tokens in TOKENS:
-            fair = [t for t in usable if tokens > WEIGHT_BOUND_TOKENS or overread(gemm, t) <= MAX_OVERREAD]
-            if not fair:
-                raise Mxfp4Error("the tiles", f"able to compute {gemm}", "none without a spill", "Try others")
-            cost = {tile: cycles(gemm, tile, usable[tile], tokens, topk) for tile in fair}
-            least = min(cost, key=cost.__getitem__)
-            keep = best and cost.get(best[-1], math.inf) * WORTH_A_CHANGE <= cost[least]
-            best.append(best[-1] if keep else least)
-        # A rung serves up to its bound, so equal neighbours are one.
-        last = [i for i in range(len(best)) if i + 1 == len(best) or best[i] != best[i + 1]]
-        rungs = Ladder(tuple(TOKENS[i] for i in last), tuple(best[i] for i in last))
-        rows += encode(kernels, triton.__version__, gemm, rungs)
-    write(args.table, kernels, rows, triton.__version__, len(tiles), len(work))
+    arch = backends.arch_of(torch.device("cuda"))
+    backend: Any = backends.select(shape, arch, Settings("triton")).backend
+    args.out.mkdir(parents=True, exist_ok=True)
+    table = Table(
+        args.out / f"{arch}.json",
+        arch,
+        shape,
+        backend.KERNELS,
+        triton.__version__,
+        f"timed on one {torch.cuda.get_device_name()}, torch {torch.__version__}",
+        f"vllm-mxfp4 tune --model {args.model} --tp {args.tp} --ep {args.ep}",
+    )
+    missing = [tokens for tokens in TOKENS if not table.has(tokens)]
+    if missing:
+        layers = Layers(shape, arch, "cuda")
+        warm_up(layers, missing)
+        print(f"{args.model}: {shape}, {layers.backend.NAME}, {layers.backend.source()}, {table.evidence}")
+        print("tokens  us before  us after  kernels     w13 tile, w2 tile")
+        for tokens in missing:
+            print(tune(Batch(layers, tokens), table), flush=True)
+    print(f"{table.file} is complete for this layer. To serve with it: {TABLES_VAR}={args.out.resolve()}")
     return 0
 
 
-def candidates(kernels: str) -> Iterator[TileConfig]:
-    """The tiles that are tried."""
-    for block_m, block_n, num_warps, num_stages in itertools.product(
-        (16, 32, 64, 128), (32, 64, 128, 256), (2, 4, 8), (1, 2)
-    ):
-        # Fewer than 512 outputs a wave leave its matrix instructions idle; more than 8,192 cannot be held.
-        if 512 <= block_m * block_n // num_warps <= 8192:
-            yield TileConfig(block_m, block_n, BLOCK_K, 1, num_warps, num_stages, 0)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one workgroup executes: once, and for every block of K.
+class Layers:
+    """Copies of a random layer, prepared as for serving.
 
     Args:
-        report: what the tile's kernel takes.
-        issued: instructions of a wave that occupy the vector unit or a path to memory.
-        matrix: matrix instructions of a wave.
-        lds: passes of LDS of the workgroup, those of conflicts included.
+        shape: the layer.
+        arch: of the GPU.
+        device: where it is.
+        copies: how many; as many as it takes to get round the caches when None.
+
+    Raises:
+        Mxfp4Error: no Triton backend can serve it, or none that takes tiles here.
     """
 
-    report: KernelReport
-    issued: tuple[float, float]
-    matrix: tuple[float, float]
-    lds: tuple[float, float]
+    def __init__(self, shape: MoeShape, arch: str, device: str, copies: int | None = None) -> None:
+        import triton
 
-    @classmethod
-    def of(cls, report: KernelReport, few: Counts, many: Counts) -> Work:
-        """From what was counted over SHORT_K and over GPT-OSS's K."""
-        few_steps, many_steps = math.ceil(SHORT_K / BLOCK_K), math.ceil(LONG_K / BLOCK_K)
+        from vllm_mxfp4_gfx950.gfx950.layer import first_experts
 
-        def line(count: Callable[[Counts], float]) -> tuple[float, float]:
-            step = (count(many) - count(few)) / (many_steps - few_steps)
-            return count(few) - few_steps * step, step
+        backend: Any = backends.select(shape, arch, Settings("triton")).backend
+        if not candidates(arch, backend.KERNELS):
+            fix = "Serve without a table of your own"
+            raise Mxfp4Error("the backend", "one that takes tiles here", f"{backend.NAME} on {arch}", fix)
+        self.shape, self.arch, self.device, self.backend = shape, arch, device, backend
+        expert_map = first_experts(shape)
+        self.expert_map = None if expert_map is None else expert_map.to(device)
+        weights = self.weights(0)
+        layer_bytes = sum(each.nbytes for each in vars(weights).values() if each is not None)
+        if copies is None:
+            copies = min(max(-(-ROTATED_BYTES // layer_bytes), COPIES[0]), COPIES[1])
+        self.layer_bytes = layer_bytes
+        self.prepared = [backend.prepare(self.weights(seed), shape) for seed in range(copies)]
+        # Whether the decode kernels read this layout is theirs to say; any tile makes them say it.
+        self.decode: Any = None
+        for tile in candidates(arch, "decode")[:1]:
+            rungs = Ladder((1,), (tile,))
+            rows = [encode("decode", triton.__version__, gemm, rungs)[0] for gemm in gemms(shape)]
+            with tempfile.TemporaryDirectory() as tables:
+                tuning.write(Path(tables) / f"{arch}.json", arch, {}, rows)
+                self.decode = getattr(backend.prepare(weights, shape, Path(tables)), "decode", None)
 
-        return cls(
-            report,
-            line(lambda counts: sum(counts.instructions[kind] for kind in ISSUED) / report.waves),
-            line(lambda counts: counts.instructions["matrix"] / report.waves),
-            line(lambda counts: counts.lds_passes + counts.lds_conflicts),
+    def weights(self, seed: int) -> Any:
+        """A layer as it is loaded."""
+        return replace(random_weights(self.shape, seed, self.device), expert_map=self.expert_map)
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Which kernels there are to choose from."""
+        return (self.backend.KERNELS, "decode") if self.decode else (self.backend.KERNELS,)
+
+    def with_tiles(self, prepared: Any, tiles: Tiles) -> Any:
+        """A layer that serves every batch through these kernels with these tiles."""
+        kernels, pair = tiles
+        if kernels == "decode":
+            always = tuple(Ladder((2**30,), (tile,)) for tile in pair)
+            return replace(prepared, decode=replace(self.decode, tiles=always))
+        flags = tuple(Ladder((1,), (self.to_opt_flags(tile),)) for tile in pair)
+        prepared = replace(prepared, flags=flags)
+        return replace(prepared, decode=None) if hasattr(prepared, "decode") else prepared
+
+    def to_opt_flags(self, tile: TileConfig) -> Any:
+        """As `prepare` makes them of a table's tile."""
+        if self.backend.KERNELS == "matmul_ogs":
+            return self.backend.to_opt_flags(tile, self.arch)
+        return self.backend.to_opt_flags(tile)
+
+
+class Batch:
+    """Some tokens for each copy of a layer, and what the first of them must become.
+
+    Args:
+        layers: the layer.
+        tokens: T.
+    """
+
+    def __init__(self, layers: Layers, tokens: int) -> None:
+        self.layers, self.tokens = layers, tokens
+        self.inputs = [
+            random_tokens(layers.shape, tokens, seed, layers.device) for seed in range(len(layers.prepared))
+        ]
+        self.truth, self.plain = reference.truth_and_plain(*self.inputs[0], layers.weights(0), layers.shape)
+
+    def miss(self, tiles: Tiles) -> str:
+        """Why a layer with these tiles is wrong, or does not run; "" when it is right."""
+        try:
+            prepared = self.layers.with_tiles(self.layers.prepared[0], tiles)
+            with nan_in_new_memory():
+                out = self.layers.backend.run(prepared, *self.inputs[0])
+            return compare(out, self.truth, self.plain).miss
+        except Exception as error:  # A compiler or a driver may raise anything.
+            return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+    def time_us(self, tiles: Tiles | None) -> float:
+        """Microseconds of a layer with these tiles; as it serves now when None."""
+        calls = []
+        for prepared, given in zip(self.layers.prepared, self.inputs, strict=True):
+            layer = prepared if tiles is None else self.layers.with_tiles(prepared, tiles)
+            calls.append(functools.partial(self.layers.backend.run, layer, *given))
+        return graph_time_us(calls)
+
+
+@contextmanager
+def nan_in_new_memory() -> Iterator[None]:
+    """Inside, `torch.empty` gives NaN: else it may give the right result of the candidate before."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def candidates(arch: str, kernels: str) -> list[TileConfig]:
+    """The tiles that are tried; none where these kernels take none."""
+    if (arch, kernels) == ("sm90", "matmul_ogs"):
+        rows, (block_n,), (warps,) = (
+            tuning.HOPPER_MATMUL[name] for name in ("block_m", "block_n", "num_warps")
+        )
+        return [
+            TileConfig(block_m, block_n, block_k, 1, warps, stages, waves)
+            for block_m, (block_k, stages, waves) in itertools.product(rows, HOPPER_STEPS)
+        ]
+    if (arch, kernels) == ("sm90", "decode"):
+        return [
+            TileConfig(block_m, block_n, block_k, 1, warps, stages, waves)
+            for (block_m, block_n, block_k, warps), stages, waves in itertools.product(
+                HOPPER_DECODE, (3, 4), (0, 6)
+            )
+            if block_m <= 16 or not waves
+        ]
+    if arch == "gfx950" and kernels == "decode":
+        return [
+            TileConfig(block_m, block_n, ranking.BLOCK_K, 1, warps, stages, 0)
+            for block_m, block_n, warps, stages in itertools.product((16, 32), (32, 64, 128), (2, 4), (1, 2))
+        ]
+    return list(ranking.candidates(kernels)) if arch == "gfx950" else []
+
+
+def groups(arch: str, kernels: str, shape: MoeShape, tokens: int) -> list[Group]:
+    """The candidates for so many tokens: those whose rows are about as many as an expert gets."""
+    rows = tokens * shape.topk / shape.global_experts
+    tiles = candidates(arch, kernels)
+    if kernels != "decode":
+        middle = min(max(16, 1 << (math.ceil(rows) - 1).bit_length()), 128)
+        tiles = [tile for tile in tiles if tile.block_m in (middle // 2, middle, 2 * middle)]
+        return [(tiles, tiles)]
+    found = []
+    for block_m in sorted({tile.block_m for tile in tiles}):
+        ups = [tile for tile in tiles if tile.block_m == block_m]
+        splits = DECODE_SPLITS if tokens <= SPLIT_TOKENS else (1,)
+        if rows / 4 <= block_m and (block_m <= 16 or block_m <= 4 * rows):
+            found.append((ups, [replace(tile, split_k=split) for tile in ups for split in splits]))
+    return found
+
+
+def fastest(some: list[Group], cost: Callable[[Pair], float]) -> Pair | None:
+    """The pair that costs least: one matmul's tile after the other, as neither's time depends on the other's.
+
+    Args:
+        some: what may be paired.
+        cost: of a pair; infinite for one that must not serve.
+
+    Returns:
+        None when all are infinite.
+    """
+    found: list[Pair] = []
+    for ups, downs in some:
+        start = next((tile for tile in ups if cost((tile, tile)) < math.inf), None)
+        if start is not None:
+            up = min(ups, key=lambda tile: cost((tile, start)))
+            down = min(downs, key=lambda tile: cost((up, tile)))
+            found.append((up, down))
+    return min(found, key=cost, default=None)
+
+
+def tune(batch: Batch, table: Table) -> str:
+    """Find the fastest right tiles of all kernels for some tokens, and note them.
+
+    Returns:
+        a line that says what was found.
+
+    Raises:
+        Mxfp4Error: no tile of matmul_ogs is right.
+    """
+    layers, tokens = batch.layers, batch.tokens
+    refused: list[str] = []
+    found: dict[str, Pair] = {}
+    for kernels in layers.kernels:
+        if kernels == "decode" and table.gave_up(tokens):
+            continue
+        pair = search(batch, kernels, refused)
+        if pair is not None:
+            found[kernels] = pair
+    if table.kernels not in found:
+        raise Mxfp4Error(
+            f"{table.kernels} with {tokens} tokens", "right with some tile", refused[0], "Report this"
+        )
+    before = batch.time_us(None)
+    # Each twice, so that a drift of the clocks falls on both alike.
+    times = [(kernels, batch.time_us((kernels, found[kernels]))) for kernels in [*found, *reversed(found)]]
+    us = {kernels: sum(each for name, each in times if name == kernels) / 2 for kernels in found}
+    table.add(tokens, {kernels: (pair, us[kernels]) for kernels, pair in found.items()})
+    best = min(us, key=us.__getitem__)
+    tiles = ", ".join(str(astuple(tile)) for tile in found[best])
+    line = f"{tokens:6} {before:10.1f} {us[best]:9.1f}  {best:10}  {tiles}"
+    return line + (f"  ({len(refused)} refused; {refused[0]})" if refused else "")
+
+
+def search(batch: Batch, kernels: str, refused: list[str]) -> Pair | None:
+    """The fastest right tiles of these kernels; what is not right is added to `refused`, and not timed."""
+    some = groups(batch.layers.arch, kernels, batch.layers.shape, batch.tokens)
+    total = 1 + sum(len(ups) + len(downs) for ups, downs in some)
+    seen: dict[Pair, float] = {}
+
+    def cost(pair: Pair) -> float:
+        if pair not in seen:
+            miss = batch.miss((kernels, pair))
+            seen[pair] = math.inf if miss else batch.time_us((kernels, pair))
+            if miss:
+                refused.append(f"{kernels} {astuple(pair[0])} {astuple(pair[1])}: {miss}")
+            progress(len(seen), total)
+        return seen[pair]
+
+    found = fastest(some, cost)
+    progress(total, total)
+    return found
+
+
+class Table:
+    """A user's table, and what is measured for one layer.
+
+    Args:
+        file: the table; made where it is missing.
+        arch: whose it is.
+        shape: the layer.
+        kernels: of the backend that serves it, beside the decode kernels.
+        triton: Triton's version.
+        evidence: what the times are taken on.
+        command: what takes them.
+
+    Raises:
+        Mxfp4Error: the file is not a table, or its times were taken on something else.
+    """
+
+    def __init__(
+        self, file: Path, arch: str, shape: MoeShape, kernels: str, triton: str, evidence: str, command: str
+    ) -> None:
+        content = tuning.read(file, arch) if file.exists() else {"provenance": {}, "rows": [], "measured": []}
+        self.file, self.arch, self.kernels, self.triton = file, arch, kernels, triton
+        self.gemms = gemms(shape)
+        self.evidence, self.command = evidence, command
+        self.provenance, self.rows, self.measured = (content[n] for n in ("provenance", "rows", "measured"))
+        for name in (kernels, "decode"):
+            other = self.provenance.get(self.source(name), {}).get("evidence", evidence)
+            if other != evidence:
+                raise Mxfp4Error(f"{file}: {self.source(name)}", evidence, other, "Give another --out")
+
+    def source(self, kernels: str) -> str:
+        """The name of these kernels' provenance."""
+        return f"{kernels} {tuning.release_of(self.triton)}"
+
+    def times(self, kernels: str) -> dict[int, float]:
+        """Microseconds of the layer by tokens, as far as they are measured."""
+        key = kernels, tuning.release_of(self.triton), self.gemms[0]
+        return {tokens: us for tokens, (_, us) in by_matmul(self.measured).get(key, {}).items()}
+
+    def has(self, tokens: int) -> bool:
+        """Whether so many tokens are measured."""
+        return tokens in self.times(self.kernels)
+
+    def gave_up(self, tokens: int) -> bool:
+        """Whether the decode kernels were too slow for fewer tokens, or not right."""
+        others, decode = self.times(self.kernels), self.times("decode")
+        return any(
+            decode.get(fewer, math.inf) > GIVE_UP * us for fewer, us in others.items() if fewer < tokens
         )
 
-
-def cycles(gemm: Gemm, tile: TileConfig, work: Work, tokens: int, topk: int) -> float:
-    """The counted work of one matmul on the busiest resource, in cycles.
-
-    Args:
-        gemm: the matmul.
-        tile: how it is cut up.
-        work: what one of its workgroups executes.
-        tokens: T.
-        topk: experts per token, each as likely as any other.
-    """
-    m_tiles, active = expected_tiles(tokens, topk / gemm.global_experts, tile.block_m)
-    steps = math.ceil(gemm.k / tile.block_k)
-    workgroups = gemm.experts * m_tiles * math.ceil(gemm.n / tile.block_n)
-    # The busiest compute unit; the tail of a tile without rows or columns costs as much.
-    report, rounds = work.report, math.ceil(workgroups / COMPUTE_UNITS)
-    vector = ISSUE_CYCLES * (work.issued[0] + steps * work.issued[1])
-    matrix = MFMA_CYCLES * (work.matrix[0] + steps * work.matrix[1])
-    # One wave alone on a SIMD does first one, then the other.
-    wave = max(vector, matrix) if report.occupancy > 1 else vector + matrix
-    # Whole waves go to whole SIMDs: a lone workgroup of two waves leaves two of them idle.
-    issue = math.ceil(rounds * report.waves / SIMDS) * wave
-    lds = rounds * LDS_PASS_CYCLES * (work.lds[0] + steps * work.lds[1])
-    # A workgroup waits for each step's loads unless another one, or another stage, hides them.
-    waits = (
-        math.ceil(workgroups / (COMPUTE_UNITS * report.workgroups)) * steps * LATENCY_CYCLES / tile.num_stages
-    )
-    weight_bytes = gemm.experts * active * gemm.n * gemm.k * 17 / 32
-    tile_bytes = steps * tile.block_k * (tile.block_n * 17 / 32 + tile.block_m * 2)
-    memory = max(weight_bytes / HBM_BYTES_PER_CYCLE, workgroups * tile_bytes / L2_BYTES_PER_CYCLE)
-    return max(issue, lds, memory) + waits
+    def add(self, tokens: int, found: dict[str, tuple[Pair, float]]) -> None:
+        """Note what was measured, and write the file."""
+        for kernels, (pair, us) in found.items():
+            for gemm, tile in zip(self.gemms, pair, strict=True):
+                (row,) = encode(kernels, self.triton, gemm, Ladder((tokens,), (tile,)))
+                self.measured.append([*row, round(us, 2)])
+            known = self.provenance.setdefault(
+                self.source(kernels), {"evidence": self.evidence, "triton": self.triton, "commands": []}
+            )
+            known["commands"] = sorted({*known.get("commands", ()), self.command})
+        timed = by_matmul(self.measured)
+        kept = [row for row in self.rows if (*row[:2], Gemm(*row[2:7])) not in timed]
+        tuning.write(self.file, self.arch, self.provenance, kept + serving(self.measured), self.measured)
 
 
-def overread(gemm: Gemm, tile: TileConfig) -> float:
-    """Bytes of weights and scales that one pass reads, over those that the checkpoint has.
-
-    Columns past the last tile's end wrap around to the first and are read again; rows past K are
-    masked, their scales are not.
-    """
-    columns_read = math.ceil(gemm.n / tile.block_n) * tile.block_n
-    groups_read = math.ceil(gemm.k / tile.block_k) * tile.block_k // 32
-    return columns_read * (gemm.k / 2 + groups_read) / (gemm.n * gemm.k * 17 / 32)
+def by_matmul(measured: list[list[Any]]) -> dict[tuning.Key, dict[int, tuple[TileConfig, float]]]:
+    """What was measured, by matmul and by tokens."""
+    found: dict[tuning.Key, dict[int, tuple[TileConfig, float]]] = {}
+    for kernels, release, *rest in measured:
+        rungs = found.setdefault((kernels, release, Gemm(*rest[:5])), {})
+        rungs[rest[5]] = TileConfig(*rest[6:-1]), rest[-1]
+    return found
 
 
-def expected_tiles(tokens: int, chance: float, block_m: int) -> tuple[float, float]:
-    """Tiles of rows that an expert is expected to need, and how likely it is to need any.
+def serving(measured: list[list[Any]]) -> list[list[Any]]:
+    """The rows that serve, of the layers of which every number of tokens is measured."""
+    rows = []
+    timed = by_matmul(measured)
+    for (kernels, release, gemm), found in timed.items():
+        peers = timed.get(("matmul_ogs", release, gemm), {}) if kernels == "decode" else found
+        if not set(TOKENS) <= set(peers):
+            continue
+        if kernels == "decode":
+            last = crossover(*({n: us for n, (_, us) in each.items()} for each in (found, peers)))
+            tiles = {n: tile for n, (tile, _) in sorted(found.items()) if n <= last}
+            rungs = tiles or {0: found[min(found)][0]}
+            rows += encode(kernels, release, gemm, Ladder(tuple(rungs), tuple(rungs.values())))
+        else:
+            rungs = {n: found[n][0] for n in TOKENS}
+            rows += encode(kernels, release, gemm, Ladder(tuple(rungs), tuple(rungs.values())).merged())
+    return rows
 
-    Args:
-        tokens: T.
-        chance: that one token chooses this expert.
-        block_m: rows of a tile.
-    """
-    tiles, probability = 0.0, (1 - chance) ** tokens
-    active = 1 - probability
-    if tokens * chance > 40:
-        # The binomial is narrow against its mean: half a tile is lost on average.
-        return tokens * chance / block_m + 0.5, 1.0
-    for rows in range(1, tokens + 1):
-        probability *= (tokens - rows + 1) / rows * chance / (1 - chance)
-        tiles += probability * math.ceil(rows / block_m)
-    return tiles, active
 
+def crossover(decode: dict[int, float], others: dict[int, float]) -> int:
+    """Up to how many tokens the decode kernels should serve; 0 if none.
 
-def write(table: Path, kernels: str, rows: list[list[Any]], triton: str, tried: int, usable: int) -> None:
-    """Replace the rows of this Triton in a table, and say where they come from.
+    One slow batch among fast ones does not end it: what counts is the time over all batches up to there,
+    each against the other kernels'.
 
     Args:
-        table: the file; made where it is missing.
-        kernels: whose rows these are.
-        rows: as `encode` gives them.
-        triton: the Triton that compiled them.
-        tried, usable: how many tiles were compiled, and how many kernels fit, two to a compute unit.
+        decode, others: microseconds by tokens.
     """
-    content = json.loads(table.read_text()) if table.is_file() else {"provenance": {}, "rows": []}
-    release = rows[0][1]
-    provenance = content["provenance"] | {
-        f"{kernels} {release}": {
-            "command": "make tune",
-            "triton": triton,
-            "evidence": "compiled for gfx950, executed on the emulator and counted; not run on a gfx950",
-            "tiles_tried": tried,
-            "kernels_usable": usable,
-        }
-    }
-    kept = [row for row in content["rows"] if row[:2] != [kernels, release]]
-    rows = sorted(kept + rows, key=lambda row: [str(value).rjust(12) for value in row])
-    decode(rows)
-    text = ",\n".join("  " + json.dumps(row) for row in rows)
-    head = json.dumps({"arch": "gfx950", "provenance": provenance, "columns": columns()}, indent=1)
-    table.write_text(f'{head[:-2]},\n "rows": [\n{text}\n ]\n}}\n')
+    gain = best = 0.0
+    last = 0
+    for tokens in TOKENS:
+        if tokens not in decode:
+            break
+        gain += math.log(others[tokens] / decode[tokens])
+        if gain > best:
+            best, last = gain, tokens
+    return last
+
+
+def warm_up(layers: Layers, some_tokens: list[int]) -> None:
+    """Compile the candidates, many at once; Triton keeps them on disk."""
+    jobs = [
+        (layers.shape, layers.arch, tokens, tiles)
+        for tokens in some_tokens
+        for kernels in layers.kernels
+        for _, downs in groups(layers.arch, kernels, layers.shape, tokens)
+        for tiles in ((kernels, (replace(down, split_k=1), down)) for down in downs)
+    ]
+    free_bytes, _ = torch.cuda.mem_get_info()
+    room = free_bytes // (WORKER_BYTES + 4 * layers.layer_bytes)
+    workers = max(1, min(len(os.sched_getaffinity(0)), int(room)))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for done, _ in enumerate(pool.map(compile_one, jobs), start=1):
+            progress(done, len(jobs))
+
+
+def compile_one(job: tuple[MoeShape, str, int, Tiles]) -> None:
+    """Run one candidate once. What fails here is met again, and told, when its turn comes."""
+    shape, arch, tokens, tiles = job
+    with contextlib.suppress(Exception):
+        layers = _one_layer(shape, arch)
+        prepared = layers.with_tiles(layers.prepared[0], tiles)
+        layers.backend.run(prepared, *random_tokens(shape, tokens, 0, "cuda"))
+
+
+@functools.cache
+def _one_layer(shape: MoeShape, arch: str) -> Layers:
+    return Layers(shape, arch, "cuda", copies=1)

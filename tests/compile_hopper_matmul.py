@@ -1,0 +1,131 @@
+"""Compiles matmul_ogs for Hopper with our tiles, without a GPU: tiles on stdin, what came out on stdout."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver as triton_driver
+
+from vllm_mxfp4_gfx950.backends import triton_ogs
+from vllm_mxfp4_gfx950.gfx950 import driver
+from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
+from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig
+
+SHARED_BYTES = 232448
+"""What a workgroup of an H200 may have."""
+
+
+class Utils(driver._Utils):
+    """What Triton asks of an H200's driver."""
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        """The limits that it checks."""
+        return {
+            "max_shared_mem": SHARED_BYTES,
+            "max_num_regs": 65536,
+            "multiprocessor_count": 132,
+            "warpSize": 32,
+        }
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        """The handle is the binary itself."""
+        return None, (name, binary, shared), 0, 0, 1024
+
+
+class Driver(driver._Driver):
+    """A Hopper that compiles instead of launching."""
+
+    def __init__(self, on_launch: Callable[[driver.Launch], None]) -> None:
+        super().__init__(on_launch)
+        self.utils = Utils()
+
+    def get_current_target(self) -> GPUTarget:
+        """Hopper."""
+        return GPUTarget("cuda", 90, 32)
+
+
+@contextmanager
+def presented(on_launch: Callable[[driver.Launch], None]) -> Iterator[None]:
+    """As the gfx950's."""
+    properties = SimpleNamespace(
+        multi_processor_count=132, shared_memory_per_block_optin=SHARED_BYTES, major=9, minor=0
+    )
+    before = triton_driver._active
+    triton_driver.set_active(Driver(on_launch))
+    try:
+        with (
+            mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
+            mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+        ):
+            yield
+    finally:
+        triton_driver._active = before
+
+
+def spills(binary: bytes) -> int:
+    """Instructions that load from or store to local memory."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [str(tools / "nvdisasm"), "-c", file.name]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return len(re.findall(r"\b(?:LDL|STL)\b", code))
+
+
+def main(tiles: list[list[int]]) -> dict[str, Any]:
+    """Its own choices and ours for the same tile, and the spills of each tile's two matmuls."""
+    from triton_kernels import matmul_ogs
+    from triton_kernels.matmul_ogs_details.opt_flags import make_opt_flags
+
+    shape = make_shape(8, 4, 320, 320)
+    kernels: list[driver.Launch] = []
+    own: list[Any] = []
+
+    def launched(launch: driver.Launch) -> None:
+        # Nothing is computed. Host code indexes with what routing would have written: zero is an index.
+        for argument in launch.arguments:
+            if isinstance(argument, torch.Tensor) and not argument.is_floating_point():
+                argument.zero_()
+        if launch.name.startswith("_matmul_ogs"):
+            kernels.append(launch)
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        own.append(make_opt_flags(*arguments, **named))
+        return own[-1]
+
+    with presented(lambda launch: None):
+        prepared = triton_ogs.prepare(random_weights(shape, 0), shape)
+    pairs = []
+    for tokens in (1, 1024):
+        with presented(launched), mock.patch.object(matmul_ogs, "make_opt_flags", noted):
+            triton_ogs.run_matmul_ogs(prepared, *random_tokens(shape, tokens, 0))
+    for flags in own:
+        tile = {field.name: getattr(flags, field.name, 0) for field in dataclasses.fields(TileConfig)}
+        ours = triton_ogs.to_opt_flags(TileConfig(**tile), "sm90")
+        pairs.append([str(flags), str(dataclasses.replace(ours, target_kernel_kwargs={}))])
+    found = []
+    for tile in tiles:
+        kernels.clear()
+        rungs = Ladder((1,), (triton_ogs.to_opt_flags(TileConfig(*tile), "sm90"),))
+        with presented(launched):
+            layer = dataclasses.replace(prepared, flags=(rungs, rungs))
+            triton_ogs.run_matmul_ogs(layer, *random_tokens(shape, 64, 0))
+        found.append([spills(launch.assembly) for launch in kernels])
+    return {"pairs": pairs, "spills": found}
+
+
+if __name__ == "__main__":
+    json.dump(main(json.load(sys.stdin)), sys.stdout)

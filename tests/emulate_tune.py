@@ -1,0 +1,124 @@
+"""Tunes a small layer with kernels that run on the emulated gfx950: what came out, as JSON, on stdout.
+
+    python emulate_tune.py DIR
+
+All is as on a GPU, correctness included, but for the cost of a candidate: the instructions that it executes,
+as time on an emulator says nothing.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from vllm_mxfp4_gfx950.backends import reference
+from vllm_mxfp4_gfx950.commands import tune
+from vllm_mxfp4_gfx950.gfx950.driver import ARCH, Launch, presented
+from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
+from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens
+from vllm_mxfp4_gfx950.tolerance import compare
+from vllm_mxfp4_gfx950.tuning import TileConfig
+
+SHAPE = make_shape(4, 2, 256, 96)
+TOKENS = (1, 3)
+TILES = {
+    "matmul_ogs": [TileConfig(16, 64, 256, 1, 4, 1, 0), TileConfig(32, 128, 256, 1, 4, 1, 0)],
+    "matmul": [TileConfig(16, 64, 256, 1, 4, 1, 0), TileConfig(32, 128, 256, 1, 4, 1, 0)],
+    "decode": [TileConfig(16, 64, 256, 1, 4, 1, 0)],
+}
+
+
+class Counted(tune.Batch):
+    """Costs are instructions, in thousands."""
+
+    asked = 0
+
+    def time_us(self, tiles: tune.Tiles | None) -> float:
+        """What the layer executes."""
+        Counted.asked += 1
+        counts = []
+
+        def count(launch: Launch) -> None:
+            counts.append(sum(execute(launch).instructions.values()))
+
+        layer = self.layers.prepared[0]
+        with presented(count):
+            self.layers.backend.run(
+                layer if tiles is None else self.layers.with_tiles(layer, tiles), *self.inputs[0]
+            )
+        return sum(counts) / 1e3
+
+
+class Spoilt(tune.Layers):
+    """One tile of w13 multiplies by another row's scales."""
+
+    wrong: TileConfig
+
+    def with_tiles(self, prepared: Any, tiles: tune.Tiles) -> Any:
+        """The layer with these tiles."""
+        layer = super().with_tiles(prepared, tiles)
+        if tiles[1][0] != self.wrong:
+            return layer
+        scale = layer.w13_precision.weight_scale
+        storage = dataclasses.replace(scale.storage, data=scale.storage.data.roll(1, dims=1))
+        rolled = dataclasses.replace(scale, storage=storage)
+        return dataclasses.replace(
+            layer, w13_precision=dataclasses.replace(layer.w13_precision, weight_scale=rolled)
+        )
+
+
+def tuned(layers: tune.Layers, directory: Path, tokens: tuple[int, ...]) -> tuple[list[str], dict[str, Any]]:
+    """Bring a table up to date; its lines and its content."""
+    table = tune.Table(
+        directory / f"{ARCH}.json",
+        ARCH,
+        SHAPE,
+        layers.backend.KERNELS,
+        triton.__version__,
+        "emulated",
+        "this",
+    )
+    lines = [tune.tune(Counted(layers, n), table) for n in tokens if not table.has(n)]
+    return lines, json.loads(table.file.read_text())
+
+
+def main(directory: Path) -> dict[str, Any]:
+    """Tune, interrupted once; serve from what was written; and tune where the best tile is wrong."""
+    tune.TOKENS = TOKENS
+    tune.candidates = lambda arch, kernels: TILES[kernels]
+    found: dict[str, Any] = {}
+    with presented(execute):
+        layers = tune.Layers(SHAPE, ARCH, "cpu", copies=1)
+        found["kernels"] = layers.kernels
+        _, found["interrupted"] = tuned(layers, directory, TOKENS[:1])
+        asked = Counted.asked
+        found["lines"], found["whole"] = tuned(layers, directory, TOKENS)
+        found["asked"] = asked, Counted.asked - asked
+        found["again"], _ = tuned(layers, directory, TOKENS)
+
+        served = layers.backend.prepare(layers.weights(0), SHAPE, directory)
+        found["served"] = [[flags.at(n).block_n for n in TOKENS] for flags in served.flags]
+        decode = getattr(served, "decode", None)
+        found["decode"] = decode and [[rung.block_n for rung in rungs.rungs] for rungs in decode.tiles]
+        x, logits = random_tokens(SHAPE, 3, 9)
+        truth = reference.truth_and_plain(x, logits, layers.weights(0), SHAPE)
+        found["miss"] = compare(layers.backend.run(served, x, logits), *truth).miss
+
+        if layers.backend.KERNELS == "matmul_ogs":
+            best = [row for row in found["whole"]["measured"] if row[0] == "matmul_ogs" and row[2] == "w13"]
+            found["wrong"] = best[0][8:-1]
+            spoilt = Spoilt(SHAPE, ARCH, "cpu", copies=1)
+            spoilt.wrong, spoilt.decode = TileConfig(*found["wrong"]), None
+            (directory / "spoilt").mkdir()
+            found["spoilt_lines"], found["spoilt"] = tuned(spoilt, directory / "spoilt", TOKENS[:1])
+    return found
+
+
+if __name__ == "__main__":
+    # Memory that is allocated and not written holds NaN, or the largest integer.
+    torch.use_deterministic_algorithms(True)
+    json.dump(main(Path(sys.argv[1])), sys.stdout)

@@ -1,0 +1,327 @@
+"""Tuning on a GPU: on the emulated gfx950 as far as that goes, on a true GPU where there is one."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_python import ROOT, run_python
+from test_verification import EVERY, PACKAGES, TRITONS, ids, paths_of
+
+from vllm_mxfp4_gfx950 import backends, cli, tuning
+from vllm_mxfp4_gfx950.backends import reference
+from vllm_mxfp4_gfx950.commands import tune
+from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, TOKENS, layer_shape
+from vllm_mxfp4_gfx950.moe import Mxfp4Error
+from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens
+from vllm_mxfp4_gfx950.timing import graph_time_us
+from vllm_mxfp4_gfx950.tolerance import assert_rows_close
+from vllm_mxfp4_gfx950.tuning import Gemm, Ladder, TileConfig, encode, gemms
+
+SHAPE = layer_shape("gpt-oss-20b")
+A, B = TileConfig(16, 256, 128, 1, 8, 4, 0), TileConfig(32, 256, 128, 1, 8, 4, 0)
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@functools.cache
+def emulated(directory: Path, triton: str, kernels: str) -> dict[str, Any]:
+    """What tests/emulate_tune.py found with a Triton and its kernels."""
+    script = str(ROOT / "tests/emulate_tune.py")
+    result = run_python([script, str(directory)], path=paths_of(triton, kernels), timeout=900)
+    assert result.returncode == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def assert_tuned(found: dict[str, Any], kernels: str) -> None:
+    """Measured once, resumed, written when whole, and served from."""
+    assert found["kernels"] == ([kernels, "decode"] if kernels == "matmul_ogs" else [kernels])
+    # Half of it does not serve yet; the rest takes no second look at what was measured, nor a third run any.
+    assert found["interrupted"]["rows"] == []
+    assert {row[7] for row in found["interrupted"]["measured"]} == {1}
+    assert found["whole"]["measured"][0] in found["interrupted"]["measured"]
+    assert len(found["lines"]) == 1
+    assert found["again"] == []
+    assert 0 < found["asked"][1] <= 2 * found["asked"][0]
+    assert (
+        found["whole"]["provenance"][f"{kernels} {found['whole']['rows'][-1][1]}"]["evidence"] == "emulated"
+    )
+    # What serves is what was measured as the best, and right.
+    best = {(row[0], row[1], row[2], row[7]): row[9] for row in found["whole"]["measured"]}
+    for served, name in zip(found["served"], ("w13", "w2"), strict=True):
+        release = found["whole"]["rows"][0][1]
+        assert served == [best[kernels, release, name, tokens] for tokens in (1, 3)]
+    assert found["miss"] == ""
+
+
+@pytest.mark.compile
+@pytest.mark.timeout(900)
+def test_tune_emulated(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The decode kernels take fewer instructions for one token, matmul_ogs for three: so says the table."""
+    found = emulated(tmp_path_factory.mktemp("tune"), "3.6.0", "matmul_ogs")
+    assert_tuned(found, "matmul_ogs")
+    us = {(row[0], row[7]): row[-1] for row in found["whole"]["measured"]}
+    assert us["decode", 1] < us["matmul_ogs", 1]
+    assert us["decode", 3] > us["matmul_ogs", 3]
+    assert {row[7] for row in found["whole"]["rows"] if row[0] == "decode"} == {1}
+    assert found["decode"] is not None
+    # Negative control: the best tile of w13 computes wrongly. It is named, and is in no row.
+    (line,) = found["spoilt_lines"]
+    assert f"refused; matmul_ogs {tuple(found['wrong'])}" in line
+    assert "row 0 errs by" in line
+    tiles = [row[8:15] for row in found["spoilt"]["measured"] if row[2] == "w13"]
+    assert tiles
+    assert found["wrong"] not in tiles
+
+
+@pytest.mark.emulate
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("pair", EVERY, ids=ids)
+def test_every_triton(tmp_path: Path, pair: tuple[str, str]) -> None:
+    """The same with every Triton, and with the other generation of triton_kernels."""
+    assert_tuned(emulated(tmp_path, *pair), pair[1])
+
+
+@pytest.mark.parametrize("arch", ["sm90", "gfx950"])
+@pytest.mark.parametrize("kernels", ["matmul_ogs", "matmul", "decode"])
+def test_candidates_keep_to_the_bounds(tmp_path: Path, arch: str, kernels: str) -> None:
+    """Every candidate of every division may stand in a table, and every batch has some."""
+    if (arch, kernels) == ("sm90", "matmul"):
+        assert tune.candidates(arch, kernels) == []
+        return
+    for model in GPT_OSS:
+        for division in DIVISIONS:
+            shape = layer_shape(model, *division)
+            for tokens in TOKENS:
+                some = tune.groups(arch, kernels, shape, tokens)
+                assert some or (kernels == "decode" and tokens * 4 / shape.global_experts > 64)
+                pairs = {pair for ups, downs in some for pair in [(up, downs[0]) for up in ups]}
+                pairs |= {(ups[0], down) for ups, downs in some for down in downs}
+                assert len(pairs) < 130  # A tenth of a second each: minutes in all.
+                for at, pair in enumerate(pairs):
+                    assert pair[0].block_m == pair[1].block_m or kernels != "decode", at
+    every = [tile for _, downs in some for tile in downs] or tune.candidates(arch, kernels)
+    rows = [
+        encode(kernels, "3.6.0", gemm, Ladder((1 + i,), (tile,)))[0]
+        for gemm in gemms(shape)
+        for i, tile in enumerate(every)
+    ]
+    tuning.write(tmp_path / f"{arch}.json", arch, {}, rows)
+    assert len(tuning.read(tmp_path / f"{arch}.json", arch)["rows"]) == len(rows)
+
+
+def compiled_for_hopper(tiles: list[TileConfig]) -> dict[str, Any]:
+    """What triton_kernels in vLLM 0.26 and Triton 3.6 make of matmul_ogs with some tiles."""
+    paths = [TRITONS / "3.6.0", PACKAGES / "vllm-0.26.0/vllm/third_party"]
+    for path in paths:
+        if not path.is_dir():
+            pytest.skip(f"needs {path.relative_to(ROOT)}: make test-emulated")
+    script = str(ROOT / "tests/compile_hopper_matmul.py")
+    stdin = json.dumps([astuple(tile) for tile in tiles])
+    result = run_python([script], path=paths, stdin=stdin, timeout=600)
+    assert result.returncode == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+@pytest.mark.compile
+def test_hopper_flags() -> None:
+    """What the package chooses is what we hand it for that tile; a tile that it never chooses compiles."""
+    found = compiled_for_hopper([TileConfig(64, 256, 128, 1, 8, 2, 4)])
+    assert len(found["pairs"]) == 4
+    for theirs, ours in found["pairs"]:
+        assert ours == theirs
+    assert found["spills"] == [[0, 0]]
+
+
+@pytest.mark.emulate
+@pytest.mark.timeout(900)
+def test_hopper_candidates() -> None:
+    """All compile; with 128 rows some spill, which only time can judge."""
+    tiles = tune.candidates("sm90", "matmul_ogs")
+    for tile, spills in zip(tiles, compiled_for_hopper(tiles)["spills"], strict=True):
+        assert len(spills) == 2
+        assert spills == [0, 0] or tile.block_m == 128, tile
+
+
+def test_groups_follow_the_rows() -> None:
+    """One token of 20B: the smallest tiles. 8192: 1024 rows an expert, the largest."""
+    assert {tile.block_m for tile in tune.groups("sm90", "matmul_ogs", SHAPE, 1)[0][0]} == {16, 32}
+    assert {tile.block_m for tile in tune.groups("sm90", "matmul_ogs", SHAPE, 512)[0][0]} == {32, 64, 128}
+    assert {tile.block_m for tile in tune.groups("sm90", "matmul_ogs", SHAPE, 8192)[0][0]} == {64, 128}
+    assert [ups[0].block_m for ups, _ in tune.groups("sm90", "decode", SHAPE, 1)] == [8, 16]
+    assert [ups[0].block_m for ups, _ in tune.groups("sm90", "decode", SHAPE, 256)] == [8, 16, 32, 64]
+    assert {down.split_k for _, downs in tune.groups("sm90", "decode", SHAPE, 64) for down in downs} == {
+        1,
+        2,
+        3,
+    }
+    assert {up.split_k for ups, _ in tune.groups("sm90", "decode", SHAPE, 64) for up in ups} == {1}
+
+
+def test_nan_in_new_memory() -> None:
+    """What a candidate leaves unwritten is not what the one before it wrote there; and only while it runs."""
+    torch.use_deterministic_algorithms(False)
+    with tune.nan_in_new_memory():
+        assert torch.empty(1000).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_fastest() -> None:
+    """One side after the other, around what must not serve; None when nothing may."""
+    cost = {(A, A): math.inf, (B, B): 9.0, (A, B): 7.0, (B, A): 1.0}
+    assert tune.fastest([([A, B], [A, B])], cost.__getitem__) == (A, B)
+    assert tune.fastest([([A], [A])], cost.__getitem__) is None
+    assert tune.fastest([([A], [A]), ([B], [B])], cost.__getitem__) == (B, B)
+
+
+@pytest.mark.parametrize(
+    ("decode", "others", "last"),
+    [
+        ({1: 30.0, 2: 40.0}, {1: 60.0, 2: 70.0}, 2),
+        ({1: 30.0, 2: 40.0, 4: 80.0}, {1: 60.0, 2: 70.0, 4: 70.0}, 2),
+        ({1: 30.0, 2: 71.0, 4: 60.0}, {1: 60.0, 2: 70.0, 4: 70.0}, 4),
+        ({1: 30.0, 2: 90.0, 4: 69.0}, {1: 60.0, 2: 70.0, 4: 70.0}, 1),
+        ({1: 61.0}, {1: 60.0}, 0),
+        ({2: 40.0}, {1: 60.0, 2: 70.0}, 0),
+    ],
+)
+def test_crossover(decode: dict[int, float], others: dict[int, float], last: int) -> None:
+    """The last batch that is faster, unless what lies before it loses more."""
+    assert tune.crossover(decode, others) == last
+
+
+def table_in(directory: Path, evidence: str = "timed on one X, torch 2") -> tune.Table:
+    """A table for GPT-OSS-20B."""
+    return tune.Table(directory / "sm90.json", "sm90", SHAPE, "matmul_ogs", "3.6.0", evidence, "tune")
+
+
+def fill(directory: Path, decode_us: dict[int, float]) -> tune.Table:
+    """Measure all: matmul_ogs takes 100 us each, with A up to 64 tokens and B above."""
+    table = table_in(directory)
+    for tokens in TOKENS:
+        tile = A if tokens <= 64 else B
+        found = {"matmul_ogs": ((tile, tile), 100.0)}
+        if tokens in decode_us:
+            small = TileConfig(8 if tokens < 4 else 16, 64, 256, 1, 4, 3, 6)
+            found["decode"] = (small, small), decode_us[tokens]
+        table.add(tokens, found)
+    return table
+
+
+def ladders(directory: Path, gemm: Gemm) -> tuple[Any, Any]:
+    """What serves from such a table with Triton 3.6."""
+    some = (tuning.ladder("sm90", kernels, "3.6.1", gemm, directory) for kernels in ("matmul_ogs", "decode"))
+    return tuple(some)
+
+
+def test_table(tmp_path: Path) -> None:
+    """Rows for the decode kernels up to the crossover; equal neighbours of matmul_ogs are one."""
+    table = fill(tmp_path, {1: 50.0, 2: 60.0, 4: 70.0, 8: 120.0})
+    for gemm in gemms(SHAPE):
+        matmul, decode = ladders(tmp_path, gemm)
+        assert matmul == Ladder((64, 8192), (A, B))
+        assert decode.bounds == (1, 2, 4)
+        assert [tile.block_m for tile in decode.rungs] == [8, 8, 16]
+    assert table.gave_up(16)
+    assert not table.gave_up(8)
+    assert all(table_in(tmp_path).has(tokens) for tokens in TOKENS)
+    with pytest.raises(Mxfp4Error, match="must be timed on one Y, torch 2; got timed on one X, torch 2"):
+        table_in(tmp_path, "timed on one Y, torch 2")
+
+
+def test_table_where_decode_is_never_faster(tmp_path: Path) -> None:
+    """A row for up to 0 tokens keeps our own table's tiles from serving."""
+    fill(tmp_path, {1: 101.0})
+    _, decode = ladders(tmp_path, gemms(SHAPE)[0])
+    assert decode.bounds == (0,)
+
+
+def test_table_keeps_other_rows(tmp_path: Path) -> None:
+    """Those of another layer, and of another Triton."""
+    other = Gemm("w13", 2880, 5760, 128, 128)
+    rows = encode("matmul_ogs", "3.6", other, Ladder((1,), (B,)))
+    rows += encode("matmul_ogs", "3.5", gemms(SHAPE)[0], Ladder((1,), (B,)))
+    tuning.write(tmp_path / "sm90.json", "sm90", {}, rows)
+    fill(tmp_path, {})
+    assert ladders(tmp_path, other)[0] == Ladder((1,), (B,))
+    assert ladders(tmp_path, gemms(SHAPE)[0])[0] == Ladder((64, 8192), (A, B))
+    assert rows[1] in tuning.read(tmp_path / "sm90.json", "sm90")["rows"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "--out must be given; got nothing. "),
+        (["--arch", "gfx950"], "--table must be given; got nothing. "),
+        (["--out", "tables", "--model", "gpt-oss"], "--model must be gpt-oss-20b, gpt-oss-120b or the path"),
+        (["--out", "tables"], "the machine must be one with a GPU; got none that torch sees. Run where"),
+    ],
+)
+def test_run_refuses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
+) -> None:
+    """What cannot be done as asked, in words."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["tune", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"vllm-mxfp4 tune: {text}")
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_run_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A small model, three batches: a table that is whole, serves, and is right; and nothing to do again."""
+    sizes = {"num_local_experts": 8, "num_experts_per_tok": 4, "hidden_size": 320, "intermediate_size": 320}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    monkeypatch.setattr(tune, "TOKENS", (1, 64, 1024))
+    args = argparse.Namespace(
+        model=str(tmp_path / "config.json"), tp=1, ep=1, out=tmp_path / "tables", arch=None, table=None
+    )
+    assert tune.run(args) == 0
+    arch = backends.arch_of(torch.device("cuda"))
+    assert tuning.read(tmp_path / "tables" / f"{arch}.json", arch)["rows"]
+    capsys.readouterr()
+    assert tune.run(args) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    shape = layer_shape(args.model)
+    layers = tune.Layers(shape, arch, "cuda", copies=1)
+    prepared = layers.backend.prepare(layers.weights(0), shape, tmp_path / "tables")
+    for tokens in (1, 7, 64, 999, 1024):
+        x, logits = random_tokens(shape, tokens, tokens, "cuda")
+        out = layers.backend.run(prepared, x, logits)
+        assert_rows_close(out, *reference.truth_and_plain(x, logits, layers.weights(0), shape))
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_miss_on_a_gpu() -> None:
+    """Negative control: on Hopper, 4 warps take each scale for another's, and the tile is refused."""
+    arch = backends.arch_of(torch.device("cuda"))
+    if arch != "sm90":
+        pytest.skip("needs an NVIDIA Hopper GPU")
+    batch = tune.Batch(tune.Layers(make_shape(8, 4, 2880, 2880), arch, "cuda", copies=1), 64)
+    wrong = TileConfig(32, 256, 128, 1, 4, 3, 0)
+    assert batch.miss(("matmul_ogs", (A, B))) == ""
+    assert "errs by" in batch.miss(("matmul_ogs", (wrong, B)))
+    assert "errs by" in batch.miss(("matmul_ogs", (A, wrong)))
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_graph_time_us_on_a_gpu() -> None:
+    """Twice the work takes twice as long; and the work is there: a copy is not faster than memory."""
+    times = []
+    for mebibytes in (512, 1024):
+        a, b = (torch.zeros(mebibytes << 18, device="cuda") for _ in range(2))
+        times.append(graph_time_us([functools.partial(torch.mul, a, 2.0, out=b)] * 2))
+    assert times[1] / times[0] == pytest.approx(2, rel=0.1)
+    assert 2 * (1 << 30) / times[1] / 1e6 < 10
