@@ -11,6 +11,7 @@ COMMANDS = {
     "doctor": "say what is installed, what GPT-OSS needs of it, and which backend would serve it",
     "compile": "compile a model's kernels for gfx950, without a GPU, and show what each takes",
     "verify": "execute them on an emulated gfx950, and compare with float64",
+    "bench": "measure a layer and serving, beside vLLM's own MoE backends",
     "tune": "time tiles on this machine's GPU, for a table of your own; or rank gfx950's without one",
 }
 """Each is a module of `commands` with `add_arguments(parser)` and `run(args)`, which is the exit code."""

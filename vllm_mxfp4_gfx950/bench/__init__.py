@@ -1,0 +1,1 @@
+"""Measure this package beside vLLM's own MoE backends: one layer, and serving."""

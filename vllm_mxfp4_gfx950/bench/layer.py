@@ -1,0 +1,253 @@
+"""Time one MoE layer on this device: this package beside others, each checked against float64 first."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+
+from vllm_mxfp4_gfx950 import backends, settings
+from vllm_mxfp4_gfx950.backends import reference
+from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
+from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights
+from vllm_mxfp4_gfx950.tolerance import compare
+
+CALLS = 16
+"""Of a layer in one timed piece of work; each has tokens of its own."""
+
+REPLAYS = 6
+"""Of that work, timed in a row; each backend has two such turns, in the order a, b, c, c, b, a."""
+
+INFINITY_CACHE_BYTES = 256 * 2**20
+"""Behind the L2 of CDNA 3 and 4, and not counted by torch."""
+
+Layer: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""bf16[T, H] and logits[T, experts] to bf16[T, H]."""
+
+Builder: TypeAlias = Callable[[MoeWeights, MoeShape], Layer]
+"""Prepares a layer; the weights may be consumed."""
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What this device reaches in the two things that bound a layer.
+
+    Args:
+        copy: bytes a second, read and written by a kernel that copies.
+        multiply: FLOPs a second of a large bf16 matmul.
+    """
+
+    copy: float
+    multiply: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One batch size.
+
+    Args:
+        experts, tokens: the layer's and the batch's size.
+        weight_bytes: blocks and scales of the chosen experts, on average over the calls.
+        flops: of both matmuls.
+        floor_us: that no layer can undercut.
+        us: of each backend that computed the layer right, every replay's time over its calls.
+        frobenius: of each of them, its relative error against float64.
+        failed: of every other backend, why it has no time.
+        seconds: that the row took to measure, compilation included.
+    """
+
+    experts: int
+    tokens: int
+    weight_bytes: float
+    flops: float
+    floor_us: float
+    us: dict[str, list[float]]
+    frobenius: dict[str, float]
+    failed: dict[str, str]
+    seconds: float
+
+
+class Calls:
+    """Several calls as one piece of work: a CUDA graph, or on a CPU the calls themselves.
+
+    Args:
+        call: takes the call's number and returns its result.
+        count: how many.
+        device: where they run.
+    """
+
+    def __init__(self, call: Callable[[int], Any], count: int, device: torch.device) -> None:
+        self.call, self.count = call, count
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.first = self.calls()  # Compiles what there is to compile.
+        if device.type == "cuda":
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.first = self.calls()
+
+    def calls(self) -> Any:
+        """Make them one by one; the first one's result."""
+        first = self.call(0)
+        for number in range(1, self.count):
+            self.call(number)
+        return first
+
+    def replay(self) -> Any:
+        """Do the work once; the first call's result."""
+        if self.graph is None:
+            self.first = self.calls()
+        else:
+            self.graph.replay()
+        return self.first
+
+    def microseconds(self, replays: int = REPLAYS) -> list[float]:
+        """Time of a call, once for each replay, after one that is not timed."""
+        self.replay()
+        return [self.seconds() * 1e6 / self.count for _ in range(replays)]
+
+    def seconds(self) -> float:
+        """Time of one replay."""
+        if self.graph is None:
+            began = time.perf_counter()
+            self.replay()
+            return time.perf_counter() - began
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+
+def ours(weights: MoeWeights, shape: MoeShape) -> Layer:
+    """The backend of this package that would serve here."""
+    backend = selected(shape, weights.w13.device).backend
+    prepared = backend.prepare(weights, shape)
+    return lambda x, logits: backend.run(prepared, x, logits)
+
+
+def selected(shape: MoeShape, device: torch.device) -> backends.Selection:
+    """The choice that a server here would make."""
+    return backends.select(shape, backends.arch_of(device), settings.from_environment())
+
+
+def speeds(device: torch.device) -> Speeds:
+    """Measure them."""
+    gpu = device.type == "cuda"
+    # Not Tensor.copy_, whose cudaMemcpy moves 2.7 TB/s on an H200 where a kernel moves 4.25.
+    source, target = (torch.zeros(2**28 if gpu else 2**22, device=device) for _ in range(2))
+    copy = Calls(lambda _: torch.mul(source, 2.0, out=target), 2, device).microseconds()
+    size = 8192 if gpu else 256
+    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    multiply = Calls(lambda _: matrix @ matrix, 2, device).microseconds()
+    moved = source.nbytes + target.nbytes
+    return Speeds(1e6 * moved / statistics.median(copy), 1e6 * 2 * size**3 / statistics.median(multiply))
+
+
+def expert_bytes(shape: MoeShape) -> float:
+    """Blocks and scales of one expert."""
+    return 3 * shape.hidden * shape.intermediate * (1 / 2 + 1 / 32)
+
+
+def copies(shape: MoeShape, device: torch.device) -> int:
+    """Layers to take in turn, so that a cacheful of others' weights is read before one comes again.
+
+    Returns:
+        a divisor of CALLS, so that this holds from replay to replay too.
+    """
+    if device.type != "cuda":
+        return 2
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    if torch.version.hip:
+        cache = max(cache, INFINITY_CACHE_BYTES)
+    needed = 2 + cache // (shape.topk * expert_bytes(shape))
+    return next((count for count in (2, 4, 8) if count >= needed), CALLS)
+
+
+def work(shape: MoeShape, batches: list[torch.Tensor]) -> tuple[float, float]:
+    """What a call has to do at least.
+
+    Args:
+        shape: the layer.
+        batches: the logits of each call, all of one size.
+
+    Returns:
+        bytes of weights to read, on average over the calls, and FLOPs.
+    """
+    chosen = [len(set(reference.route(logits, shape.topk)[0].flatten().tolist())) for logits in batches]
+    flops = 2 * len(batches[0]) * shape.topk * 3 * shape.hidden * shape.intermediate
+    return statistics.mean(chosen) * expert_bytes(shape), flops
+
+
+def measure(
+    shape: MoeShape,
+    token_counts: list[int],
+    builders: Mapping[str, Builder],
+    reached: Speeds,
+    device: torch.device,
+) -> Iterator[Row]:
+    """Check and time every backend at every batch size; one that fails does not stop the others.
+
+    The timed work's first call is compared with float64, every row of it, at every batch size.
+
+    Args:
+        shape: the layer.
+        token_counts: the batch sizes.
+        builders: how to prepare the layer for each backend.
+        reached: what `speeds` returned.
+        device: where to run.
+    """
+    failed: dict[str, str] = {}
+    layers: dict[str, list[Layer]] = {}
+    for name, build in builders.items():
+        try:
+            layers[name] = [
+                build(random_weights(shape, seed, str(device)), shape)
+                for seed in range(copies(shape, device))
+            ]
+        except Exception as error:  # A compiler, a driver or another's package may raise anything.
+            failed[name] = described(error)
+    # A token's output depends on no other token: the largest batch's truth serves them all.
+    x, logits = random_tokens(shape, max(token_counts), 0, str(device))
+    truth, plain = reference.truth_and_plain(x, logits, random_weights(shape, 0, str(device)), shape)
+    for tokens in token_counts:
+        began = time.perf_counter()
+        batches = [(x[:tokens], logits[:tokens])]
+        batches += [random_tokens(shape, tokens, seed, str(device)) for seed in range(1, CALLS)]
+        missed = dict(failed)
+        frobenius: dict[str, float] = {}
+        right: dict[str, Calls] = {}
+        for name, turns in layers.items():
+            try:
+                calls = in_turn(turns, batches, device)
+                calls.first.fill_(float("nan"))  # So that only a replay can make it right.
+                found = compare(calls.replay(), truth[:tokens], plain[:tokens])
+                if found.miss:
+                    missed[name] = found.miss
+                else:
+                    right[name], frobenius[name] = calls, found.frobenius
+            except Exception as error:
+                missed[name] = described(error)
+        us: dict[str, list[float]] = {name: [] for name in right}
+        for name in [*right, *reversed(right)]:
+            us[name] += right[name].microseconds()
+        weight_bytes, flops = work(shape, [batch[1] for batch in batches])
+        least = 1e6 * max(weight_bytes / reached.copy, flops / reached.multiply)
+        seconds = time.perf_counter() - began
+        yield Row(shape.experts, tokens, weight_bytes, flops, least, us, frobenius, missed, seconds)
+
+
+def in_turn(
+    layers: list[Layer], batches: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device
+) -> Calls:
+    """One call for each batch, the layers taking turns."""
+    return Calls(lambda i: layers[i % len(layers)](*batches[i]), len(batches), device)
+
+
+def described(error: Exception) -> str:
+    """An exception's type, and the first line of its text."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"

@@ -1,0 +1,145 @@
+"""What a benchmark writes, and the plot of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import statistics
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from vllm_mxfp4_gfx950.moe import Mxfp4Error
+
+SUFFIXES = (".png", ".svg")
+COLORS = {"ours": "C0", "TRITON": "C1", "MARLIN": "C2"}
+OTHERS = "C7"
+PANELS = 5
+"""Side by side, of serving's rows."""
+
+
+def versions() -> dict[str, str]:
+    """Of what the figures depend on; what is not installed is left out."""
+    found = {}
+    for name in ("torch", "triton", "vllm"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write(file: Path, report: dict[str, Any]) -> None:
+    """Write JSON, so that whoever is cut off leaves the last whole one."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(partial, file)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """What `write` wrote.
+
+    Raises:
+        Mxfp4Error: it is not there, or something else.
+    """
+    try:
+        report = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise Mxfp4Error(str(file), "a report of `bench`", str(error), "Name a file of --json") from error
+    if not isinstance(report, dict) or report.get("bench") not in ("layer", "serve"):
+        raise Mxfp4Error(str(file), "a report of `bench`", "another JSON", "Name a file of --json")
+    return report
+
+
+def check_plot(file: Path) -> None:
+    """Raise Mxfp4Error unless `draw` could write there, before anything is measured for it."""
+    if file.suffix not in SUFFIXES:
+        raise Mxfp4Error("--plot", f"a name that ends in {' or '.join(SUFFIXES)}", file, "Correct it")
+    if importlib.util.find_spec("matplotlib") is None:
+        fix = "pip install matplotlib, or draw later, elsewhere: vllm-mxfp4 bench plot FILE.json --plot OUT"
+        raise Mxfp4Error("matplotlib", "installed for --plot", "nothing", fix)
+
+
+def draw(reports: list[dict[str, Any]], file: Path) -> None:
+    """Plot what was measured, by one kind of benchmark, as if it were one run's.
+
+    Args:
+        reports: at least one.
+        file: its suffix says the format.
+
+    Raises:
+        Mxfp4Error: there is nothing to plot, or there are two kinds.
+    """
+    from matplotlib.figure import Figure
+
+    kinds = {report["bench"] for report in reports}
+    if len(kinds) > 1:
+        raise Mxfp4Error("the reports", "all of one kind", " and ".join(sorted(kinds)), "Plot each by itself")
+    rows = [row for report in reports for row in report["rows"]]
+    if not rows:
+        raise Mxfp4Error("the report", "one that has rows", "none", "Measure again")
+    figure = Figure(layout="constrained")
+    (draw_layers if kinds == {"layer"} else draw_serving)(figure, rows)
+    places = sorted({f"{report['device']}, {_named(report['versions'])}" for report in reports})
+    figure.suptitle("\n".join(places), fontsize="small")
+    figure.savefig(file, dpi=150)
+
+
+def _named(found: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def draw_layers(figure: Any, rows: list[dict[str, Any]]) -> None:
+    """Time against tokens, a line for each backend and one for the floor, a panel for each layer."""
+    layers = sorted({row["experts"] for row in rows})
+    figure.set_size_inches(5.5 * len(layers), 4.5)
+    panels = figure.subplots(1, len(layers), squeeze=False, sharey=True)[0]
+    for panel, experts in zip(panels, layers, strict=True):
+        some = sorted((row for row in rows if row["experts"] == experts), key=lambda row: row["tokens"])
+        panel.plot([r["tokens"] for r in some], [r["floor_us"] for r in some], "k--", label="floor")
+        for name in dict.fromkeys(name for row in some for name in row["us"]):
+            timed = [row for row in some if name in row["us"]]
+            panel.plot(
+                [row["tokens"] for row in timed],
+                [statistics.median(row["us"][name]) for row in timed],
+                marker="o",
+                markersize=3,
+                label=name,
+                color=COLORS.get(name, OTHERS),
+            )
+        panel.set(
+            xscale="log", yscale="log", xlabel="tokens", ylabel="µs of one layer", title=f"{experts} experts"
+        )
+        panel.set_xscale("log", base=2)
+        panel.grid(alpha=0.3)
+        panel.legend()
+
+
+def draw_serving(figure: Any, rows: list[dict[str, Any]]) -> None:
+    """Tokens a second: a panel for each load, a bar for each engine with its slowest and fastest round."""
+    loads = list(dict.fromkeys(_load(row) for row in rows))
+    width = min(PANELS, len(loads))
+    height = -(-len(loads) // width)
+    figure.set_size_inches(2.4 * width, 3 * height)
+    panels = list(figure.subplots(height, width, squeeze=False).flat)
+    for panel in panels[len(loads) :]:
+        panel.set_axis_off()
+    for panel, load in zip(panels, loads, strict=False):
+        some = [row for row in rows if _load(row) == load]
+        names = [row["engine"] for row in some]
+        middle = [statistics.median(row["tokens_per_s"]) for row in some]
+        below = [m - min(row["tokens_per_s"]) for m, row in zip(middle, some, strict=True)]
+        above = [max(row["tokens_per_s"]) - m for m, row in zip(middle, some, strict=True)]
+        bars = panel.bar(
+            names, middle, yerr=(below, above), color=[COLORS.get(name, OTHERS) for name in names]
+        )
+        panel.bar_label(bars, fmt="{:.0f}", label_type="center", fontsize="x-small")
+        panel.set_title(load, fontsize="small")
+        panel.tick_params(labelsize="x-small")
+    figure.supylabel("tokens/s", fontsize="small")
+
+
+def _load(row: dict[str, Any]) -> str:
+    """A panel's title, the same for all engines."""
+    return f"{Path(row['model']).name}\nbatch {row['batch']}, {row['input']}/{row['output']}"

@@ -1,0 +1,226 @@
+"""Measure this package beside vLLM's own MoE backends: one layer, or a served model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_mxfp4_gfx950.bench import report, serve
+from vllm_mxfp4_gfx950.models import GPT_OSS, layer_shape
+from vllm_mxfp4_gfx950.moe import Mxfp4Error
+
+if TYPE_CHECKING:
+    from vllm_mxfp4_gfx950.bench.layer import Row
+
+TOKENS = tuple(2**i for i in range(14))
+PEERS = ("TRITON", "MARLIN")
+LAYER = "time one MoE layer, this package's and vLLM's own, after each was compared with float64"
+SERVE = "measure vLLM's throughput and latency, with this package and with its own MoE backends"
+PLOT = "draw what was measured"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    kinds = parser.add_subparsers(metavar="kind", dest="kind", required=True)
+    layer = kinds.add_parser("layer", help=LAYER, description=LAYER)
+    layer.add_argument(
+        "--model",
+        nargs="+",
+        default=list(GPT_OSS),
+        help=f"{', '.join(GPT_OSS)}, or a config.json; more than one is measured in turn",
+    )
+    layer.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="tokens of a forward")
+    layer.add_argument(
+        "--peers", type=str.upper, nargs="*", choices=PEERS, default=PEERS, help="vLLM's, beside ours"
+    )
+    serving = kinds.add_parser("serve", help=SERVE, description=SERVE)
+    serving.add_argument(
+        "--model",
+        default="gpt-oss-20b",
+        help=f"{', '.join(serve.LAYERS)} with dummy weights, or a checkpoint as vLLM takes it",
+    )
+    serving.add_argument(
+        "--load",
+        nargs="+",
+        default=["short"],
+        help=f"short, {', '.join(serve.LENGTHS)}, or BATCH/INPUT/OUTPUT, requests and tokens of each",
+    )
+    serving.add_argument(
+        "--concurrency",
+        type=int,
+        nargs="+",
+        default=(4, 16, 64),
+        help=f"batches of {', '.join(serve.LENGTHS)}",
+    )
+    serving.add_argument("--rounds", type=int, default=3, help="times that each load is measured")
+    serving.add_argument(
+        "--engines",
+        nargs="+",
+        default=["ours", *PEERS],
+        help="ours, or names of vLLM's --moe-backend",
+    )
+    serving.add_argument("--engine-args", default="{}", help="more arguments of vllm.LLM, a JSON object")
+    plot = kinds.add_parser("plot", help=PLOT, description=PLOT)
+    plot.add_argument("files", type=Path, nargs="+", help="what --json wrote; more than one are drawn as one")
+    plot.add_argument("--plot", type=Path, required=True, help="the .png or .svg to write")
+    for each in (layer, serving):
+        each.add_argument("--json", type=Path, help="write the figures there, anew after each row")
+        each.add_argument("--plot", type=Path, help="draw them there, a .png or .svg")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure or draw; the exit code is 1 when a backend failed, or what ran was not what was asked for."""
+    if args.plot:
+        report.check_plot(args.plot)
+    if args.kind == "plot":
+        found, code = [report.read(file) for file in args.files], 0
+    else:
+        done, code = (run_layer if args.kind == "layer" else run_serve)(args)
+        found = [done]
+    if args.plot:
+        report.draw(found, args.plot)
+    return code
+
+
+def run_layer(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """Print a line for each row; the report, and the exit code."""
+    if min(args.tokens) < 1:
+        raise Mxfp4Error("--tokens", "at least 1", min(args.tokens), "Correct it")
+    shapes = [layer_shape(model) for model in args.model]
+    import torch
+
+    from vllm_mxfp4_gfx950.bench import layer, vllm_layers
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = [str(layer.selected(shape, device)) for shape in shapes]
+    reached = layer.speeds(device)
+    done: dict[str, Any] = {
+        "bench": "layer",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "versions": report.versions(),
+        "ours": chosen,
+        "copy_bytes_per_s": reached.copy,
+        "flops_per_s": reached.multiply,
+        "rows": [],
+    }
+    print(f"{done['device']}, " + ", ".join(map(" ".join, done["versions"].items())))
+    print(f"copies {reached.copy / 1e12:.3f} TB/s, multiplies bf16 at {reached.multiply / 1e12:.1f} TFLOP/s")
+    print(
+        f"microseconds of one layer, after its rows were compared with float64: the median of "
+        f"{2 * layer.REPLAYS} replays of {layer.CALLS} calls, ± half of the way from fastest to slowest"
+    )
+    builders = {"ours": layer.ours} | {name: vllm_layers.BUILDERS[name] for name in args.peers}
+    for shape, choice in zip(shapes, chosen, strict=True):
+        print(f"\n{shape}, {layer.copies(shape, device)} layers in turn; ours: {choice}")
+        columns = "".join(f"{name:>17}" for name in builders)
+        print(f"tokens MB read   GFLOP    floor{columns}  ours/floor  ours/best peer", flush=True)
+        for row in layer.measure(shape, list(args.tokens), builders, reached, device):
+            print(layer_line(row, list(builders)), flush=True)
+            done["rows"].append(dataclasses.asdict(row))
+            if args.json:
+                report.write(args.json, done)
+    return done, 1 if any(row["failed"] for row in done["rows"]) else 0
+
+
+def layer_line(row: Row, names: list[str]) -> str:
+    """One row of the table, and a line for each backend that has no time."""
+    median = {name: statistics.median(times) for name, times in row.us.items()}
+    figures = ""
+    for name in names:
+        figures += f"{median[name]:9.1f} ±{spread(row.us[name]):5.1%} " if name in median else f"{'FAIL':>17}"
+    line = f"{row.tokens:6} {row.weight_bytes / 1e6:7.1f} {row.flops / 1e9:7.1f} {row.floor_us:8.1f}{figures}"
+    if "ours" in median:
+        line += f"  {median['ours'] / row.floor_us:10.2f}"
+        peers = [each for name, each in median.items() if name != "ours"]
+        line += f"  {median['ours'] / min(peers):14.3f}" if peers else ""
+    return "\n".join([line, *(f"       {name}: {reason}" for name, reason in row.failed.items())])
+
+
+def spread(times: list[float]) -> float:
+    """Half of the way from the fastest to the slowest, as a fraction of the median."""
+    return (max(times) - min(times)) / 2 / statistics.median(times)
+
+
+def run_serve(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """Print a line for each load and engine, then the comparison; the report, and the exit code."""
+    if args.rounds < 1:
+        raise Mxfp4Error("--rounds", "at least 1", args.rounds, "Correct it")
+    if min(args.concurrency) < 1:
+        raise Mxfp4Error("--concurrency", "at least 1", min(args.concurrency), "Correct it")
+    loads = list(dict.fromkeys(load for name in args.load for load in serve.loads(name, args.concurrency)))
+    extra = engine_arguments(args.engine_args)
+    engines = ["ours" if name.lower() == "ours" else name.upper() for name in args.engines]
+    done: dict[str, Any] = {
+        "bench": "serve",
+        "device": "",
+        "versions": report.versions(),
+        "model": args.model,
+        "engine_args": extra,
+        "rows": [],
+        "failed": {},
+    }
+
+    def keep(row: dict[str, Any]) -> None:
+        done["device"] = row["device"]
+        done["rows"].append({"model": args.model} | row)
+        print(serve_line(row), flush=True)
+        if args.json:
+            report.write(args.json, done)
+
+    for engine in engines:
+        with tempfile.TemporaryDirectory() as directory:
+            arguments = serve.arguments(args.model, engine, loads, Path(directory), extra)
+            job = {"arguments": arguments, "loads": loads, "rounds": args.rounds}
+            failure = serve.measure(engine, job, keep)
+        if failure:
+            done["failed"][engine] = failure
+            print(f"{engine:8} FAIL {failure}", flush=True)
+    if args.json:
+        report.write(args.json, done)
+    print("\n".join(comparison(done["rows"], engines)))
+    return done, 1 if done["failed"] else 0
+
+
+def engine_arguments(text: str) -> dict[str, Any]:
+    """The user's arguments of vllm.LLM."""
+    try:
+        extra = json.loads(text)
+    except json.JSONDecodeError:
+        extra = None
+    if not isinstance(extra, dict):
+        fix = """Correct it, as in '{"tensor_parallel_size": 2}'"""
+        raise Mxfp4Error("--engine-args", "a JSON object", text, fix)
+    return extra
+
+
+def serve_line(row: dict[str, Any]) -> str:
+    """Medians of one engine under one load, and the rounds' extremes."""
+    rates, following = row["tokens_per_s"], row["next_token_ms"]
+    kind = "output" if following else "input"
+    line = (
+        f"{row['engine']:8} batch {row['batch']:4} {row['input']:5}/{row['output']:<5}"
+        f"{statistics.median(rates):10.1f} {kind} tokens/s ({min(rates):.1f} to {max(rates):.1f}), "
+        f"first token of all after {statistics.median(row['first_token_ms']):.1f} ms"
+    )
+    return line + (f", then one every {statistics.median(following):.2f} ms" if following else "")
+
+
+def comparison(rows: list[dict[str, Any]], engines: list[str]) -> list[str]:
+    """A line for each load: every engine's tokens/s, and ours over the best of the others."""
+    lines = [f"{'batch in/out':18}" + "".join(f"{name:>10}" for name in engines) + "  ours/best peer"]
+    for load in dict.fromkeys((row["batch"], row["input"], row["output"]) for row in rows):
+        rates = {
+            row["engine"]: statistics.median(row["tokens_per_s"])
+            for row in rows
+            if (row["batch"], row["input"], row["output"]) == load
+        }
+        line = f"{load[0]:5} {f'{load[1]}/{load[2]}':12}"
+        line += "".join(f"{rates[name]:10.1f}" if name in rates else f"{'FAIL':>10}" for name in engines)
+        peers = [rate for name, rate in rates.items() if name != "ours"]
+        lines.append(line + (f"{rates['ours'] / max(peers):16.3f}" if "ours" in rates and peers else ""))
+    return lines
