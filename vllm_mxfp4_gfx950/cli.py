@@ -12,6 +12,7 @@ COMMANDS = {
     "compile": "compile a model's kernels for gfx950, without a GPU, and show what each takes",
     "verify": "execute them on an emulated gfx950, and compare with float64",
     "bench": "measure a layer and serving, beside vLLM's own MoE backends",
+    "eval": "measure how accurate a path is, and compare it with another one",
     "tune": "time tiles on this machine's GPU, for a table of your own; or rank gfx950's without one",
 }
 """Each is a module of `commands` with `add_arguments(parser)` and `run(args)`, which is the exit code."""

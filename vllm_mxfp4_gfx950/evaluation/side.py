@@ -1,0 +1,255 @@
+"""What is measured: a server that runs, one that is started here, or a result that was kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+from vllm_mxfp4_gfx950.moe import Mxfp4Error
+
+RESULT = "result.json"
+"""In the directory of a side that was measured whole."""
+
+ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+HOST_VARIABLES = ("VLLM_", "AITER_")
+"""How the variables begin that decide what a server runs."""
+
+PATHS = (
+    re.compile(r"MoE layers run through (.+?\))[.;]"),
+    re.compile(r"Using ('\w+' Mxfp4 MoE backend)"),
+    re.compile(r"Using (\w+ Unquantized MoE backend)"),
+)
+"""What the log calls the path: ours, vLLM's for MXFP4, vLLM's for other checkpoints of GPT-OSS."""
+
+HARMONY_TOKEN = "<|channel|>"
+"""One token in harmony's vocabulary, and in none that is not for it."""
+
+STOP_SECONDS = 30
+SECONDS = 600
+"""That one request may take."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two.
+
+    Args:
+        text: as the user wrote it.
+        url: of a server that runs; empty otherwise.
+        log: the file that this server writes its log to, if it was named.
+        kept: the directory of a result; None otherwise.
+        environment: variables for a server that is started here.
+        command: its model, and its further arguments of `vllm serve`.
+    """
+
+    text: str
+    url: str = ""
+    log: Path | None = None
+    kept: Path | None = None
+    environment: tuple[tuple[str, str], ...] = ()
+    command: tuple[str, ...] = ()
+
+
+def parse(text: str) -> Side:
+    """Read a side as it stands on the command line.
+
+    Raises:
+        Mxfp4Error: it is none of the three.
+    """
+    words = shlex.split(text)
+    if words and re.match(r"https?://", words[0]) and len(words) <= 2:
+        return Side(text, url=words[0].rstrip("/"), log=Path(words[1]) if words[1:] else None)
+    if len(words) == 1 and Path(words[0], RESULT).is_file():
+        return Side(text, kept=Path(words[0]))
+    assigned = 0
+    while assigned < len(words) and ASSIGNMENT.fullmatch(words[assigned]):
+        assigned += 1
+    environment = tuple((n, v) for n, _, v in (word.partition("=") for word in words[:assigned]))
+    command = tuple(words[assigned:])
+    if not command or command[0].startswith(("-", "http:", "https:")):
+        rule = "a URL with or without its log file, the directory of a result, or a model with arguments"
+        raise Mxfp4Error("a side", rule, repr(text), "Write '[NAME=VALUE ...] MODEL [of vllm serve ...]'")
+    return Side(text, environment=environment, command=command)
+
+
+def identity(side: Side) -> dict[str, Any]:
+    """All that decides what a side answers, as far as it can be seen: equal means that a result still holds.
+
+    Raises:
+        Mxfp4Error: it is a URL where no server answers.
+    """
+    if side.url:
+        found = re.search(r"^process_start_time_seconds (\S+)$", get(f"{side.url}/metrics"), re.MULTILINE)
+        # A server that does not say since when it runs may be another one at the next look.
+        return {"url": side.url, "since": found[1] if found else str(time.time())}
+    inherited = {name: value for name, value in os.environ.items() if name.startswith(HOST_VARIABLES)}
+    model = Path(side.command[0])
+    package = sorted(f for f in Path(__file__).parents[1].rglob("*") if f.suffix in (".py", ".json"))
+    return {
+        "command": side.command,
+        "environment": inherited | dict(side.environment),
+        "vllm": metadata.version("vllm") if util.find_spec("vllm") else "",
+        "checkpoint": [(f.name, f.stat().st_size, f.stat().st_mtime) for f in sorted(model.glob("*"))],
+        "package": digest(*(f.read_bytes() for f in package)),
+    }
+
+
+def digest(*contents: bytes) -> str:
+    """One hash of several contents."""
+    return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers.
+
+    Args:
+        url: without "/v1".
+        model: its name there.
+        context: tokens that a request may have.
+        path: what its log says computes the experts; empty where there is no log, or no such line.
+        harmony: whether its tokenizer has harmony's special tokens.
+    """
+
+    url: str
+    model: str
+    context: int
+    path: str
+    harmony: bool
+
+
+@contextmanager
+def serving(side: Side, directory: Path, more: list[str]) -> Iterator[Server]:
+    """The side's server, which is started and stopped here if it is not a URL.
+
+    Args:
+        side: not a kept one.
+        directory: gets the log of a server that is started.
+        more: arguments of `vllm serve` for one that is started.
+
+    Raises:
+        Mxfp4Error: the server did not start or does not answer as vLLM does.
+    """
+    if side.url:
+        yield describe(side.url, side.log)
+        return
+    port, log = free_port(), directory / "server.log"
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *side.command, *more]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    print(f"starting {shlex.join(side.command)}: {log}", flush=True)
+    began = time.monotonic()
+    with log.open("w") as output:
+        # A session of its own, so that all of its processes can be ended.
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | dict(side.environment),
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_healthy(process, url, log)
+        server = describe(url, log)
+        seconds = time.monotonic() - began
+        print(f"serving after {seconds:.0f} s; MoE path: {server.path or 'not in the log'}", flush=True)
+        yield server
+    finally:
+        stop(process)
+
+
+def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Wait for as long as the server is starting; vLLM itself limits that."""
+    import requests
+
+    while process.poll() is None:
+        try:
+            if requests.get(f"{url}/health", timeout=5).ok:
+                return
+        except requests.RequestException:
+            time.sleep(0.5)
+    last = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
+    print(last, file=sys.stderr)
+    raise Mxfp4Error(
+        "the server", "able to start", f"exit code {process.returncode}", f"Read {log}, which ends as above"
+    )
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Let a server shut down, and end what is left of it."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def describe(url: str, log: Path | None) -> Server:
+    """Ask a server what it is."""
+    served = json.loads(get(f"{url}/v1/models"))["data"][0]
+    request = {"model": served["id"], "prompt": HARMONY_TOKEN}
+    request |= {"add_special_tokens": False, "return_token_strs": True}
+    strings = post(f"{url}/tokenize", request)["token_strs"]
+    path = moe_path(log.read_text(errors="replace")) if log else ""
+    return Server(url, served["id"], served["max_model_len"], path, strings == [HARMONY_TOKEN])
+
+
+def moe_path(log: str) -> str:
+    """What computes the experts, by the last line of a log that says so; a fallback logs a second one."""
+    found = [(match.start(), match[1]) for path in PATHS for match in path.finditer(log)]
+    return max(found)[1] if found else ""
+
+
+def get(url: str) -> str:
+    """The body of an answer.
+
+    Raises:
+        Mxfp4Error: there was none, or it was an error.
+    """
+    return answer("GET", url, None)
+
+
+def post(url: str, request: dict[str, Any]) -> Any:
+    """The parsed answer to a request in JSON.
+
+    Raises:
+        Mxfp4Error: there was none, or it was an error.
+    """
+    return json.loads(answer("POST", url, request))
+
+
+def answer(method: str, url: str, request: dict[str, Any] | None) -> str:
+    """What a server answers to one request."""
+    import requests
+
+    try:
+        response = requests.request(method, url, json=request, timeout=SECONDS)
+    except requests.RequestException as error:
+        raise Mxfp4Error(url, "answered by vLLM", type(error).__name__, "Start the server") from error
+    if not response.ok:
+        found = f"status {response.status_code}: {response.text[:300]}"
+        raise Mxfp4Error(url, "answered by vLLM", found, "Ask vLLM itself, and read its log")
+    return str(response.text)
