@@ -70,7 +70,7 @@ def paired(tested: Sequence[bool], baseline: Sequence[bool], alpha: float = LEVE
     p = binomtest(won, won + lost).pvalue if won + lost else 1.0
     n = len(pairs) + 2
     middle = (won - lost) / n
-    half = norm.isf(alpha / 2) * math.sqrt(((won + lost + 2) / n - middle**2) / n)
+    half = float(norm.isf(alpha / 2)) * math.sqrt(((won + lost + 2) / n - middle**2) / n)
     low, high = max(-1.0, middle - half), min(1.0, middle + half)
     return Difference(len(pairs), sum(tested), sum(baseline), lost, won, float(p), low, high, alpha)
 

@@ -167,9 +167,16 @@ def questions(task: str, samples: list[dict[str, Any]]) -> Iterator[Question]:
             task=task,
             asked=digest(*(value.encode() for value in hashes)),
             right=bool(score),
-            answer=str(sample["filtered_resps"][0])[:200],
+            answer=chosen_answer(sample["filtered_resps"])[:200],
             empty=bool(texts) and not any(text.strip() for text in texts),
         )
+
+
+def chosen_answer(responses: list[Any]) -> str:
+    """The text, or among choices that each have a log-likelihood the number of the likeliest."""
+    if isinstance(responses[0], str):
+        return responses[0]
+    return str(max(range(len(responses)), key=lambda choice: responses[choice][0]))
 
 
 def read(server: Server, text: str, top: int, window: int) -> list[Position]:

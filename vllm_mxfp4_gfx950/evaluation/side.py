@@ -177,11 +177,10 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) ->
     import requests
 
     while process.poll() is None:
-        try:
+        with suppress(requests.RequestException):
             if requests.get(f"{url}/health", timeout=5).ok:
                 return
-        except requests.RequestException:
-            time.sleep(0.5)
+        time.sleep(0.5)
     last = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
     print(last, file=sys.stderr)
     raise Mxfp4Error(

@@ -1,0 +1,499 @@
+"""`vllm-mxfp4 eval`: its statistics against known values, its refusals, and real servers compared."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import engine  # noqa: F401  # It makes demo/ importable.
+import numpy as np
+import pytest
+import tiny_checkpoint
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_checkpoint import TinyGptOss
+from tokenizers import Tokenizer
+
+from vllm_mxfp4_gfx950 import cli
+from vllm_mxfp4_gfx950.evaluation.compare import Position, divergence, kl, paired
+from vllm_mxfp4_gfx950.evaluation.measure import Tasks, ask, choose_endpoint
+from vllm_mxfp4_gfx950.evaluation.side import (
+    HARMONY_TOKEN,
+    Server,
+    free_port,
+    get,
+    identity,
+    moe_path,
+    parse,
+    serving,
+    stop,
+    wait_until_healthy,
+)
+from vllm_mxfp4_gfx950.moe import Mxfp4Error
+
+
+def outcomes(both: int, lost: int, won: int, neither: int) -> tuple[list[bool], list[bool]]:
+    """Whether the tested and the baseline answered right, for so many questions of each kind."""
+    tested = [True] * both + [False] * lost + [True] * won + [False] * neither
+    baseline = [True] * both + [True] * lost + [False] * won + [False] * neither
+    return tested, baseline
+
+
+def test_paired_equals_published() -> None:
+    """Complete response before and after therapy, Cavo et al. 2012: 59, 6, 16 and 80 patients.
+
+    Source: Fagerland, Lydersen, Laake, Statistical Analysis of Contingency Tables (2017), chapter 8; the
+    numbers as printed by the authors' R package contingencytables: difference -0.0621, 95% interval by
+    Bonett and Price -0.1195 to -0.0032.
+    """
+    found = paired(*outcomes(both=59, lost=16, won=6, neither=80))
+    assert (found.questions, found.tested, found.baseline) == (161, 65, 75)
+    assert (found.tested - found.baseline) / found.questions == pytest.approx(-0.0621, abs=5e-5)
+    assert (found.low, found.high) == pytest.approx((-0.1195, -0.0032), abs=5e-5)
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (1, 0), (0, 5), (16, 6), (6, 16), (30, 30), (80, 40)])
+def test_mcnemar_is_the_binomial_test(lost: int, won: int) -> None:
+    """The p-value is twice the tail of a fair coin, at most 1."""
+    tail = sum(math.comb(lost + won, k) for k in range(min(lost, won) + 1)) / 2 ** (lost + won)
+    found = paired(*outcomes(both=50, lost=lost, won=won, neither=20))
+    assert (found.lost, found.won) == (lost, won)
+    assert found.p == pytest.approx(min(1, 2 * tail))
+
+
+@pytest.mark.parametrize("lost", [0.0, 0.02, 0.1])
+def test_interval_covers(lost: float) -> None:
+    """In 1000 samples of 200 questions at least 94% of the intervals hold the true difference."""
+    chances = np.array([0.8 - lost, lost, 0.03, 0.17])
+    rng = np.random.default_rng(0)
+    covered = 0
+    for counts in rng.multinomial(200, chances, size=1000).tolist():
+        found = paired(*outcomes(*counts))
+        covered += found.low <= 0.03 - lost <= found.high
+    assert covered >= 940
+
+
+@pytest.mark.parametrize(
+    ("counts", "margin", "verdict"),
+    [
+        pytest.param((1000, 0, 0, 200), 0.02, "as accurate", id="identical"),
+        pytest.param((1000, 30, 28, 200), 0.02, "as accurate", id="as-good"),
+        pytest.param((1000, 10, 60, 200), 0.02, "as accurate", id="better"),
+        pytest.param((900, 120, 20, 200), 0.02, "regression", id="planted"),
+        pytest.param((900, 120, 20, 200), 0.2, "as accurate", id="planted-within-margin"),
+        pytest.param((1000, 45, 20, 200), 0.0, "regression", id="slight-and-no-margin"),
+        pytest.param((1000, 0, 0, 200), 0.0, "undecided", id="identical-and-no-margin"),
+        pytest.param((40, 0, 0, 10), 0.02, "undecided", id="identical-but-few"),
+        pytest.param((40, 3, 0, 10), 0.02, "undecided", id="chance"),
+        pytest.param((20, 15, 0, 10), 0.02, "regression", id="broken-and-few"),
+    ],
+)
+def test_verdict(counts: tuple[int, int, int, int], margin: float, verdict: str) -> None:
+    """A regression is more than chance and more than the margin."""
+    assert paired(*outcomes(*counts)).verdict(margin) == verdict
+
+
+def top(logprobs: np.ndarray, count: int) -> dict[int, float]:
+    """What a server reports of a distribution: its likeliest tokens, the likeliest first."""
+    return {int(token): float(logprobs[token]) for token in np.argsort(-logprobs, kind="stable")[:count]}
+
+
+def random_logprobs(seed: int, vocab: int = 500) -> np.ndarray:
+    """A distribution over a vocabulary."""
+    logits = 3 * np.random.default_rng(seed).standard_normal(vocab)
+    return logits - np.log(np.exp(logits).sum())
+
+
+def test_kl_of_whole_distributions() -> None:
+    """It is the sum that defines it, and zero between equals."""
+    p, q = random_logprobs(0), random_logprobs(1)
+    assert kl(top(p, 500), top(q, 500)) == pytest.approx(float((np.exp(p) * (p - q)).sum()), rel=1e-4)
+    assert kl(top(p, 500), top(p, 500)) == 0
+
+
+@pytest.mark.parametrize("count", [1, 5, 20, 100, 400])
+def test_kl_of_truncated_distributions(count: int) -> None:
+    """Never more than over the whole vocabulary, however little both report."""
+    for seed in range(50):
+        p = random_logprobs(seed)
+        q = random_logprobs(seed + 1000) if seed % 2 else p + 0.1 * random_logprobs(seed + 1000)
+        q -= np.log(np.exp(q).sum())
+        whole = float((np.exp(p) * (p - q)).sum())
+        assert 0 <= kl(top(p, count), top(q, count)) <= whole + 1e-9
+
+
+def test_kl_of_distributions_with_nothing_in_common() -> None:
+    """Two sides that report no token in common are far apart, not equal."""
+    tokens = np.arange(500)
+    p, q = -0.5 * tokens, -0.5 * tokens[::-1]
+    p, q = p - np.log(np.exp(p).sum()), q - np.log(np.exp(q).sum())
+    assert set(top(p, 20)).isdisjoint(top(q, 20))
+    assert kl(top(p, 20), top(q, 20)) > 5
+
+
+def test_nan_is_not_near() -> None:
+    """A side that computes NaN has no small divergence."""
+    sound = Position(3, "c", -0.1, {3: -0.1, 4: -3.0}, "c")
+    broken = Position(3, "", math.nan, {3: math.nan}, "")
+    found, kls = divergence([sound, broken], [sound, sound])
+    assert kls[0] == 0
+    assert math.isnan(found.mean_kl)
+    assert found.worst == 1
+
+
+OURS = "INFO [vllm_plugin.py:154] MoE layers run through "
+LOGS = {
+    "ours": (
+        f"{OURS}triton_ogs on gfx950 (triton_kernels in /x/y (a), triton 3.6.0). Each is E=128 topk=4.",
+        "triton_ogs on gfx950 (triton_kernels in /x/y (a), triton 3.6.0)",
+    ),
+    "fallback": (
+        f"{OURS}triton_ogs on sm90 (triton 3.6.0). Each is E=8.\n"
+        f"{OURS}ck on gfx950 (aiter 0.1); not triton_ogs: 3 rows (of 64) are off.",
+        "ck on gfx950 (aiter 0.1)",
+    ),
+    "built-in": ("INFO [mxfp4.py:5] Using 'TRITON' Mxfp4 MoE backend.", "'TRITON' Mxfp4 MoE backend"),
+    "unquantized": (
+        "INFO Using TRITON Unquantized MoE backend out of potential backends: ['TRITON'].",
+        "TRITON Unquantized MoE backend",
+    ),
+    "dense": ("INFO Resolved architecture: LlamaForCausalLM", ""),
+}
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_moe_path(name: str) -> None:
+    """Read from lines as vLLM and this package print them."""
+    log, path = LOGS[name]
+    assert moe_path(f"INFO starting\n{log}\nINFO ready\n") == path
+
+
+@pytest.mark.parametrize("release", ["vllm-0.26.0", "vllm-0.33.0"])
+def test_vllm_prints_these_lines(release: str, packages: Path) -> None:
+    """What LOGS has of vLLM's own paths is what its releases print."""
+    oracle = packages / release / "vllm/model_executor/layers/fused_moe/oracle"
+    assert "f\"Using '{backend.value}' Mxfp4 MoE backend.\"" in (oracle / "mxfp4.py").read_text()
+    assert 'f"Using {backend.value} Unquantized MoE backend out "' in (oracle / "unquantized.py").read_text()
+
+
+def test_parse() -> None:
+    """The three kinds of sides."""
+    started = parse("VLLM_MXFP4_BACKEND=reference A='b c' openai/x --quantization mxfp4-triton")
+    assert started.environment == (("VLLM_MXFP4_BACKEND", "reference"), ("A", "b c"))
+    assert started.command == ("openai/x", "--quantization", "mxfp4-triton")
+    running = parse("http://localhost:8000/ server.log")
+    assert (running.url, running.log) == ("http://localhost:8000", Path("server.log"))
+
+
+def test_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result is kept for the same side only: checkpoint, arguments and settings as they were."""
+    (tmp_path / "model.safetensors").write_text("weights")
+    side = parse(f"{tmp_path} --quantization mxfp4-triton")
+    before = identity(side)
+    assert identity(side) == before
+    assert identity(parse(f"{tmp_path}")) != before
+    assert identity(parse(f"VLLM_MXFP4_BACKEND=ck {side.text}")) != before
+    monkeypatch.setenv("VLLM_MXFP4_BACKEND", "ck")
+    assert identity(side) != before
+    monkeypatch.delenv("VLLM_MXFP4_BACKEND")
+    (tmp_path / "model.safetensors").write_text("other weights")
+    assert identity(side) != before
+
+
+FOLDER = {
+    "load.py": """\
+import json
+from pathlib import Path
+from datasets import Dataset, DatasetDict
+
+def questions(**_):
+    lines = Path(__file__).with_name("questions.jsonl").read_text().splitlines()
+    return DatasetDict(test=Dataset.from_list([json.loads(line) for line in lines]))
+""",
+    "next_word.yaml": """\
+task: next_word
+custom_dataset: !function load.questions
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {max_gen_toks: 1, until: []}
+filter_list:
+  - name: word
+    filter:
+      - function: remove_whitespace
+      - function: take_first
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+""",
+}
+CHOICE = {
+    "next_word.yaml": FOLDER["next_word.yaml"]
+    .replace("generate_until", "multiple_choice")
+    .replace("exact_match", "acc")
+    .replace("doc_to_target", "doc_to_choice: [bada, baki]\ndoc_to_target")
+}
+
+
+def write_tasks(folder: Path, lines: list[dict[str, str]], **changes: str) -> Path:
+    """A folder for --include-path."""
+    folder.mkdir()
+    for name, text in (FOLDER | changes).items():
+        (folder / name).write_text(text)
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return folder
+
+
+HARMONY = Server("http://x", "openai/gpt-oss-20b", 4096, "", harmony=True)
+PLAIN = Server("http://x", "small", 256, "", harmony=False)
+
+
+def test_endpoint(tmp_path: Path) -> None:
+    """Chat for what speaks harmony and nothing else; log-likelihoods only by completions."""
+    lines = [{"question": "a", "answer": "baki"}]
+    text = Tasks([], write_tasks(tmp_path / "text", lines))
+    choice = Tasks([], write_tasks(tmp_path / "choice", lines, **CHOICE))
+    assert choose_endpoint(None, HARMONY, text) == "chat"
+    assert choose_endpoint(None, PLAIN, text) == "completions"
+    assert choose_endpoint("completions", PLAIN, text) == "completions"
+    assert choose_endpoint("chat", PLAIN, text) == "chat"
+    assert choose_endpoint(None, PLAIN, choice) == "completions"
+    with pytest.raises(Mxfp4Error, match=r"--endpoint must be chat; .* 0\.30 by completions"):
+        choose_endpoint("completions", HARMONY, text)
+    for server, wanted in ((HARMONY, None), (HARMONY, "chat"), (PLAIN, "chat")):
+        with pytest.raises(Mxfp4Error, match="the tasks must be answered in text over chat"):
+            choose_endpoint(wanted, server, choice)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["a", "b", "c"], "the sides must be one or two; got 3"),
+        (["--quantization mxfp4-triton"], "a side must be a URL"),
+        ([""], "a side must be a URL"),
+        (["m", "--limit", "0"], "--limit must be at least 1; got 0"),
+        (["m", "--margin", "nan"], "--margin must be at least 0; got nan"),
+        (["m", "--top", "0"], "--top must be at least 1"),
+        (["m", "--logprobs", "/nowhere"], "--logprobs must be a path that exists"),
+        (["m", "--include-path", "{tasks}", "--tasks", "gsm9k"], "--tasks must be a task in"),
+        (
+            ["http://127.0.0.1:9", "--include-path", "{tasks}"],
+            "must be answered by vLLM; got ConnectionError",
+        ),
+    ],
+)
+def test_misuse(
+    arguments: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line and exit code 2, before anything is started."""
+    tasks = write_tasks(tmp_path / "tasks", [{"question": "a", "answer": "b"}])
+    arguments = [argument.format(tasks=tasks) for argument in arguments]
+    assert cli.main(["eval", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# Every expert is always chosen, so that rounding sends no token elsewhere.
+MODEL = TinyGptOss(experts=8, topk=8, seed=2)
+SERVE = "OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind {} --dtype float32 --enforce-eager"
+SERVE += " --max-model-len 256 --kv-cache-memory-bytes 67108864"
+FLAG = " --quantization mxfp4-triton"
+QUESTIONS = 60
+
+
+def write_broken(checkpoint: Path, directory: Path) -> Path:
+    """The same with each layer's ordinary scales shuffled."""
+    shutil.copytree(checkpoint, directory)
+    tensors = load_file(checkpoint / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, scales in tensors.items():
+        if name.endswith("_scales"):
+            scales[:, :2] = scales[:, 2:4]  # Without 2^127, which makes NaN in another's place.
+            order = torch.randperm(scales.numel(), generator=generator)
+            tensors[name] = scales.flatten()[order].view_as(scales)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.fixture(scope="module", name="place")
+def fixture_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three checkpoints, a text, and questions whose answers are transformers' on the sound one."""
+    root = tmp_path_factory.mktemp("eval")
+    sound = tiny_checkpoint.write(MODEL, root / "sound")
+    tiny_checkpoint.write_dequantized(sound, root / "dequantized")
+    write_broken(sound, root / "broken")
+    words = list(json.loads((sound / "tokenizer.json").read_text())["model"]["vocab"])
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(2, MODEL.vocab, (QUESTIONS, 12), generator=generator).tolist()
+    answers = [rows[-1].argmax() for rows in tiny_checkpoint.transformers_logprobs(sound, prompts)]
+    lines = [
+        {"question": " ".join(words[token] for token in prompt), "answer": words[answer]}
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    write_tasks(root / "tasks", lines)
+    text = torch.randint(2, MODEL.vocab, (400,), generator=generator).tolist()
+    (root / "text").write_text(" ".join(words[token] for token in text))
+    return root
+
+
+def options(place: Path) -> list[str]:
+    """Of every comparison here."""
+    asked = ["--include-path", str(place / "tasks"), "--logprobs", str(place / "text"), "--top", "-1"]
+    return [*asked, "--out", str(place / "out")]
+
+
+@pytest.fixture(scope="module", name="equal")
+def fixture_equal(place: Path) -> tuple[list[str], int, dict, str]:
+    """Ours against the same weights without quantization: command line, exit code, report."""
+    sides = [SERVE.format(place / "sound") + FLAG, SERVE.format(place / "dequantized")]
+    code = cli.main(["eval", *sides, *options(place)])
+    report = (place / "out/report.md").read_text()
+    return sides, code, json.loads((place / "out/report.json").read_text()), report
+
+
+@pytest.mark.engine
+def test_equal_paths(equal: tuple[list[str], int, dict, str], place: Path) -> None:
+    """Two ways to compute the same: equal answers, distributions equal but for rounding, exit code 0."""
+    _, code, facts, report = equal
+    assert code == 0
+    assert facts["paths"][0].startswith("reference on cpu (torch ")
+    assert facts["paths"][1] == "CPU Unquantized MoE backend"
+    task = facts["tasks"]["next_word"]
+    assert (task["tested"], task["baseline"]) == (QUESTIONS, QUESTIONS)
+    assert facts["logprobs"]["mean_kl"] < 1e-6
+    assert facts["logprobs"]["same_best"] == facts["logprobs"]["positions"] == 398  # Two windows.
+    assert "over completions" in report
+    assert (place / "out/report.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.engine
+def test_second_run_reuses(
+    equal: tuple[list[str], int, dict, str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is served again, and the report is the same."""
+    sides, _, facts, report = equal
+    began = time.monotonic()
+    assert cli.main(["eval", *sides, *options(place)]) == 0
+    assert time.monotonic() - began < 10
+    assert capsys.readouterr().out.count("kept from") == 2
+    assert json.loads((place / "out/report.json").read_text()) == facts
+    assert (place / "out/report.md").read_text() == report
+
+
+@pytest.fixture(scope="module", name="broken")
+def fixture_broken(place: Path) -> Iterator[tuple[Server, Path]]:
+    """A server of the broken checkpoint, and its log."""
+    with serving(parse(SERVE.format(place / "broken") + FLAG), place, ["--max-logprobs", "-1"]) as server:
+        yield server, place / "server.log"
+
+
+@pytest.mark.engine
+def test_broken_path_is_a_regression(
+    equal: tuple[list[str], int, dict, str], broken: tuple[Server, Path], place: Path
+) -> None:
+    """Negative control: shuffled scales, by URL against a kept result, and exit code 1 for either measure."""
+    server, log = broken
+    (kept,) = (place / "out").glob("dequantized-*")
+    sides = [f"{server.url} {log}", str(kept)]
+    assert cli.main(["eval", *sides, *options(place)]) == 1
+    facts = json.loads((place / "out/report.json").read_text())
+    task = facts["tasks"]["next_word"]
+    assert task["verdict"] == "regression"
+    assert len(facts["changed"]) == task["lost"] + task["won"] > QUESTIONS // 2
+    assert facts["logprobs"]["mean_kl"] > 1
+    assert "BEYOND 0.01" in (place / "out/report.md").read_text()
+    # Each measure alone: allowed any divergence, it is the answers; and the other way round.
+    assert cli.main(["eval", *sides, *options(place), "--max-kl", "100"]) == 1
+    assert cli.main(["eval", *sides, *options(place), "--margin", "1"]) == 1
+    assert cli.main(["eval", *sides, *options(place), "--margin", "1", "--max-kl", "100"]) == 0
+
+
+@pytest.mark.engine
+def test_one_path_is_refused(
+    equal: tuple[list[str], int, dict, str],
+    broken: tuple[Server, Path],
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two sides on one path are compared only where that is asked for; so are sides of unknown paths."""
+    (kept,) = (place / "out").glob("sound-*")
+    server, log = broken
+    for running in (f"{server.url} {log}", server.url):
+        assert cli.main(["eval", running, str(kept), *options(place)]) == 2
+        assert "the MoE paths of the two sides must be different; got 'reference" in capsys.readouterr().err
+    assert cli.main(["eval", f"{server.url} {log}", str(kept), *options(place), "--same-path"]) == 1
+
+
+@pytest.mark.engine
+def test_unlike_questions_are_refused(
+    equal: tuple[list[str], int, dict, str],
+    broken: tuple[Server, Path],
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ten questions cannot be paired with sixty."""
+    (kept,) = (place / "out").glob("dequantized-*")
+    server, log = broken
+    arguments = [*options(place)[:2], "--limit", "10", "--out", str(place / "out")]
+    assert cli.main(["eval", f"{server.url} {log}", str(kept), *arguments]) == 2
+    assert "the questions of the two sides must be the same; got 10 and 60" in capsys.readouterr().err
+
+
+def requests_answered(server: Server) -> float:
+    """How many requests a server has answered since its start."""
+    lines = get(f"{server.url}/metrics").splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:request_success_total"))
+
+
+@pytest.mark.engine
+def test_interrupted_side_resumes(broken: tuple[Server, Path], place: Path, tmp_path: Path) -> None:
+    """Answers that came before an interruption are not asked for again."""
+    server, _ = broken
+    tasks = Tasks([], place / "tasks")
+    asked = []
+    for limit in (20, None, None):
+        before = requests_answered(server)
+        ask(server, "completions", tasks, limit, 8, tmp_path / "answers")
+        asked.append(requests_answered(server) - before)
+    assert asked == [21, QUESTIONS - 20 + 1, 1]  # One of each is the request that tries the endpoint.
+
+
+@pytest.mark.engine
+def test_harmony_is_refused_over_completions(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint whose tokenizer speaks harmony, asked of vLLM's server without an engine."""
+    shutil.copytree(place / "sound", tmp_path / "harmony")
+    file = str(tmp_path / "harmony/tokenizer.json")
+    tokenizer = Tokenizer.from_file(file)
+    tokenizer.add_special_tokens([HARMONY_TOKEN])
+    tokenizer.save(file)
+    port, log = free_port(), tmp_path / "render.log"
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.cli.main",
+        "launch",
+        "render",
+        str(tmp_path / "harmony"),
+    ]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], stdout=output, stderr=output, start_new_session=True
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_healthy(process, url, log)
+        arguments = [*options(place)[:2], "--endpoint", "completions", "--out", str(tmp_path / "out")]
+        assert cli.main(["eval", url, *arguments]) == 2
+    finally:
+        stop(process)
+    assert (
+        "--endpoint must be chat; got completions for a model that speaks harmony" in capsys.readouterr().err
+    )
