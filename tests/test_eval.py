@@ -374,9 +374,9 @@ def test_equal_paths(equal: tuple[list[str], int, dict, str], place: Path) -> No
 
 @pytest.mark.engine
 def test_second_run_reuses(
-    equal: tuple[list[str], int, dict, str], place: Path, capsys: pytest.CaptureFixture[str]
+    equal: tuple[list[str], int, dict, str], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is served again, and the report is the same."""
+    """Nothing is served again, and the report is the same; so it is of the two results by themselves."""
     sides, _, facts, report = equal
     began = time.monotonic()
     assert cli.main(["eval", *sides, *options(place)]) == 0
@@ -384,6 +384,9 @@ def test_second_run_reuses(
     assert capsys.readouterr().out.count("kept from") == 2
     assert json.loads((place / "out/report.json").read_text()) == facts
     assert (place / "out/report.md").read_text() == report
+    results = [str(*(place / "out").glob(f"{name}-*")) for name in ("sound", "dequantized")]
+    assert cli.main(["eval", *results, "--out", str(tmp_path / "elsewhere")]) == 0
+    assert (tmp_path / "elsewhere/report.md").read_text() == report
 
 
 @pytest.fixture(scope="module", name="broken")

@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         others = [found.path for found in by_index.values()]
         by_index[index] = measure(sides[index], directories[index], tasks, args, others)
     measured = [by_index[index] for index in range(len(sides))]
+    args.out.mkdir(parents=True, exist_ok=True)
     lines = list(map(heading, ROLES, measured))
     worse = False
     if len(measured) == 2:
@@ -97,7 +98,6 @@ def run(args: argparse.Namespace) -> int:
         lines += compared
     else:
         lines += alone(measured[0])
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "report.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"\nwritten: {args.out / 'report.md'}")
