@@ -138,6 +138,16 @@ def test_check_weights_refuses_nan_scales(name: str) -> None:
         check_weights(weights, SMALL)
 
 
+@pytest.mark.parametrize("name", ["w13_bias", "w2_bias"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_check_weights_refuses_biases_that_are_not_finite(name: str, value: str) -> None:
+    """The self-check would put them down to the backend."""
+    weights = random_weights(SMALL, seed=0)
+    getattr(weights, name)[1, 3:5] = float(value)
+    with refusal(f"{name} must be free of NaN and Inf; got 2 of them. Download the checkpoint again."):
+        check_weights(weights, SMALL)
+
+
 def test_check_tensor_carries_the_callers_name() -> None:
     """The name in the text is the one that the caller gave."""
     name = "model.layers.3.mlp.experts.down_proj_bias"

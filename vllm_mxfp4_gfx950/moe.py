@@ -161,7 +161,7 @@ def check_weights(weights: MoeWeights, shape: MoeShape, prefix: str = "") -> Non
         prefix: goes before the names in error texts.
 
     Raises:
-        Mxfp4Error: a tensor has the wrong dtype or shape, or a scale is NaN (0xFF).
+        Mxfp4Error: a tensor has the wrong dtype or shape, a scale is NaN (0xFF), or a bias is not finite.
     """
     tensors = tensor_shapes(shape.experts, shape.hidden, shape.intermediate)
     for name, (dtype, size) in tensors.items():
@@ -174,6 +174,12 @@ def check_weights(weights: MoeWeights, shape: MoeShape, prefix: str = "") -> Non
                 "free of NaN scales (0xFF)",
                 f"{nans} of them",
                 "Download the checkpoint again",
+            )
+    for name in ("w13_bias", "w2_bias"):
+        wrong = int((~getattr(weights, name).isfinite()).sum())
+        if wrong:
+            raise Mxfp4Error(
+                f"{prefix}{name}", "free of NaN and Inf", f"{wrong} of them", "Download the checkpoint again"
             )
 
 

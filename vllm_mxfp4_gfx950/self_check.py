@@ -16,10 +16,13 @@ from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tolerance import compare
 
 TOKENS = (1, 64, 256, 1024, 2048)
-"""Batches that are tried: from one row of an expert to full tiles, so that most rungs of a table are met."""
+"""Batches that are always tried: from one row of an expert to full tiles."""
 
 FAR = 30.0
 """By so much the logits of experts that are not to be chosen lie below the others."""
+
+LOUD = 16.0
+"""By so much every second token is louder, as the SwiGLU's limit and its alpha show in different tokens."""
 
 
 @dataclass(frozen=True)
@@ -53,34 +56,53 @@ def check(
     prepared: Any,
     weights: MoeWeights,
     shape: MoeShape,
-    tokens: tuple[int, ...] = TOKENS,
+    tokens: tuple[int, ...] = (),
 ) -> Outcome:
     """Run batches through a prepared layer, and compare every row.
 
     Tokens choose among twice topk of this rank's experts, from the first to the last, so that few are
-    dequantized.
+    dequantized. Each batch is the beginning of the largest, whose truth is computed once.
 
     Args:
         backend: what prepared the layer.
         prepared: the layer.
         weights: the same layer as it was loaded; stays as it is.
         shape: its sizes.
-        tokens: sizes of the batches.
+        tokens: sizes of the batches; none for those of `sizes`.
+
+    Raises:
+        torch.OutOfMemoryError: it says nothing of the backend.
     """
     began = time.perf_counter()
+    tokens = tokens or sizes(prepared)
+    x, logits = batch(weights, shape, max(tokens))
+    truth, plain = reference.truth_and_plain(x, logits, weights, shape)
     worst = 0.0
     for index, count in enumerate(tokens):
-        x, logits = batch(weights, shape, count)
         try:
-            out = backend.run(prepared, x, logits)
-            found = compare(out, *reference.truth_and_plain(x, logits, weights, shape))
+            out = backend.run(prepared, x[:count], logits[:count])
+            found = compare(out, truth[:count], plain[:count])
             miss, worst = found.miss, max(worst, found.row)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # A compiler or a driver may raise anything.
-            lines = str(error).strip().splitlines() or [""]
-            miss = f"{type(error).__name__}: {lines[0]}"
+            miss = brief(error)
         if miss:
             return Outcome(f"{count} tokens: {miss}", worst, tokens[: index + 1], time.perf_counter() - began)
     return Outcome("", worst, tokens, time.perf_counter() - began)
+
+
+def brief(error: Exception) -> str:
+    """What was raised, in a line: a compiler says first where it was, and last what it met."""
+    lines = [line.strip() for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
+    return lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
+
+
+def sizes(prepared: Any) -> tuple[int, ...]:
+    """TOKENS, and the smallest batch of every rung that the layer has tiles for, so that each kernel runs."""
+    decode = getattr(prepared, "decode", None)
+    ladders = (*getattr(prepared, "flags", ()), *(decode.tiles if decode else ()))
+    return tuple(sorted({*TOKENS, *(bound + 1 for ladder in ladders for bound in ladder.bounds[:-1])}))
 
 
 def batch(weights: MoeWeights, shape: MoeShape, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,6 +110,7 @@ def batch(weights: MoeWeights, shape: MoeShape, tokens: int) -> tuple[torch.Tens
     device = weights.w13.device
     generator = torch.Generator(device).manual_seed(tokens)
     x = torch.randn(tokens, shape.hidden, generator=generator, device=device).bfloat16()
+    x[1::2] *= LOUD
     logits = torch.randn(tokens, shape.global_experts, generator=generator, device=device)
     here = torch.arange(shape.experts, device=device)
     if weights.expert_map is not None:
@@ -121,6 +144,7 @@ def prepare(
 
     Raises:
         Mxfp4Error: no backend is left.
+        torch.OutOfMemoryError: there was too little memory; another backend would need as much.
     """
     failed: dict[str, str] = {}
     while True:
@@ -128,9 +152,10 @@ def prepare(
         try:
             prepared = backend.prepare(weights.clone(), shape, settings.tables)
             outcome = check(backend, prepared, weights, shape)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            outcome = Outcome(f"while preparing, {type(error).__name__}: {lines[0]}", 0.0, (), 0.0)
+            outcome = Outcome(f"while preparing, {brief(error)}", 0.0, (), 0.0)
             prepared = None
         report(backend.NAME, outcome)
         if not outcome.miss:

@@ -371,15 +371,24 @@ class Choice:
             prefix: the layer's name, for the log.
 
         Raises:
-            Mxfp4Error: no backend computed the layer right.
+            Mxfp4Error: no backend computed the layer right, or there was too little memory.
         """
+        try:
+            return self._prepare(weights, prefix)
+        except torch.OutOfMemoryError as error:
+            name, rule = "the GPU's free memory", f"enough to prepare {prefix}"
+            fix = "Stop what else uses this GPU, or serve with a larger --tensor-parallel-size"
+            raise Mxfp4Error(name, rule, self_check.brief(error), fix) from error
+
+    def _prepare(self, weights: MoeWeights, prefix: str) -> tuple[backends.Backend, Any]:
         backend, when = self.selection.backend, self.wanted.self_check
         if when == "off":
             logger.info_once("Layers are not checked: %s=off.", settings.SELF_CHECK_VAR)
         if backend.NAME == "reference" or when == "off" or (when == "first" and self.checked):
             prepared = backend.prepare(weights, self.shape, self.wanted.tables)
             if self.narrow:
-                prepared = backend.without_decode(prepared)  # type: ignore[attr-defined]
+                # None where this layer's scales are not for those kernels anyway.
+                prepared = backend.without_decode(prepared) or prepared  # type: ignore[attr-defined]
             return backend, prepared
 
         def report(name: str, outcome: self_check.Outcome) -> None:
