@@ -3,6 +3,8 @@
 # make test    style, types and the test suite
 # make test-emulated  executes layers on the emulated gfx950 with every supported Triton, and serves from it
 # make compile-matrix   compiles every kernel for gfx950 with every supported Triton: a third of an hour
+# make test-load  ten thousand requests against a server on the CPU, some of them cut off: minutes
+# make fuzz    random configs, environments and checkpoint headers: ten minutes
 # make tune    searches the tiles of gfx950's table anew
 # make clean   removes .venv
 #
@@ -23,7 +25,7 @@ PLUGIN := pyproject.toml entry_points.cfg vllm_mxfp4_gfx950/__init__.py
 # pip does not byte-compile what it installs (--no-compile: half of the time it would take); the first import does.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: all demo test test-emulated compile-matrix tune clean
+.PHONY: all demo test test-emulated test-load fuzz compile-matrix tune clean
 all: .venv/.plugin
 
 .venv/.locked: $(LOCKS) $(VLLM_DISTRIBUTION)/pyproject.toml
@@ -62,6 +64,12 @@ test: .venv/.plugin .venv/triton/$(CI_TRITON)
 test-emulated: .venv/.plugin $(TRITONS:%=.venv/triton/%)
 	@$(BIN)/python environments/fetch_packages.py .venv/packages
 	$(BIN)/pytest --no-skips -m emulate
+
+test-load: .venv/.plugin
+	$(BIN)/pytest --no-skips -m load -s
+
+fuzz: .venv/.plugin
+	FUZZ_TIMES=75 $(BIN)/pytest --no-skips tests/test_fuzz.py --timeout=3600
 
 compile-matrix tune: .venv/.plugin $(TRITONS:%=.venv/triton/%)
 	@$(BIN)/python environments/fetch_packages.py .venv/packages

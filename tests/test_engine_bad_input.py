@@ -144,20 +144,17 @@ def test_config(change: Callable[[Config], object], text: str, tmp_path: Path) -
     [
         pytest.param(
             replace("down_proj_scales", torch.Tensor.float),
-            f"{EXPERTS}.down_proj_scales must be torch.uint8 [8, 128, 4]; "
-            f"got torch.float32 [8, 128, 4]. {FIX_LAYOUT}",
+            f"{EXPERTS}.down_proj_scales must be U8 [8, 128, 4]; got F32 [8, 128, 4]. {FIX_LAYOUT}",
             id="scales-of-float32",
         ),
         pytest.param(
             replace("gate_up_proj_scales", lambda scales: scales[..., :-1]),
-            f"{EXPERTS}.gate_up_proj_scales must be torch.uint8 [8, 256, 4]; "
-            f"got torch.uint8 [8, 256, 3]. {FIX_LAYOUT}",
+            f"{EXPERTS}.gate_up_proj_scales must be U8 [8, 256, 4]; got U8 [8, 256, 3]. {FIX_LAYOUT}",
             id="scales-of-3-blocks",
         ),
         pytest.param(
             replace("down_proj_bias", lambda bias: bias[:, :-1]),
-            f"{EXPERTS}.down_proj_bias must be torch.bfloat16 [8, 128]; "
-            f"got torch.bfloat16 [8, 127]. {FIX_LAYOUT}",
+            f"{EXPERTS}.down_proj_bias must be BF16 [8, 128]; got BF16 [8, 127]. {FIX_LAYOUT}",
             id="short-bias",
         ),
         pytest.param(
@@ -321,3 +318,54 @@ def test_parallelism_and_capture() -> None:
         "gfx950 True": None,
         "cpu False": None,
     }
+
+
+class Marker:
+    """A pickle of it leaves a file behind where it is loaded."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Path]]:
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize(
+    ("file", "load_format", "text"),
+    [
+        ("pytorch_model.bin", "auto", r".* must be a checkpoint in safetensors; got .*pytorch_model\.bin"),
+        ("model.pt", "auto", r".* must be a checkpoint in safetensors; got .*model\.pt"),
+        ("model.pt", "pt", "--load-format must be one that reads safetensors; got pt. Leave it out."),
+        ("pytorch_model.bin", "npcache", "--load-format must be one that reads safetensors; got npcache."),
+    ],
+)
+def test_pickle(file: str, load_format: str, text: str, tmp_path: Path) -> None:
+    """A checkpoint that could run code is not opened."""
+    tiny_checkpoint.write(TinyGptOss(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    touched = tmp_path / "touched"
+    torch.save({"lm_head.weight": Marker(touched)}, tmp_path / file)
+    outcome = engine.outcome(tmp_path, quantization=FLAG, dtype="bfloat16", load_format=load_format)
+    assert re.search(text, outcome)
+    assert not touched.exists()
+    # Negative control: it would have run.
+    torch.load(tmp_path / file, weights_only=False)
+    assert touched.exists()
+
+
+def test_code_beside_the_checkpoint(tmp_path: Path) -> None:
+    """A config.json that names code of its own is served without that code."""
+    touched = tmp_path / "touched"
+    code = f"import pathlib\npathlib.Path({str(touched)!r}).touch()\nclass Config: ...\nclass Model: ..."
+    checkpoint = write_changed(
+        tmp_path / "checkpoint",
+        config=lambda config: config.update(
+            auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+        ),
+    )
+    (checkpoint / "code.py").write_text(code)
+    outcome = engine.outcome(checkpoint, quantization=FLAG, dtype="bfloat16")
+    assert outcome == f"served by {{'{engine.OUR_METHOD}'}}"
+    assert not touched.exists()
+    exec(code)  # Negative control.
+    assert touched.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -54,15 +55,20 @@ def layer_shape(model: str, tp: int = 1, ep: int = 1) -> MoeShape:
                 "--model", f"{', '.join(GPT_OSS)} or the path of a config.json", model, "Correct the name"
             )
         config = _read(Path(model))
-    sharing = tp if ep == 1 else 1
-    return MoeShape(
-        experts=-(-config["num_local_experts"] // ep),
+    whole = MoeShape(
+        experts=config["num_local_experts"],
         global_experts=config["num_local_experts"],
         topk=config["num_experts_per_tok"],
         hidden=config["hidden_size"],
-        intermediate=-(-config["intermediate_size"] // (sharing * BLOCK)) * BLOCK,
+        intermediate=config["intermediate_size"],
         alpha=config.get("swiglu_alpha", 1.702),
         limit=config.get("swiglu_limit", 7.0),
+    )
+    sharing = tp if ep == 1 else 1
+    return dataclasses.replace(
+        whole,
+        experts=-(-whole.experts // ep),
+        intermediate=-(-whole.intermediate // (sharing * BLOCK)) * BLOCK,
     )
 
 
@@ -70,8 +76,10 @@ def _read(file: Path) -> dict[str, Any]:
     """A config.json that has what a layer needs."""
     try:
         config: dict[str, Any] = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise Mxfp4Error(str(file), "JSON", str(error), "Correct it") from error
+    if not isinstance(config, dict):
+        raise Mxfp4Error(str(file), "a GPT-OSS config.json", type(config).__name__, "Correct the path")
     missing = [n for n in GPT_OSS["gpt-oss-20b"] if n not in config and not n.startswith("swiglu")]
     if missing:
         raise Mxfp4Error(str(file), "a GPT-OSS config.json", f"no {', '.join(missing)}", "Correct the path")

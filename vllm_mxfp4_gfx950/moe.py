@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from vllm_mxfp4_gfx950.mxfp4 import BLOCK, SCALE_NAN
+
+MAX_EXPERTS = 2**12
+MAX_WIDTH = 2**16
+"""Larger is a mistake in a config.json, and no reason to ask for that much memory."""
 
 
 class Mxfp4Error(ValueError):
@@ -42,8 +47,22 @@ class MoeShape:
     limit: float
 
     def __post_init__(self) -> None:
-        check_multiple_of_block("hidden", self.hidden)
-        check_multiple_of_block("intermediate", self.intermediate)
+        for name, most, key in (
+            ("global_experts", MAX_EXPERTS, "num_local_experts"),
+            ("hidden", MAX_WIDTH, "hidden_size"),
+            ("intermediate", MAX_WIDTH, "intermediate_size"),
+        ):
+            size = getattr(self, name)
+            if name != "global_experts":
+                check_multiple_of_block(name, size)
+            if type(size) is not int or not 1 <= size <= most:
+                fix = f"Correct {key} in the model's config.json"
+                raise Mxfp4Error(name, f"an integer from 1 to {most}", repr(size), fix)
+        for name in ("alpha", "limit"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                fix = f"Correct swiglu_{name} in the model's config.json"
+                raise Mxfp4Error(name, "a positive number", repr(value), fix)
         if not 1 <= self.experts <= self.global_experts:
             raise Mxfp4Error(
                 "experts",
@@ -51,7 +70,7 @@ class MoeShape:
                 self.experts,
                 "Use fewer expert-parallel ranks",
             )
-        if not 1 <= self.topk <= self.global_experts:
+        if type(self.topk) is not int or not 1 <= self.topk <= self.global_experts:
             raise Mxfp4Error(
                 "topk",
                 f"between 1 and the number of experts, {self.global_experts}",
@@ -143,7 +162,7 @@ def pad_intermediate(weights: MoeWeights, multiple: int) -> MoeWeights:
 
 def check_multiple_of_block(name: str, size: int) -> None:
     """Raise Mxfp4Error unless a size holds whole blocks."""
-    if size <= 0 or size % BLOCK:
+    if type(size) is not int or size <= 0 or size % BLOCK:
         raise Mxfp4Error(
             name,
             f"a positive multiple of {BLOCK}",

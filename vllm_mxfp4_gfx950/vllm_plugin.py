@@ -6,6 +6,7 @@ point, a registered QuantizationConfig, and a FusedMoEMethodBase that does its o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from pathlib import Path
@@ -37,6 +38,9 @@ from vllm_mxfp4_gfx950.mxfp4 import BLOCK
 NAME = "mxfp4-triton"
 CHECKPOINT_METHODS = ("mxfp4", "gpt_oss_mxfp4")
 """What GPT-OSS calls its format, and what vLLM renames it to while it reads the config."""
+
+PICKLES = ("pt", "npcache")
+"""vLLM's load formats that read nothing but pickles."""
 
 # Loggers below `vllm` print where vLLM's own do.
 logger = init_logger("vllm.mxfp4_triton")
@@ -112,12 +116,14 @@ class Mxfp4TritonConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Refuse other models, as soon as vLLM has read their config."""
-        model_type = hf_config.get_text_config().model_type
+        """Refuse other models and impossible sizes, as soon as vLLM has read them."""
+        config = hf_config.get_text_config()
+        model_type = config.model_type
         if model_type != "gpt_oss":
             raise Mxfp4Error(
                 "model_type", "gpt_oss", model_type, f"Serve this model without --quantization {NAME}"
             )
+        whole_layer(config)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Our method for the experts; vLLM's unquantized one for linear layers, its default for others."""
@@ -286,8 +292,6 @@ def check_checkpoint_method(quant_method: str | None) -> None:
 
 def check_servable(config: VllmConfig, moe: FusedMoEConfig) -> None:
     """Raise Mxfp4Error for a checkpoint or a way of running that this package does not serve."""
-    check_multiple_of_block("hidden_size", moe.hidden_dim)
-    check_multiple_of_block("intermediate_size", moe.intermediate_size)
     ranks = moe.moe_parallel_config.ep_size
     if moe.num_experts % ranks:
         raise Mxfp4Error(
@@ -305,21 +309,33 @@ def check_servable(config: VllmConfig, moe: FusedMoEConfig) -> None:
         raise Mxfp4Error(
             "--data-parallel-size", "1", data_parallel_size, "Start one server for each replica instead"
         )
-    check_files(config.model_config.model, config.model_config.hf_text_config.num_hidden_layers)
+    load_format = config.load_config.load_format
+    if load_format in PICKLES:
+        raise Mxfp4Error("--load-format", "one that reads safetensors", load_format, "Leave it out")
+    text_config = config.model_config.hf_text_config
+    if load_format != "dummy":
+        check_files(config.model_config.model, text_config.num_hidden_layers, whole_layer(text_config))
 
 
 @functools.cache
-def check_files(model: str, layers: int) -> None:
-    """Raise Mxfp4Error for a local checkpoint that is cut off or lacks a tensor, before it is loaded.
+def check_files(model: str, layers: int, shape: MoeShape) -> None:
+    """Raise Mxfp4Error for a local checkpoint that is no safetensors, is cut off, or does not fit its config.
 
-    vLLM itself starts without the tensors that it misses, if the model is quantized.
+    Before it is loaded: vLLM itself starts without the tensors that it misses, if the model is quantized.
     """
     files = sorted(Path(model).glob("*.safetensors"))
+    if Path(model).is_dir() and not files:
+        found = ", ".join(sorted(file.name for file in Path(model).iterdir()))
+        raise Mxfp4Error(model, "a checkpoint in safetensors", found, "Download it in that format")
     names: set[str] = set()
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 names.update(tensors.keys())
+                for name, expected in expert_tensors(layers, shape).items():
+                    if name in tensors.keys():  # noqa: SIM118  (it is no mapping)
+                        header = tensors.get_slice(name)
+                        check_header(name, expected, (header.get_dtype(), header.get_shape()))
         except SafetensorError as error:
             raise Mxfp4Error(
                 str(file), "a whole safetensors file", str(error), "Download the file again"
@@ -332,6 +348,27 @@ def check_files(model: str, layers: int) -> None:
             f"{len(names)} tensors without {', '.join(absent[:3])}{' and more' if absent[3:] else ''}",
             "Download the checkpoint again",
         )
+
+
+def check_header(name: str, expected: tuple[str, list[int]], found: tuple[str, list[int]]) -> None:
+    """Raise Mxfp4Error unless a tensor has this dtype and shape, as safetensors names them."""
+    if found != expected:
+        rule, got = (f"{dtype} {size}" for dtype, size in (expected, found))
+        fix = "Check that the checkpoint is GPT-OSS in MXFP4 and fits its config.json"
+        raise Mxfp4Error(name, rule, got, fix)
+
+
+def expert_tensors(layers: int, shape: MoeShape) -> dict[str, tuple[str, list[int]]]:
+    """Dtype and shape of all experts' tensors by their names in a checkpoint, as safetensors names them."""
+    tensors = tensor_shapes(shape.experts, shape.hidden, shape.intermediate)
+    found = {}
+    for field, name in PARAMETERS.values():
+        dtype, size = tensors[field]
+        dims = [*size[:-1], size[-1] // 16, 16] if field in ("w13", "w2") else [*size]
+        found[name] = ("U8" if dtype is torch.uint8 else "BF16", dims)
+    return {
+        f"model.layers.{i}.mlp.experts.{name}": entry for i in range(layers) for name, entry in found.items()
+    }
 
 
 def unquantized_tensors(layers: int) -> set[str]:
@@ -428,22 +465,40 @@ def check_activation_dtype(dtype: torch.dtype, arch: str) -> None:
         )
 
 
-def moe_shape(config: Any, moe: FusedMoEConfig) -> MoeShape:
-    """One layer of the model on this rank.
+def whole_layer(config: Any) -> MoeShape:
+    """One layer of the model, all of it.
 
     Args:
         config: the model's Hugging Face config. Configs older than transformers' `swiglu_alpha` mean
             the value that its default has.
-        moe: vLLM's description of the layer, its sizes not yet rounded.
+
+    Raises:
+        Mxfp4Error: a size breaks its rule.
     """
+    check_multiple_of_block("hidden_size", config.hidden_size)
+    check_multiple_of_block("intermediate_size", config.intermediate_size)
     return MoeShape(
-        experts=moe.num_local_experts,
-        global_experts=moe.num_experts,
-        topk=moe.experts_per_token,
-        hidden=moe.hidden_dim,
-        intermediate=-(-moe.intermediate_size_per_partition // BLOCK) * BLOCK,
+        experts=config.num_local_experts,
+        global_experts=config.num_local_experts,
+        topk=config.num_experts_per_tok,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
         alpha=getattr(config, "swiglu_alpha", 1.702),
         limit=getattr(config, "swiglu_limit", 7.0),
+    )
+
+
+def moe_shape(config: Any, moe: FusedMoEConfig) -> MoeShape:
+    """One layer of the model on this rank.
+
+    Args:
+        config: as in `whole_layer`.
+        moe: vLLM's description of the layer, its sizes not yet rounded.
+    """
+    return dataclasses.replace(
+        whole_layer(config),
+        experts=moe.num_local_experts,
+        intermediate=-(-moe.intermediate_size_per_partition // BLOCK) * BLOCK,
     )
 
 

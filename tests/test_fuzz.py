@@ -1,0 +1,332 @@
+"""Whatever a config.json, an environment or a checkpoint says, it is served or refused in our words.
+
+The same few examples each time; `make fuzz` tries others, for ten minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import engine
+import pytest
+import tiny_checkpoint
+import torch
+import transformers
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny_checkpoint import TinyGptOss
+
+from vllm_mxfp4_gfx950.models import GPT_OSS, layer_shape
+from vllm_mxfp4_gfx950.moe import MoeShape
+from vllm_mxfp4_gfx950.settings import (
+    BACKEND_VAR,
+    BACKENDS,
+    SELF_CHECK_VAR,
+    SELF_CHECKS,
+    STRICT_VAR,
+    Settings,
+    from_environment,
+)
+
+TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
+"""So many times the examples of every commit, and then other ones each time."""
+
+OUR_WORDS = re.compile(r"(?s).*\S must be \S.*; got .*\. \S.*\.")
+
+MODEL = TinyGptOss(experts=4, topk=2, hidden=64, intermediate=96, layers=1)
+EXPERTS = "model.layers.0.mlp.experts"
+Load = Callable[[], None]
+
+
+def fuzz(examples: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Any], Any]:
+    """Call a test with examples of its arguments."""
+    options = settings(
+        max_examples=examples * TIMES,
+        derandomize=TIMES == 1,
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
+    return lambda test: options(given(**strategies)(test))
+
+
+@contextmanager
+def served_or_refused() -> Iterator[None]:
+    """Raises what is neither."""
+    try:
+        yield
+        event("served")
+    except ValueError as error:
+        # What is raised while vLLM reads a config it hands on as a ValueError of its own, with our text.
+        if not OUR_WORDS.search(str(error)):
+            raise
+        event("refused")
+
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.integers(-1, 300).map(lambda n: 32 * n),
+    st.floats(),
+    st.text(max_size=9),
+)
+JSON = st.recursive(
+    SCALARS,
+    lambda some: st.lists(some, max_size=3) | st.dictionaries(st.text(max_size=9), some, max_size=3),
+    max_leaves=9,
+)
+
+
+# --- what is read without vLLM ----------------------------------------------------------------------
+
+VARIABLES = (BACKEND_VAR, STRICT_VAR, SELF_CHECK_VAR)
+VALUES = (*BACKENDS, *SELF_CHECKS, "0", "1", "", "AUTO", " auto", "auto\n", "true")
+
+
+@fuzz(
+    200,
+    environment=st.dictionaries(
+        st.sampled_from(VARIABLES) | st.text(), st.sampled_from(VALUES) | st.text(), max_size=4
+    ),
+)
+def test_environment(environment: dict[str, str]) -> None:
+    """A value that is not on its list is never taken for another."""
+    with served_or_refused():
+        found = from_environment(environment)
+        assert found == Settings(
+            environment.get(BACKEND_VAR, "auto"),
+            environment.get(STRICT_VAR, "0") == "1",
+            environment.get(SELF_CHECK_VAR, "first"),
+        )
+        assert found.backend in BACKENDS
+        assert found.self_check in SELF_CHECKS
+
+
+@pytest.fixture(scope="module", name="file")
+def fixture_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a config.json is written."""
+    return tmp_path_factory.mktemp("fuzz") / "config.json"
+
+
+FIELDS = tuple(GPT_OSS["gpt-oss-20b"])
+
+
+@fuzz(
+    300,
+    content=st.binary(max_size=99)
+    | JSON.map(lambda value: json.dumps(value).encode())
+    | st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3).map(
+        lambda changed: json.dumps(GPT_OSS["gpt-oss-20b"] | changed).encode()
+    ),
+    tp=st.integers(-1, 9),
+    expert_parallel=st.booleans(),
+)
+def test_config_of_a_command(file: Path, content: bytes, tp: int, expert_parallel: bool) -> None:
+    """The path of a config.json given to --model."""
+    file.write_bytes(content)
+    with served_or_refused():
+        assert isinstance(layer_shape(str(file), tp, tp if expert_parallel else 1), MoeShape)
+
+
+# --- what vLLM reads, and hands to the plugin -------------------------------------------------------
+
+
+@pytest.fixture(scope="module", name="checkpoint")
+def fixture_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-OSS, to be spoiled."""
+    return tiny_checkpoint.write(MODEL, tmp_path_factory.mktemp("fuzz") / "checkpoint")
+
+
+@pytest.fixture(scope="module", name="load")
+def fixture_load(checkpoint: Path) -> Iterator[Load]:
+    """Load the checkpoint as vLLM does, up to the point where it would serve."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in engine.ENVIRONMENT.items():
+            environment.setenv(name, value)
+        from vllm.config import set_current_vllm_config
+        from vllm.distributed import (
+            cleanup_dist_env_and_memory,
+            ensure_model_parallel_initialized,
+            init_distributed_environment,
+        )
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.model_executor.model_loader import get_model_loader
+        from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+
+        from vllm_mxfp4_gfx950 import vllm_plugin
+
+        def create_config() -> Any:
+            arguments = {"dtype": "float32", "max_model_len": 256, "use_tqdm_on_load": False}
+            return EngineArgs(str(checkpoint), quantization=engine.FLAG, **arguments).create_engine_config()
+
+        def load() -> None:
+            vllm_plugin.check_files.cache_clear()
+            config = create_config()
+            with set_current_vllm_config(config):
+                model = initialize_model(config)
+                get_model_loader(config.load_config).load_weights(model, config.model_config)
+                process_weights_after_loading(model, config.model_config, torch.device("cpu"))
+
+        before = torch.get_num_threads(), torch.get_default_dtype()
+        with set_current_vllm_config(create_config()):
+            init_distributed_environment(1, 0, f"file://{checkpoint}.store", 0, "gloo")
+            ensure_model_parallel_initialized(1, 1)
+        load()
+        yield load
+        cleanup_dist_env_and_memory()
+        torch.set_num_threads(before[0])
+        torch.set_default_dtype(before[1])
+
+
+SIZES = st.sampled_from([-32, -1, 0, 1, 2, 3, 4, 5, 8, 31, 33, 64, 96, 128, 4096, 2**16, 2**20, 2**40, 2**63])
+FACTORS = st.floats() | st.sampled_from([1.702, 7.0, 0.0, -7.0])
+CHANGES = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(
+            ("num_local_experts", "num_experts_per_tok", "hidden_size", "intermediate_size"), SIZES
+        ),
+        **dict.fromkeys(("swiglu_alpha", "swiglu_limit"), FACTORS),
+        "num_hidden_layers": st.integers(1, 3),
+        "quantization_config": st.fixed_dictionaries(
+            {}, optional={"quant_method": st.sampled_from(["mxfp4", "gpt_oss_mxfp4", "fp8", "awq", ""])}
+        ),
+        "model_type": st.just("llama"),
+        "auto_map": st.dictionaries(st.sampled_from(["AutoConfig", "AutoModel"]), st.just("code.Class")),
+        "torch_dtype": st.just("float16"),
+    },
+)
+
+
+@pytest.mark.engine
+@fuzz(60, changes=CHANGES)
+def test_config_in_vllm(load: Load, checkpoint: Path, changes: dict[str, Any]) -> None:
+    """Every field that the plugin reads, as far as transformers takes it."""
+    file = checkpoint / "config.json"
+    sound = tiny_checkpoint.config(MODEL)
+    del sound["layer_types"]  # Which would have to have as many layers.
+    file.write_text(json.dumps(sound | changes))
+    try:
+        transformers.AutoConfig.from_pretrained(checkpoint)
+    except Exception:
+        event("refused by transformers")
+    else:
+        with served_or_refused():
+            load()
+            for name in ("swiglu_alpha", "swiglu_limit"):
+                assert 0 < changes.get(name, 1.0) < math.inf
+
+
+DTYPES = (
+    "BOOL",
+    "U8",
+    "I8",
+    "F8_E4M3",
+    "F8_E8M0",
+    "F4",
+    "I16",
+    "U16",
+    "BF16",
+    "F16",
+    "F32",
+    "F64",
+    "I64",
+    "X",
+)
+ENTRIES = (
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "dtype": st.sampled_from(DTYPES),
+            "shape": st.lists(st.integers(0, 2**64) | st.sampled_from([1, 4, 64, 96]), max_size=5),
+            "data_offsets": st.lists(st.integers(0, 2**64), max_size=3),
+        },
+    )
+    | JSON
+)
+
+
+@pytest.mark.engine
+@fuzz(
+    60,
+    name=st.sampled_from(sorted(tiny_checkpoint.tensors(MODEL))),
+    entry=ENTRIES,
+    bytes_=st.none() | st.tuples(st.integers(0, 2**12), st.binary(max_size=9)),
+    end=st.none() | st.integers(0, 2**14),
+)
+def test_header(
+    load: Load, checkpoint: Path, name: str, entry: Any, bytes_: tuple[int, bytes] | None, end: int | None
+) -> None:
+    """A header with another entry, with some bytes overwritten, or with the file cut off."""
+    write_sound(checkpoint)
+    file = checkpoint / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header[name] = {**header.get(name, {}), **entry} if isinstance(entry, dict) else entry
+    text = json.dumps(header).encode()
+    spoiled = bytearray(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    if bytes_:
+        spoiled[bytes_[0] : bytes_[0] + len(bytes_[1])] = bytes_[1]
+    file.write_bytes(spoiled[:end])
+    with served_or_refused():
+        load()
+
+
+TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
+    "absent": lambda tensor: None,
+    "float32": lambda tensor: tensor.float(),
+    "int8": lambda tensor: tensor.to(torch.int8),
+    "float8": lambda tensor: tensor.to(torch.float8_e5m2),
+    "transposed": lambda tensor: tensor.mT,
+    "flat": lambda tensor: tensor.flatten(),
+    "short": lambda tensor: tensor[..., :-1],
+    "no experts": lambda tensor: tensor[:0],
+    "one expert": lambda tensor: tensor[:1],
+    "another axis": lambda tensor: tensor[None],
+    "0xFF": lambda tensor: torch.full_like(tensor.view(torch.uint8), 0xFF).view(tensor.dtype),
+    "0": torch.zeros_like,
+}
+
+
+@pytest.mark.engine
+@fuzz(
+    60,
+    spoiled=st.dictionaries(
+        st.sampled_from(["gate_up_proj", "down_proj"]).flatmap(
+            lambda name: st.sampled_from(
+                [f"{EXPERTS}.{name}_{part}" for part in ("blocks", "scales", "bias")]
+            )
+        ),
+        st.sampled_from(sorted(TENSORS)),
+        max_size=3,
+    ),
+    extra=st.none() | SIZES,
+)
+def test_tensors(load: Load, checkpoint: Path, spoiled: dict[str, str], extra: int | None) -> None:
+    """The experts' tensors, in whole files."""
+    write_sound(checkpoint)
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name, how in spoiled.items():
+        changed = TENSORS[how](tensors.pop(name))
+        if changed is not None:
+            tensors[name] = changed.contiguous()
+    if extra is not None:
+        tensors[f"{EXPERTS}.0.w13_weight"] = torch.zeros(abs(extra) % 97, 3)
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with served_or_refused():
+        load()
+
+
+def write_sound(checkpoint: Path) -> None:
+    """The checkpoint as it was."""
+    tiny_checkpoint.write(MODEL, checkpoint)

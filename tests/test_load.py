@@ -1,0 +1,71 @@
+"""A server under thousands of requests, some of them cut off: no wrong token, nothing kept, a clean end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import load_server
+import pytest
+from load_server import KINDS, Load, LoadError, Quiet, Report
+
+pytestmark = pytest.mark.engine
+
+GOOD = Report(
+    kinds=Counter({f"{kind} {how}": 1 for kind in KINDS for how in ("ended", "cut off")}),
+    tokens=1,
+    wrong=[],
+    seconds=1.0,
+    grown_bytes=0,
+    left={"vllm:num_requests_running": 0.0},
+)
+
+
+def test_load(tmp_path: Path) -> None:
+    """A few hundred requests, of every kind."""
+    report = load_server.measure(tmp_path, 300)
+    # Nothing is said of memory here: a server so young still grows.
+    replace(report, grown_bytes=0).check()
+    assert report.tokens > 2000
+
+
+@pytest.mark.load
+@pytest.mark.timeout(1800)
+def test_heavy_load(tmp_path: Path) -> None:
+    """Ten thousand."""
+    report = load_server.measure(tmp_path, 10_000)
+    report.check()
+    assert report.tokens > 60_000
+
+
+def test_good_report() -> None:
+    """The one that the next test spoils."""
+    GOOD.check()
+
+
+@pytest.mark.parametrize(
+    ("report", "text"),
+    [
+        (replace(GOOD, wrong=["[1] instead of [2] to [3]"]), "1 answers differ from the quiet run"),
+        (replace(GOOD, left={"vllm:kv_cache_usage_perc": 0.01}), "still holds"),
+        (replace(GOOD, grown_bytes=load_server.GROWTH_BYTES + 1), "has grown by 48 MiB"),
+        (replace(GOOD, kinds=Counter({"whole ended": 10})), "no request of kind stream"),
+    ],
+    ids=["token", "block", "memory", "kind"],
+)
+def test_bad_report(report: Report, text: str) -> None:
+    """What must not pass does not."""
+    with pytest.raises(LoadError, match=text):
+        report.check()
+
+
+@pytest.mark.parametrize("got", [[5, 6, 8], [5, 6], [5, 6, 7, 7]])
+def test_one_wrong_token(got: list[int]) -> None:
+    """Another token, one less or one more is noticed."""
+    load = Load(None, [], 0)  # type: ignore[arg-type]
+    load.compare([5, 6, 7], Quiet([1], [5, 6, 7]), 3)
+    load.compare([5, 6], Quiet([1], [5, 6, 7]), 2)
+    assert not load.wrong
+    load.compare(got, Quiet([1], [5, 6, 7]), 3)
+    assert len(load.wrong) == 1
