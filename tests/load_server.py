@@ -326,19 +326,25 @@ class Load:
             self.wrong.append(f"{got} instead of {expected.answer[:tokens]} to {expected.prompt}")
 
 
-def measure(directory: Path, requests: int) -> Report:
-    """Write the tiny model, serve it, ask it quietly, then all at once, and stop it."""
-    checkpoint = tiny_checkpoint.write(MODEL, directory / "checkpoint")
-    with serving(checkpoint, directory / "log") as server:
-        quiet = ask_quietly(server)
-        report = asyncio.run(Load(server, quiet, requests).run())
-        server.stop()
+def ask(server: Server, requests: int) -> Report:
+    """Ask a server of MODEL quietly, then all at once."""
+    quiet = ask_quietly(server)
+    report = asyncio.run(Load(server, quiet, requests).run())
     print(
         f"{requests} requests in {report.seconds:.0f} s over {len(quiet)} of {PROMPTS} prompts: "
         f"{', '.join(f'{count} {kind}' for kind, count in sorted(report.kinds.items()))}; "
         f"{report.tokens} tokens compared, {len(report.wrong)} answers wrong; "
         f"the server grew by {report.grown_bytes / 2**20:.1f} MiB and holds {report.left}"
     )
+    return report
+
+
+def measure(directory: Path, requests: int) -> Report:
+    """Write the tiny model, serve it, ask it, and stop it."""
+    checkpoint = tiny_checkpoint.write(MODEL, directory / "checkpoint")
+    with serving(checkpoint, directory / "log") as server:
+        report = ask(server, requests)
+        server.stop()
     return report
 
 

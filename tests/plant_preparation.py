@@ -23,19 +23,20 @@ from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
-from vllm_mxfp4_gfx950.random_layer import make_shape, random_weights
+from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig
 
 BATCHES = self_check.TOKENS[:2]
 """What an emulator has time for: one token, and a few for each expert."""
 
-SHAPES = (make_shape(8, 2, 320, 288), make_shape(4, 2, 288, 96), make_shape(8, 4, 256, 160))
+SHAPES = (make_shape(8, 2, 320, 288), make_shape(4, 2, 288, 96))
 """Few, as each is compiled for; the layers differ in their bytes."""
 
 UNLIMITED = 1e30
 
 Spoil = Callable[[MoeWeights], None]
+Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def each(change: Callable[[torch.Tensor], torch.Tensor], *names: str) -> Spoil:
@@ -115,6 +116,40 @@ def alarms(
     return found
 
 
+def poisoned(run: Run, shape: MoeShape, device: str, tokens: int = 6) -> dict[str, str]:
+    """Rows beside one that is not finite, as a batch of a graph also has behind its end, and no rows at all.
+
+    Args:
+        run: x and logits to the layer's output.
+        shape: the layer's.
+        device: where it runs.
+        tokens: of the batch.
+
+    Returns:
+        by case, "" where the others are what they are without it, bit for bit, and a NaN stays one.
+    """
+    x, logits = random_tokens(shape, tokens, seed=3)
+    x, logits = x.to(device), logits.to(device)
+    sound, found = run(x, logits), {}
+    others = torch.arange(tokens) != 2
+    for name, value in {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf")}.items():
+        for what in ("x", "logits", "x and logits"):
+            changed = {"x": x.clone(), "logits": logits.clone()}
+            for part in what.split(" and "):
+                changed[part][2] = value
+            out = run(changed["x"], changed["logits"])
+            wrong = int((out[others] != sound[others]).sum())
+            found[f"{name} in {what}"] = f"{wrong} elements of other rows differ" if wrong else ""
+            if (name, what) == ("nan", "x and logits") and out[2].isfinite().any():
+                found[f"{name} in {what}"] += "the row itself has numbers"
+    try:
+        size = list(run(x[:0], logits[:0]).shape)
+        found["no tokens"] = "" if size == [0, shape.hidden] else f"{size} of no tokens"
+    except Exception as error:
+        found["no tokens"] = self_check.brief(error)
+    return found
+
+
 FITS = TileConfig(16, 64, 256, 1, 4, 1, 0)
 TILES = {
     "overflow": TileConfig(256, 256, 256, 1, 8, 2, 0),
@@ -158,10 +193,12 @@ def main(layers: str, findings: str) -> None:
     torch.use_deterministic_algorithms(True)
     backend: Any = backends.select(SHAPES[0], ARCH, Settings(backend="triton")).backend
     with presented(execute):
+        prepared = backend.prepare(random_weights(SHAPES[0], seed=0), SHAPES[0])
         found = {
             "backend": backend.NAME,
             "misses": misses(backend, SHAPES[0], 0, BATCHES, "cpu"),
             "alarms": alarms(backend, SHAPES, int(layers), BATCHES, "cpu"),
+            "poisoned": poisoned(lambda *batch: backend.run(prepared, *batch), SHAPES[0], "cpu"),
             "launches": launches(backend),
         }
     Path(findings).write_text(json.dumps(found, indent=1))

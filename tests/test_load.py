@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import load_server
 import pytest
-from load_server import KINDS, Load, LoadError, Quiet, Report
+import requests
+import tiny_checkpoint
+from load_server import KINDS, Load, LoadError, Quiet, Report, Server
 
 pytestmark = pytest.mark.engine
 
@@ -22,12 +26,48 @@ GOOD = Report(
 )
 
 
-def test_load(tmp_path: Path) -> None:
+@pytest.fixture(scope="module", name="server")
+def fixture_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One that serves the tiny model."""
+    directory = tmp_path_factory.mktemp("load")
+    checkpoint = tiny_checkpoint.write(load_server.MODEL, directory / "checkpoint")
+    with load_server.serving(checkpoint, directory / "log") as server:
+        yield server
+
+
+def test_load(server: Server) -> None:
     """A few hundred requests, of every kind."""
-    report = load_server.measure(tmp_path, 300)
+    report = load_server.ask(server, 300)
     # Nothing is said of memory here: a server so young still grows.
     replace(report, grown_bytes=0).check()
     assert report.tokens > 2000
+
+
+def test_killed_worker(server: Server) -> None:
+    """The request under way is not answered, none after it is, and the server ends with all its processes."""
+    url = f"{server.url}/v1/completions"
+    short = requests.post(url, json=load_server.body([3, 4], 8), timeout=60)
+    assert len(short.json()["choices"][0]["token_ids"]) == 8
+    (worker,) = (process for process in server.processes() if "Worker" in process.name())
+    answers: list[requests.Response | requests.RequestException] = []
+
+    def ask() -> None:
+        try:
+            answers.append(requests.post(url, json=load_server.body([3, 4], 250), timeout=120))
+        except requests.RequestException as error:
+            answers.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while not server.metric("vllm:num_requests_running"):
+        assert asking.is_alive(), "answered before the worker could be killed"
+    worker.kill()
+    asking.join()
+    assert isinstance(answers[0], requests.RequestException) or answers[0].status_code == 500
+    server.process.wait(load_server.STOP_SECONDS)
+    server.wait_until_gone()
+    with pytest.raises(requests.ConnectionError):
+        requests.post(url, json=load_server.body([3, 4], 8), timeout=10)
 
 
 @pytest.mark.load

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import aiter_stand_in
 import plant_preparation
 import pytest
 import torch
-from plant_preparation import BATCHES, FAULTS, SHAPES
-from run_python import ROOT, run_python
 
 from vllm_mxfp4_gfx950 import backends, self_check
-from vllm_mxfp4_gfx950.backends import ck, reference
+from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, Mxfp4Error
 from vllm_mxfp4_gfx950.mxfp4 import dequantize
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_weights
@@ -253,6 +246,24 @@ def test_quiet_layer(weights: MoeWeights) -> None:
     assert "64 tokens: row " in self_check.check(backend("bad"), unlimited, quiet, SHAPE).miss
 
 
+def test_later_layer(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
+    """Where one cannot be prepared, loading ends: it is not skipped, nor given to another backend."""
+    vllm_plugin = pytest.importorskip("vllm_mxfp4_gfx950.vllm_plugin")
+    prepared: list[MoeWeights] = []
+
+    def prepare(weights: MoeWeights, shape: MoeShape) -> Any:
+        prepared.append(weights)
+        return raises() if len(prepared) == 3 else reference.prepare(weights, shape)
+
+    choose_from(monkeypatch, backend("some", prepare=prepare), backend("good"))
+    choice = vllm_plugin.Choice(SHAPE, "gfx950", Settings())
+    for layer in range(2):
+        assert choice.prepare(weights, f"layers.{layer}")[0].NAME == "some"
+    with pytest.raises(RuntimeError, match="out of resource"):
+        choice.prepare(weights, "layers.2")
+    assert choice.selection.backend.NAME == "some"
+
+
 def test_no_memory(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
     """It ends loading with what to do, checked or not, and no slower backend serves for it."""
     vllm_plugin = pytest.importorskip("vllm_mxfp4_gfx950.vllm_plugin")
@@ -275,119 +286,3 @@ def test_no_memory(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None
         with pytest.raises(Mxfp4Error, match=f"^{re.escape(text)}$"):
             choice.prepare(weights, "layers.0")
         assert choice.selection.backend is bad
-
-
-# Faults in what `prepare` does, in each backend that can run here.
-
-KERNELS = {
-    "triton_ogs": ("3.6.0", "vllm-0.33.0/vllm/third_party"),
-    "triton_matmul": ("", "tokenspeed-triton-kernels"),
-}
-LAYERS = 8
-"""Sound layers of every commit; MANY with `-m emulate`."""
-
-MANY = 200
-
-
-@pytest.fixture(name="aiter")
-def fixture_aiter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """aiter's Python over kernels that are stood in for."""
-    if not (aiter_stand_in.TREE / "aiter").is_dir():
-        pytest.skip(f"needs amd-aiter unpacked in {aiter_stand_in.TREE}")
-    for name, module in aiter_stand_in.load().items():
-        monkeypatch.setitem(sys.modules, name, module)
-
-
-def plant(packages: Path, directory: Path, layers: int) -> dict[str, dict[str, Any]]:
-    """What plant_preparation finds in each Triton backend."""
-
-    def run(name: str) -> dict[str, Any]:
-        triton, kernels = KERNELS[name]
-        path = [packages / kernels]
-        if triton:
-            path.insert(0, ROOT / ".venv/triton" / triton)
-        for each in path:
-            if not each.is_dir():
-                pytest.skip(f"needs {each}")
-        out = directory / f"{name}.json"
-        result = run_python([plant_preparation.__file__, str(layers), str(out)], path=path, timeout=580)
-        assert result.returncode == 0, result.stderr
-        found: dict[str, Any] = json.loads(out.read_text())
-        assert found["backend"] == name
-        return found
-
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(KERNELS, pool.map(run, KERNELS), strict=True))
-
-
-@pytest.fixture(scope="module", name="planted")
-def fixture_planted(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The findings of every commit."""
-    return plant(packages, tmp_path_factory.mktemp("planted"), LAYERS)
-
-
-def check_planted(misses: dict[str, str]) -> None:
-    """Every fault was caught, and the sound layer passed."""
-    assert misses.pop("") == ""
-    assert set(misses) == set(FAULTS)
-    for fault, miss in misses.items():
-        assert re.match(r"\d+ tokens: (row \d+ errs by|\d+ elements are not finite)", miss), fault
-
-
-@pytest.mark.compile
-@pytest.mark.parametrize("name", KERNELS)
-def test_planted_fault(planted: dict[str, dict[str, Any]], name: str) -> None:
-    """Each is caught, none where none is."""
-    check_planted(planted[name]["misses"])
-    assert planted[name]["alarms"] == []
-
-
-def test_planted_fault_in_ck(aiter: None) -> None:
-    """Likewise."""
-    check_planted(plant_preparation.misses(ck, SHAPES[0], 0, BATCHES, "cpu"))
-    assert plant_preparation.alarms(ck, SHAPES, LAYERS, BATCHES, "cpu") == []
-
-
-@pytest.mark.compile
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize(
-    ("fault", "text"),
-    [
-        (
-            "overflow",
-            r"OutOfResources: out of resource: shared memory, Required: \d+, Hardware limit: 163840",
-        ),
-        ("compiler", "CompilationError: at .* power of 2"),
-    ],
-)
-def test_first_launch(planted: dict[str, dict[str, Any]], name: str, fault: str, text: str) -> None:
-    """A table's tile that does not compile or fit, for few tokens or for more: another backend serves."""
-    for place, tokens in (("first", 1), ("last", 65)):
-        found = planted[name]["launches"][f"{fault}-{place}"]
-        assert re.match(f"{tokens} tokens: {text}", found["miss"])
-        assert (found["serves"], found["left"]) == ("reference", "")
-
-
-@pytest.mark.emulate
-def test_no_false_alarm(packages: Path, tmp_path: Path) -> None:
-    """In many sound layers."""
-    for name, found in plant(packages, tmp_path, MANY).items():
-        assert found["alarms"] == [], name
-
-
-@pytest.mark.emulate
-def test_no_false_alarm_in_ck(aiter: None) -> None:
-    """Likewise."""
-    assert plant_preparation.alarms(ck, SHAPES, MANY, BATCHES, "cpu") == []
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_planted_fault_on_a_gpu() -> None:
-    """Each is caught in the backend that serves here, decode kernels included, and sound layers pass."""
-    arch = backends.arch_of(torch.device("cuda"))
-    shapes = (make_shape(32, 4, 2880, 2880), make_shape(8, 2, 320, 288), make_shape(32, 4, 2880, 736))
-    serving = backends.select(shapes[0], arch, Settings()).backend
-    for shape in shapes:
-        check_planted(plant_preparation.misses(serving, shape, 0, (), "cuda"))
-    assert plant_preparation.alarms(serving, shapes, MANY, (), "cuda") == []

@@ -1,0 +1,335 @@
+"""What goes wrong in a layer and in a server, and the table of everything that can: docs/faults.md."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import aiter_stand_in
+import engine
+import plant_preparation
+import pytest
+import tiny_checkpoint
+import torch
+from plant_preparation import BATCHES, FAULTS, SHAPES
+from run_python import ROOT, run_python
+from safetensors.torch import load_file, save_file
+from tiny_checkpoint import TinyGptOss
+
+from vllm_mxfp4_gfx950 import backends, self_check
+from vllm_mxfp4_gfx950.backends import ck, reference
+from vllm_mxfp4_gfx950.moe import Mxfp4Error
+from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
+from vllm_mxfp4_gfx950.settings import Settings
+from vllm_mxfp4_gfx950.tolerance import assert_rows_close
+
+TABLE = ROOT / "docs/faults.md"
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+ON_GPU = [make_shape(32, 4, 2880, 2880), make_shape(128, 4, 2880, 2880), SHAPES[0]]
+
+
+@pytest.fixture(autouse=True)
+def fixture_one_thread() -> Iterator[None]:
+    """Layers this small gain nothing from several, which wait for each other where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- the table --------------------------------------------------------------------------------------
+
+
+def missing_tests(table: str) -> list[str]:
+    """What is wrong with the tests that a table names: rows without one, and names of none."""
+    found = []
+    rows = [line for line in table.splitlines() if line.startswith("| ") and not line.endswith("| tests |")]
+    for row in rows:
+        fault, *_, tests = (cell.strip() for cell in row.strip("|").split("|"))
+        named = re.findall(r"`(test_\w+)\.(test_\w+)`", tests)
+        found += [] if named else [f"{fault}: no test"]
+        for file, function in named:
+            path = ROOT / "tests" / f"{file}.py"
+            nodes = ast.parse(path.read_text()).body if path.is_file() else []
+            if function not in [node.name for node in nodes if isinstance(node, ast.FunctionDef)]:
+                found.append(f"{fault}: no {file}.{function}")
+    return found if rows else ["no rows"]
+
+
+def test_table() -> None:
+    """Each row names tests, all of which there are."""
+    assert missing_tests(TABLE.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("cell", "complaint"),
+    [
+        ("`test_faults.test_table`", []),
+        ("nothing", ["fault: no test"]),
+        ("`test_faults.test_nothing`", ["fault: no test_faults.test_nothing"]),
+        ("`test_nothing.test_table`", ["fault: no test_nothing.test_table"]),
+        ("`test_faults.missing_tests`", ["fault: no test"]),
+    ],
+)
+def test_table_notices(cell: str, complaint: list[str]) -> None:
+    """Negative control."""
+    table = f"| what | seen | survives | tests |\n|---|---|---|---|\n| fault | a | b | {cell} |\n"
+    assert missing_tests(table) == complaint
+    assert missing_tests("| what | tests |\n|---|---|\n") == ["no rows"]
+
+
+# --- in what `prepare` does -------------------------------------------------------------------------
+
+KERNELS = {
+    "triton_ogs": ("3.6.0", "vllm-0.33.0/vllm/third_party"),
+    "triton_matmul": ("", "tokenspeed-triton-kernels"),
+}
+LAYERS = 8
+"""Sound layers of every commit; MANY with `-m emulate`."""
+
+MANY = 200
+
+
+@pytest.fixture(name="aiter")
+def fixture_aiter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """aiter's Python over kernels that are stood in for."""
+    if not (aiter_stand_in.TREE / "aiter").is_dir():
+        pytest.skip(f"needs amd-aiter unpacked in {aiter_stand_in.TREE}")
+    for name, module in aiter_stand_in.load().items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def plant(packages: Path, directory: Path, layers: int) -> dict[str, dict[str, Any]]:
+    """What plant_preparation finds in each Triton backend."""
+
+    def run(name: str) -> dict[str, Any]:
+        triton, kernels = KERNELS[name]
+        path = [packages / kernels]
+        if triton:
+            path.insert(0, ROOT / ".venv/triton" / triton)
+        for each in path:
+            if not each.is_dir():
+                pytest.skip(f"needs {each}")
+        out = directory / f"{name}.json"
+        result = run_python([plant_preparation.__file__, str(layers), str(out)], path=path, timeout=580)
+        assert result.returncode == 0, result.stderr
+        found: dict[str, Any] = json.loads(out.read_text())
+        assert found["backend"] == name
+        return found
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(KERNELS, pool.map(run, KERNELS), strict=True))
+
+
+@pytest.fixture(scope="module", name="planted")
+def fixture_planted(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The findings of every commit."""
+    return plant(packages, tmp_path_factory.mktemp("planted"), LAYERS)
+
+
+def check_planted(misses: dict[str, str]) -> None:
+    """Every fault was caught, and the sound layer passed."""
+    assert misses.pop("") == ""
+    assert set(misses) == set(FAULTS)
+    for fault, miss in misses.items():
+        assert re.match(r"\d+ tokens: (row \d+ errs by|\d+ elements are not finite)", miss), fault
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", KERNELS)
+def test_planted_fault(planted: dict[str, dict[str, Any]], name: str) -> None:
+    """Each is caught, none where none is."""
+    check_planted(planted[name]["misses"])
+    assert planted[name]["alarms"] == []
+
+
+def test_planted_fault_in_ck(aiter: None) -> None:
+    """Likewise."""
+    check_planted(plant_preparation.misses(ck, SHAPES[0], 0, BATCHES, "cpu"))
+    assert plant_preparation.alarms(ck, SHAPES, LAYERS, BATCHES, "cpu") == []
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        (
+            "overflow",
+            r"OutOfResources: out of resource: shared memory, Required: \d+, Hardware limit: 163840",
+        ),
+        ("compiler", "CompilationError: at .* power of 2"),
+    ],
+)
+def test_first_launch(planted: dict[str, dict[str, Any]], name: str, fault: str, text: str) -> None:
+    """A table's tile that does not compile or fit, for few tokens or for more: another backend serves."""
+    for place, tokens in (("first", 1), ("last", 65)):
+        found = planted[name]["launches"][f"{fault}-{place}"]
+        assert re.match(f"{tokens} tokens: {text}", found["miss"])
+        assert (found["serves"], found["left"]) == ("reference", "")
+
+
+@pytest.mark.emulate
+def test_no_false_alarm(packages: Path, tmp_path: Path) -> None:
+    """In many sound layers."""
+    for name, found in plant(packages, tmp_path, MANY).items():
+        assert found["alarms"] == [], name
+
+
+@pytest.mark.emulate
+def test_no_false_alarm_in_ck(aiter: None) -> None:
+    """Likewise."""
+    assert plant_preparation.alarms(ck, SHAPES, MANY, BATCHES, "cpu") == []
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_planted_fault_on_a_gpu() -> None:
+    """Each is caught in the backend that serves here, decode kernels included, and sound layers pass."""
+    arch = backends.arch_of(torch.device("cuda"))
+    shapes = (make_shape(32, 4, 2880, 2880), make_shape(8, 2, 320, 288), make_shape(32, 4, 2880, 736))
+    serving = backends.select(shapes[0], arch, Settings()).backend
+    for shape in shapes:
+        check_planted(plant_preparation.misses(serving, shape, 0, (), "cuda"))
+    assert plant_preparation.alarms(serving, shapes, MANY, (), "cuda") == []
+
+
+def test_changed_call_of_aiter(aiter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parameter that why_not cannot know of is found by the first call."""
+    module = sys.modules["aiter.fused_moe"]
+    sound = module.fused_moe
+
+    @functools.wraps(sound)
+    def fused_moe(*arguments: Any, block_scale: Any, **options: Any) -> Any:
+        return sound(*arguments, **options)
+
+    shape, weights = SHAPES[0], random_weights(SHAPES[0], seed=0)
+    assert self_check.check(ck, ck.prepare(weights.clone(), shape), weights, shape, BATCHES).miss == ""
+    monkeypatch.setattr(module, "fused_moe", fused_moe)
+    assert ck.why_not(shape, "gfx950") is None
+    miss = self_check.check(ck, ck.prepare(weights.clone(), shape), weights, shape, BATCHES).miss
+    assert re.match(r"1 tokens: TypeError: .* missing 1 required keyword-only argument: 'block_scale'", miss)
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_no_memory_on_a_gpu() -> None:
+    """There is room for the layer, and none to prepare it; with more, it is prepared."""
+    vllm_plugin = pytest.importorskip("vllm_mxfp4_gfx950.vllm_plugin")
+    shape = ON_GPU[1]
+    arch = backends.arch_of(torch.device("cuda"))
+    weights = random_weights(shape, 0, "cuda")
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**24) / total)
+    try:
+        with pytest.raises(Mxfp4Error, match="the GPU's free memory must be enough to prepare"):
+            vllm_plugin.Choice(shape, arch, Settings()).prepare(weights, "layers.0")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    vllm_plugin.Choice(shape, arch, Settings()).prepare(weights, "layers.0")
+
+
+# --- activations that are not finite, and none at all -----------------------------------------------
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["triton_ogs", "triton_matmul"])
+def test_poisoned_row(planted: dict[str, dict[str, Any]], name: str) -> None:
+    """On the emulated gfx950: the other rows keep every bit, a NaN stays one, and no tokens give none."""
+    found = planted[name]["poisoned"]
+    assert len(found) == 10
+    assert not any(found.values()), found
+
+
+@pytest.mark.parametrize("backend", [reference, ck], ids=lambda backend: backend.NAME)
+def test_poisoned_row_on_the_cpu(aiter: None, backend: Any) -> None:
+    """Likewise."""
+    prepared = backend.prepare(random_weights(SHAPES[0], seed=0), SHAPES[0])
+    found = plant_preparation.poisoned(lambda *batch: backend.run(prepared, *batch), SHAPES[0], "cpu")
+    assert not any(found.values()), found
+
+
+@pytest.mark.parametrize(
+    ("spoil", "case", "text"),
+    [
+        (lambda out, x: out + x.sum(), "nan in x", "1600 elements of other rows differ"),
+        (lambda out, x: out.nan_to_num(), "nan in x and logits", "the row itself has numbers"),
+        (lambda out, x: out[:, :-1], "no tokens", "[0, 319] of no tokens"),
+    ],
+    ids=["leak", "swallowed", "shape"],
+)
+def test_poisoned_row_notices(spoil: Callable[..., torch.Tensor], case: str, text: str) -> None:
+    """Negative control."""
+    prepared = reference.prepare(random_weights(SHAPES[0], seed=0), SHAPES[0])
+    run = lambda x, logits: spoil(reference.run(prepared, x, logits), x)  # noqa: E731
+    assert plant_preparation.poisoned(run, SHAPES[0], "cpu")[case] == text
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("tokens", [6, 300])
+@pytest.mark.parametrize("shape", ON_GPU, ids=str)
+def test_poisoned_row_on_a_gpu(shape: Any, tokens: int) -> None:
+    """Likewise, through the decode kernels and through matmul_ogs."""
+    backend = backends.select(shape, backends.arch_of(torch.device("cuda")), Settings()).backend
+    prepared = backend.prepare(random_weights(shape, 0, "cuda"), shape)
+    found = plant_preparation.poisoned(lambda *batch: backend.run(prepared, *batch), shape, "cuda", tokens)
+    assert not any(found.values()), found
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize(("captured", "tokens"), [(8, 5), (64, 37), (512, 300)])
+@pytest.mark.parametrize("shape", ON_GPU, ids=str)
+def test_graph_at_another_size(shape: Any, captured: int, tokens: int) -> None:
+    """A graph replayed for fewer tokens than it was captured with: what lies behind them does not matter."""
+    backend = backends.select(shape, backends.arch_of(torch.device("cuda")), Settings()).backend
+    weights = random_weights(shape, 0, "cuda")
+    prepared = backend.prepare(weights.clone(), shape)
+    x, logits = random_tokens(shape, captured, seed=1, device="cuda")
+    backend.run(prepared, x, logits)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = backend.run(prepared, x, logits)
+    for seed, behind in enumerate((0.0, float("nan"), float("inf"))):
+        x2, logits2 = random_tokens(shape, tokens, seed=seed, device="cuda")
+        for whole, part in ((x, x2), (logits, logits2)):
+            whole[:tokens] = part
+            whole[tokens:] = behind
+        out.fill_(float("nan"))
+        graph.replay()
+        assert_rows_close(out[:tokens], *reference.truth_and_plain(x2, logits2, weights, shape))
+
+
+@pytest.mark.engine
+def test_nan_in_a_request(tmp_path: Path) -> None:
+    """A token whose embedding is NaN: its own request shows it in every logprob, the others are as ever."""
+    checkpoint = tiny_checkpoint.write(TinyGptOss(), tmp_path)
+    bad, *good = [3, 5, 6], [3, 4, 6], [7, 8, 9, 10]
+
+    def served(prompts: list[list[int]]) -> engine.Served:
+        return engine.serve(checkpoint, prompts, 6, quantization=engine.FLAG, dtype="float32")
+
+    sound = served([bad, *good])
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.embed_tokens.weight"][5] = float("nan")
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    spoiled = served([bad, *good])
+    assert spoiled.token_ids[1:] == sound.token_ids[1:]
+    for found, finite in (
+        (sound.logprobs, True),
+        (spoiled.logprobs[1:], True),
+        (spoiled.logprobs[:1], False),
+    ):
+        values = torch.tensor([list(step.values()) for answer in found for step in answer])
+        assert bool(values.isfinite().all()) == finite
+        assert bool(values.isnan().all()) != finite
+    assert spoiled.token_ids[0] == [0] * 6
