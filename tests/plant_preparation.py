@@ -166,8 +166,8 @@ def launches(backend: Any) -> dict[str, Any]:
         for place, rungs in {"first": (bad, good), "last": (good, bad)}.items():
             flags = Ladder((64, 128), rungs)
 
-            def prepare(weights: MoeWeights, shape: MoeShape, flags: Any = flags) -> Any:
-                return dataclasses.replace(backend.prepare(weights, shape), flags=(flags, flags))
+            def prepare(*arguments: Any, flags: Any = flags) -> Any:
+                return dataclasses.replace(backend.prepare(*arguments), flags=(flags, flags))
 
             broken = SimpleNamespace(**{n: getattr(backend, n) for n in ("NAME", "why_not", "source", "run")})
             broken.prepare = prepare

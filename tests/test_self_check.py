@@ -251,7 +251,7 @@ def test_later_layer(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> No
     vllm_plugin = pytest.importorskip("vllm_mxfp4_gfx950.vllm_plugin")
     prepared: list[MoeWeights] = []
 
-    def prepare(weights: MoeWeights, shape: MoeShape) -> Any:
+    def prepare(weights: MoeWeights, shape: MoeShape, *_: Any) -> Any:
         prepared.append(weights)
         return raises() if len(prepared) == 3 else reference.prepare(weights, shape)
 
