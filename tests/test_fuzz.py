@@ -1,10 +1,11 @@
-"""Whatever a config.json, an environment or a checkpoint says, it is served or refused in our words.
+"""Whatever a config.json, a table, an environment or a checkpoint says, it is served or refused in our words.
 
 The same few examples each time; `make fuzz` tries others, for ten minutes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -21,9 +22,11 @@ import torch
 import transformers
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from run_python import ROOT
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import TinyGptOss
 
+from vllm_mxfp4_gfx950 import tuning
 from vllm_mxfp4_gfx950.models import GPT_OSS, layer_shape
 from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.settings import (
@@ -40,6 +43,9 @@ TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
 """So many times the examples of every commit, and then other ones each time."""
 
 OUR_WORDS = re.compile(r"(?s).*\S must be \S.*; got .*\. \S.*\.")
+
+TABLE = json.loads((ROOT / "vllm_mxfp4_gfx950/tables/gfx950.json").read_text())
+ROWS = TABLE["rows"][:3]
 
 MODEL = TinyGptOss(experts=4, topk=2, hidden=64, intermediate=96, layers=1)
 EXPERTS = "model.layers.0.mlp.experts"
@@ -84,6 +90,14 @@ JSON = st.recursive(
     lambda some: st.lists(some, max_size=3) | st.dictionaries(st.text(max_size=9), some, max_size=3),
     max_leaves=9,
 )
+
+
+def spoiled_rows(cells: list[tuple[int, int, Any]]) -> list[list[Any]]:
+    """Some rows of ours with other values in some places."""
+    rows = [list(row) for row in ROWS]
+    for row, column, value in cells:
+        rows[row][column] = value
+    return rows
 
 
 # --- what is read without vLLM ----------------------------------------------------------------------
@@ -135,6 +149,34 @@ def test_config_of_a_command(file: Path, content: bytes, tp: int, expert_paralle
     file.write_bytes(content)
     with served_or_refused():
         assert isinstance(layer_shape(str(file), tp, tp if expert_parallel else 1), MoeShape)
+
+
+CELLS = st.tuples(
+    st.integers(0, len(ROWS) - 1), st.integers(0, len(ROWS[0]) - 1), SCALARS | st.integers(-1, 600)
+)
+
+
+@fuzz(
+    300,
+    content=st.binary(max_size=99)
+    | JSON.map(lambda value: json.dumps(value).encode())
+    | st.builds(
+        lambda changed, rows: json.dumps(TABLE | {"rows": rows} | changed).encode(),
+        st.dictionaries(st.sampled_from([*TABLE, "measured", "x"]), JSON, max_size=1),
+        st.lists(CELLS, max_size=3).map(spoiled_rows),
+    ),
+)
+def test_table(file: Path, content: bytes) -> None:
+    """A user's table: whatever it says, every number of tokens gets a tile that the kernels can take."""
+    file.write_bytes(content)
+    with served_or_refused():
+        for rungs in tuning.decode(tuning.read(file, "gfx950")["rows"]).values():
+            for tokens in (1, 64, 65, 2**20):
+                tile = rungs.at(tokens)
+                for value in dataclasses.astuple(tile)[:3]:
+                    assert value in (8, 16, 32, 64, 128, 256, 512)
+                assert 1 <= tile.split_k <= 8
+                assert tile.num_warps in (1, 2, 4, 8, 16)
 
 
 # --- what vLLM reads, and hands to the plugin -------------------------------------------------------
