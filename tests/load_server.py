@@ -254,7 +254,8 @@ class Load:
         began = time.monotonic()
         todo = iter(range(self.requests))
         timeout = aiohttp.ClientTimeout(total=120)
-        connector = aiohttp.TCPConnector(limit=2 * AT_ONCE)
+        # A connection that is kept may be closed by the server just as the next request is sent on it.
+        connector = aiohttp.TCPConnector(limit=2 * AT_ONCE, force_close=True)
         async with aiohttp.ClientSession(self.server.url, timeout=timeout, connector=connector) as session:
 
             async def work() -> None:

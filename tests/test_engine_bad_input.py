@@ -333,8 +333,8 @@ class Marker:
 @pytest.mark.parametrize(
     ("file", "load_format", "text"),
     [
-        ("pytorch_model.bin", "auto", r".* must be a checkpoint in safetensors; got .*pytorch_model\.bin"),
-        ("model.pt", "auto", r".* must be a checkpoint in safetensors; got .*model\.pt"),
+        ("pytorch_model.bin", "auto", r".* must be a checkpoint in safetensors; got pytorch_model\.bin"),
+        ("model.pt", "auto", r".* must be a checkpoint in safetensors; got model\.pt"),
         ("model.pt", "pt", "--load-format must be one that reads safetensors; got pt. Leave it out."),
         ("pytorch_model.bin", "npcache", "--load-format must be one that reads safetensors; got npcache."),
     ],

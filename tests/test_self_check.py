@@ -273,7 +273,7 @@ def test_no_memory(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None
 
     text = (
         "the GPU's free memory must be enough to prepare layers.0; got OutOfMemoryError: CUDA out of memory. "
-        "Tried to allocate 1.58 GiB. ... More of that.. Stop what else uses this GPU, or serve with a larger "
+        "Tried to allocate 1.58 GiB. ... More of that. Stop what else uses this GPU, or serve with a larger "
         "--tensor-parallel-size."
     )
     for when, bad in (

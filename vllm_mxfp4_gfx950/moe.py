@@ -47,14 +47,14 @@ class MoeShape:
     limit: float
 
     def __post_init__(self) -> None:
+        check_multiple_of_block("hidden", self.hidden)
+        check_multiple_of_block("intermediate", self.intermediate)
         for name, most, key in (
             ("global_experts", MAX_EXPERTS, "num_local_experts"),
             ("hidden", MAX_WIDTH, "hidden_size"),
             ("intermediate", MAX_WIDTH, "intermediate_size"),
         ):
             size = getattr(self, name)
-            if name != "global_experts":
-                check_multiple_of_block(name, size)
             if type(size) is not int or not 1 <= size <= most:
                 fix = f"Correct {key} in the model's config.json"
                 raise Mxfp4Error(name, f"an integer from 1 to {most}", repr(size), fix)

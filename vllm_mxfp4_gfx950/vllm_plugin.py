@@ -324,9 +324,10 @@ def check_files(model: str, layers: int, shape: MoeShape) -> None:
     Before it is loaded: vLLM itself starts without the tensors that it misses, if the model is quantized.
     """
     files = sorted(Path(model).glob("*.safetensors"))
-    if Path(model).is_dir() and not files:
-        found = ", ".join(sorted(file.name for file in Path(model).iterdir()))
-        raise Mxfp4Error(model, "a checkpoint in safetensors", found, "Download it in that format")
+    pickles = sorted(file.name for kind in ("*.bin", "*.pt") for file in Path(model).glob(kind))
+    if pickles and not files:
+        fix = "Download it in that format"
+        raise Mxfp4Error(model, "a checkpoint in safetensors", ", ".join(pickles), fix)
     names: set[str] = set()
     for file in files:
         try:
@@ -415,7 +416,7 @@ class Choice:
         except torch.OutOfMemoryError as error:
             name, rule = "the GPU's free memory", f"enough to prepare {prefix}"
             fix = "Stop what else uses this GPU, or serve with a larger --tensor-parallel-size"
-            raise Mxfp4Error(name, rule, self_check.brief(error), fix) from error
+            raise Mxfp4Error(name, rule, self_check.brief(error).rstrip("."), fix) from error
 
     def _prepare(self, weights: MoeWeights, prefix: str) -> tuple[backends.Backend, Any]:
         backend, when = self.selection.backend, self.wanted.self_check
