@@ -20,7 +20,7 @@ import pytest
 import tiny_checkpoint
 import torch
 import transformers
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 from run_python import ROOT
 from safetensors.torch import load_file, save_file
@@ -251,6 +251,7 @@ CHANGES = st.fixed_dictionaries(
 
 @pytest.mark.engine
 @fuzz(60, changes=CHANGES)
+@example(changes={"intermediate_size": 160})
 def test_config_in_vllm(load: Load, checkpoint: Path, changes: dict[str, Any]) -> None:
     """Every field that the plugin reads, as far as transformers takes it."""
     file = checkpoint / "config.json"
