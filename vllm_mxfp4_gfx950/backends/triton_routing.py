@@ -120,4 +120,4 @@ def route(
 
 def aligned(count: int) -> int:
     """So many integers, or a few more, that they end at a multiple of 16 bytes."""
-    return triton.cdiv(count, 4) * 4
+    return count + -count % 4
