@@ -20,7 +20,7 @@ from engine import FLAG
 from run_python import run_python
 from tiny_checkpoint import TinyGptOss
 
-from vllm_mxfp4_gfx950 import cli
+from vllm_mxfp4_gfx950 import cli, timing
 from vllm_mxfp4_gfx950.bench import layer, report, serve, vllm_layers
 from vllm_mxfp4_gfx950.bench.layer import Layer
 from vllm_mxfp4_gfx950.models import layer_shape
@@ -101,7 +101,7 @@ def test_rows() -> None:
     assert [row.tokens for row in (one, five, last)] == [1, 5, 4]
     for row in (one, five, last):
         assert set(row.us) == set(row.frobenius) == {"ours", "stops"} - set(row.failed)
-        assert all(len(times) == 2 * layer.REPLAYS and min(times) > 0 for times in row.us.values())
+        assert all(len(times) == 2 * timing.REPLAYS and min(times) > 0 for times in row.us.values())
         assert "is allowed" in row.failed["broken"]
         assert "is allowed" in one.failed["late"]  # Later it is wrong from the first call on.
         assert row.failed["absent"] == "ModuleNotFoundError: No module named 'vllm'"

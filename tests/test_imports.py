@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, str] = {
     "self_check": "moe settings backends tolerance",
     "vllm_plugin": "mxfp4 moe settings tuning backends self_check",
     "gfx950": "mxfp4 moe models settings tuning backends tolerance",
-    "bench": "moe models settings backends random_layer tolerance",
+    "bench": "moe models settings backends random_layer timing tolerance",
     "evaluation": "moe",
     "commands": "mxfp4 moe models settings tuning backends gfx950 random_layer timing tolerance "
     "bench evaluation",
@@ -37,7 +37,7 @@ ONLY_IN = {
     "triton_kernels": "backends/triton_*.py",
     "aiter": "backends/ck.py",
     "vllm": "vllm_plugin.py bench/vllm_*.py",
-    "matplotlib": "bench/report.py",
+    "matplotlib": "bench/report.py evaluation/report.py",
 }
 """Foreign packages, and the files that may import them."""
 

@@ -1,40 +1,64 @@
-"""How long a call takes on this GPU."""
+"""How long a call takes on this device."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-REPLAYS = 10
-MIN_REPLAYS = 4
-ENOUGH_MS = 100.0
-"""REPLAYS are timed, or as many as take this long, but at least MIN_REPLAYS."""
+REPLAYS = 6
+"""Timed in a row."""
 
 
-def graph_time_us(calls: Sequence[Callable[[], object]]) -> float:
-    """The median over replays of a CUDA graph of all calls, in microseconds a call.
-
-    What a call reads should not be in the cache of the call before it: give it calls on other data, so many
-    that together they read more than the largest cache holds.
+class Calls:
+    """Several calls as one piece of work: a CUDA graph, or on a CPU the calls themselves.
 
     Args:
-        calls: what to time; each is also run once before.
+        call: takes the call's number and returns its result.
+        count: how many.
+        device: where they run.
     """
-    for call in calls:
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times_ms: list[float] = []
-    # The first two replays find the clocks of whatever ran before.
-    while len(times_ms) < 2 + MIN_REPLAYS or (len(times_ms) < 2 + REPLAYS and sum(times_ms) < ENOUGH_MS):
+
+    def __init__(self, call: Callable[[int], Any], count: int, device: torch.device) -> None:
+        self.call, self.count = call, count
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.first = self.calls()  # Compiles what there is to compile.
+        if device.type == "cuda":
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.first = self.calls()
+
+    def calls(self) -> Any:
+        """Make them one by one; the first one's result."""
+        first = self.call(0)
+        for number in range(1, self.count):
+            self.call(number)
+        return first
+
+    def replay(self) -> Any:
+        """Do the work once; the first call's result."""
+        if self.graph is None:
+            self.first = self.calls()
+        else:
+            self.graph.replay()
+        return self.first
+
+    def microseconds(self, replays: int = REPLAYS) -> list[float]:
+        """Time of a call, once for each replay, after one that is not timed."""
+        self.replay()
+        return [self.seconds() * 1e6 / self.count for _ in range(replays)]
+
+    def seconds(self) -> float:
+        """Time of one replay."""
+        if self.graph is None:
+            began = time.perf_counter()
+            self.replay()
+            return time.perf_counter() - began
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
-        graph.replay()
+        self.graph.replay()
         end.record()
         end.synchronize()
-        times_ms.append(start.elapsed_time(end))
-    return 1000 * statistics.median(times_ms[2:]) / len(calls)
+        return float(start.elapsed_time(end)) / 1e3

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 
@@ -14,13 +14,12 @@ from vllm_mxfp4_gfx950 import backends, settings
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights
+from vllm_mxfp4_gfx950.timing import Calls
 from vllm_mxfp4_gfx950.tolerance import compare
 
 CALLS = 16
-"""Of a layer in one timed piece of work; each has tokens of its own."""
-
-REPLAYS = 6
-"""Of that work, timed in a row; each backend has two such turns, in the order a, b, c, c, b, a."""
+"""Of a layer in one timed piece of work; each has tokens of its own. A backend has two turns, in the order
+a, b, c, c, b, a."""
 
 INFINITY_CACHE_BYTES = 256 * 2**20
 """Behind the L2 of CDNA 3 and 4, and not counted by torch."""
@@ -69,58 +68,6 @@ class Row:
     frobenius: dict[str, float]
     failed: dict[str, str]
     seconds: float
-
-
-class Calls:
-    """Several calls as one piece of work: a CUDA graph, or on a CPU the calls themselves.
-
-    Args:
-        call: takes the call's number and returns its result.
-        count: how many.
-        device: where they run.
-    """
-
-    def __init__(self, call: Callable[[int], Any], count: int, device: torch.device) -> None:
-        self.call, self.count = call, count
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.first = self.calls()  # Compiles what there is to compile.
-        if device.type == "cuda":
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.first = self.calls()
-
-    def calls(self) -> Any:
-        """Make them one by one; the first one's result."""
-        first = self.call(0)
-        for number in range(1, self.count):
-            self.call(number)
-        return first
-
-    def replay(self) -> Any:
-        """Do the work once; the first call's result."""
-        if self.graph is None:
-            self.first = self.calls()
-        else:
-            self.graph.replay()
-        return self.first
-
-    def microseconds(self, replays: int = REPLAYS) -> list[float]:
-        """Time of a call, once for each replay, after one that is not timed."""
-        self.replay()
-        return [self.seconds() * 1e6 / self.count for _ in range(replays)]
-
-    def seconds(self) -> float:
-        """Time of one replay."""
-        if self.graph is None:
-            began = time.perf_counter()
-            self.replay()
-            return time.perf_counter() - began
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        self.graph.replay()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
 
 
 def ours(weights: MoeWeights, shape: MoeShape) -> Layer:

@@ -95,6 +95,7 @@ def run_layer(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     import torch
 
     from vllm_mxfp4_gfx950.bench import layer, vllm_layers
+    from vllm_mxfp4_gfx950.timing import REPLAYS
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = [str(layer.selected(shape, device)) for shape in shapes]
@@ -112,7 +113,7 @@ def run_layer(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     print(f"copies {reached.copy / 1e12:.3f} TB/s, multiplies bf16 at {reached.multiply / 1e12:.1f} TFLOP/s")
     print(
         f"microseconds of one layer, after its rows were compared with float64: the median of "
-        f"{2 * layer.REPLAYS} replays of {layer.CALLS} calls, ± half of the way from fastest to slowest"
+        f"{2 * REPLAYS} replays of {layer.CALLS} calls, ± half of the way from fastest to slowest"
     )
     builders = {"ours": layer.ours} | {name: vllm_layers.BUILDERS[name] for name in args.peers}
     for shape, choice in zip(shapes, chosen, strict=True):

@@ -9,6 +9,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +28,7 @@ from vllm_mxfp4_gfx950.models import GPT_OSS, TOKENS, layer_shape
 from vllm_mxfp4_gfx950.moe import MoeShape, Mxfp4Error
 from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights
 from vllm_mxfp4_gfx950.settings import TABLES_VAR, Settings
-from vllm_mxfp4_gfx950.timing import graph_time_us
+from vllm_mxfp4_gfx950.timing import Calls
 from vllm_mxfp4_gfx950.tolerance import compare
 from vllm_mxfp4_gfx950.tuning import Gemm, Ladder, TileConfig, encode, gemms
 
@@ -208,11 +209,12 @@ class Batch:
 
     def time_us(self, tiles: Tiles | None) -> float:
         """Microseconds of a layer with these tiles; as it serves now when None."""
-        calls = []
-        for prepared, given in zip(self.layers.prepared, self.inputs, strict=True):
-            layer = prepared if tiles is None else self.layers.with_tiles(prepared, tiles)
-            calls.append(functools.partial(self.layers.backend.run, layer, *given))
-        return graph_time_us(calls)
+        layers = self.layers.prepared
+        if tiles is not None:
+            layers = [self.layers.with_tiles(prepared, tiles) for prepared in layers]
+        run, device = self.layers.backend.run, torch.device(self.layers.device)
+        calls = Calls(lambda i: run(layers[i], *self.inputs[i]), len(layers), device)
+        return statistics.median(calls.microseconds())
 
 
 @contextmanager

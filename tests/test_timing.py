@@ -1,0 +1,41 @@
+"""Times of calls: twice the work takes twice as long."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import pytest
+import torch
+
+from vllm_mxfp4_gfx950.timing import Calls
+
+
+def test_calls_on_a_cpu() -> None:
+    """A call's share of the work, once for each replay; the first call's result is the replay's."""
+    numbers: list[int] = []
+
+    def call(number: int) -> int:
+        numbers.append(number)
+        time.sleep(0.05)
+        return len(numbers)
+
+    calls = Calls(call, 3, torch.device("cpu"))
+    assert calls.replay() == 4
+    times = calls.microseconds(2)
+    assert numbers == [0, 1, 2] * 5
+    assert len(times) == 2
+    assert all(50_000 <= each < 150_000 for each in times)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_calls_on_a_gpu() -> None:
+    """And the work is there: a copy is not faster than memory."""
+    times = []
+    for mebibytes in (512, 1024):
+        a, b = (torch.zeros(mebibytes << 18, device="cuda") for _ in range(2))
+        calls = Calls(lambda _, a=a, b=b: torch.mul(a, 2.0, out=b), 2, a.device)
+        times.append(statistics.median(calls.microseconds()))
+    assert times[1] / times[0] == pytest.approx(2, rel=0.1)
+    assert 2 * (1 << 30) / times[1] / 1e6 < 10
