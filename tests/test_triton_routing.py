@@ -41,6 +41,7 @@ SOME = tuple(i // 8 if i % 8 == 3 else -1 for i in range(128))
 CASES = [
     Case(1, 32, 4),
     Case(3, 8, 2, OUT_OF_ORDER),
+    Case(5, 4, 2),
     Case(37, 128, 4),
     Case(64, 32, 4),
     Case(65, 128, 4),

@@ -98,7 +98,8 @@ def route(
         schedule=torch.empty(sizes, aligned(tiles), **integers),
     )
     blocks = triton.cdiv(tokens, BLOCK_TOKENS)
-    block_experts = triton.next_power_of_2(global_experts)
+    # Triton 3.6 trips over fewer than 8 columns.
+    block_experts = max(8, triton.next_power_of_2(global_experts))
     sizes_of_blocks = {"TOPK": topk, "BLOCK_TOKENS": BLOCK_TOKENS, "BLOCK_EXPERTS": block_experts}
     counts = None
     if tokens > ONE_LAUNCH:
