@@ -88,6 +88,8 @@ def test_interval_covers(lost: float) -> None:
         pytest.param((900, 120, 20, 200), 0.02, "regression", id="planted"),
         pytest.param((900, 120, 20, 200), 0.2, "as accurate", id="planted-within-margin"),
         pytest.param((1000, 45, 20, 200), 0.0, "regression", id="slight-and-no-margin"),
+        pytest.param((1000, 45, 20, 200), 0.02, "worse, perhaps within the margin", id="slight"),
+        pytest.param((1000, 45, 20, 200), 0.04, "as accurate", id="slight-within-margin"),
         pytest.param((1000, 0, 0, 200), 0.0, "undecided", id="identical-and-no-margin"),
         pytest.param((40, 0, 0, 10), 0.02, "undecided", id="identical-but-few"),
         pytest.param((40, 3, 0, 10), 0.02, "undecided", id="chance"),
@@ -95,7 +97,7 @@ def test_interval_covers(lost: float) -> None:
     ],
 )
 def test_verdict(counts: tuple[int, int, int, int], margin: float, verdict: str) -> None:
-    """A regression is more than chance and more than the margin."""
+    """A regression is beyond the margin with the whole interval."""
     assert paired(*outcomes(*counts)).verdict(margin) == verdict
 
 

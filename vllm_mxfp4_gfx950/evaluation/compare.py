@@ -41,13 +41,17 @@ class Difference:
         """Whether the tested side is less accurate by more than `margin`.
 
         Returns:
-            "regression": it is worse, by chance with less than `alpha`, and by more than the margin as far
-            as the interval shows; "as accurate": the interval excludes that it is worse by more than the
-            margin; "undecided": there were too few questions for either.
+            "regression": the whole interval is beyond the margin; "as accurate": none of it is. Between them
+            there were too few questions: "worse, perhaps within the margin" where the loss itself is no
+            chance (`p` is below `alpha`), "undecided" where it may be.
         """
+        if self.high < -margin:
+            return "regression"
         if self.low >= -margin:
             return "as accurate"
-        return "regression" if self.lost > self.won and self.p < self.alpha else "undecided"
+        if self.lost > self.won and self.p < self.alpha:
+            return "worse, perhaps within the margin"
+        return "undecided"
 
 
 def paired(tested: Sequence[bool], baseline: Sequence[bool], alpha: float = LEVEL) -> Difference:
