@@ -3,7 +3,7 @@
 # make test    style, types and the test suite
 # make test-emulated  executes layers on the emulated gfx950 with every supported Triton, and serves from it
 # make compile-matrix   compiles every kernel for gfx950 with every supported Triton: a third of an hour
-# make test-load  ten thousand requests against a server on the CPU, some of them cut off: minutes
+# make test-load  ten thousand requests against a server on the CPU, some of them cut off, and other servers: minutes
 # make fuzz    random configs, environments and checkpoint headers: ten minutes
 # make tune    searches the tiles of gfx950's table anew
 # make clean   removes .venv

@@ -470,6 +470,7 @@ def test_interrupted_side_resumes(broken: tuple[Server, Path], place: Path, tmp_
 
 
 @pytest.mark.engine
+@pytest.mark.load
 def test_harmony_is_refused_over_completions(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
