@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import engine  # noqa: F401  # It makes demo/ importable.
 import numpy as np
+import psutil
 import pytest
 import tiny_checkpoint
 import torch
@@ -21,10 +27,12 @@ from tiny_checkpoint import TinyGptOss
 from tokenizers import Tokenizer
 
 from vllm_mxfp4_gfx950 import cli
+from vllm_mxfp4_gfx950.commands.eval import Measured
 from vllm_mxfp4_gfx950.evaluation.compare import Position, divergence, kl, paired
-from vllm_mxfp4_gfx950.evaluation.measure import Tasks, ask, choose_endpoint
+from vllm_mxfp4_gfx950.evaluation.measure import Question, Tasks, ask, choose_endpoint
 from vllm_mxfp4_gfx950.evaluation.side import (
     HARMONY_TOKEN,
+    RESULT,
     Server,
     free_port,
     get,
@@ -208,6 +216,162 @@ def test_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert identity(side) != before
 
 
+def test_identity_of_tables(tmp_path: Path) -> None:
+    """A result is kept for the tables that it was measured with."""
+    side = parse(f"VLLM_MXFP4_TABLES={tmp_path} model")
+    table = tmp_path / "gfx950.json"
+    found = []
+    for content in ("one", "two"):
+        table.write_text(content)
+        found.append(identity(side))
+    assert found[0] != found[1]
+
+
+@pytest.fixture(name="web")
+def fixture_web(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """The URL of a server that is not vLLM, and the directory whose files it answers with."""
+    root = tmp_path / "web"
+    (root / "v1").mkdir(parents=True)
+    (root / "metrics").write_text("process_start_time_seconds 1.0\n")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(root)))
+    threading.Thread(target=server.serve_forever).start()
+    yield f"http://127.0.0.1:{server.server_port}", root
+    server.shutdown()
+    server.server_close()
+
+
+def test_identity_of_url(web: tuple[str, Path], tmp_path: Path) -> None:
+    """What was measured without a log, and so of no known path, is not kept for the same with one."""
+    (tmp_path / "log").write_text("")
+    assert identity(parse(web[0])) == identity(parse(web[0]))
+    assert identity(parse(web[0])) != identity(parse(f"{web[0]} {tmp_path / 'log'}"))
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ("<html>", "must be answered by vLLM; got no JSON: '<html>'"),
+        ("{}", "got an answer that lacks a field (KeyError: 'data')"),
+        ('{"data": []}', "got an answer that lacks a field (IndexError"),
+        ("[]", "got an answer that lacks a field (TypeError"),
+        (
+            '{"data": [{"id": "m", "max_model_len": 256}]}',
+            "/tokenize must be answered by vLLM; got status 501",
+        ),
+    ],
+    ids=["html", "object", "empty", "list", "no-tokenizer"],
+)
+def test_not_vllm(
+    body: str, complaint: str, web: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server that answers otherwise is named as such."""
+    url, root = web
+    (root / "v1/models").write_text(body)
+    assert cli.main(["eval", url, "--logprobs", __file__, "--out", str(tmp_path / "out")]) == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def keep(directory: Path, path: str, right: dict[str, int], **changes: object) -> Path:
+    """A result as a run keeps it: of each task ten questions, of which so many were answered right."""
+    questions = [
+        Question(task, number, f"{task}{number}", number < count, str(number), False)
+        for task, count in right.items()
+        for number in range(10)
+    ]
+    positions = [Position(3, "c", -0.5, {3: -0.5}, "c")]
+    result = Measured(directory.name, path, "chat", "now", questions, 1, positions)
+    directory.mkdir()
+    (directory / RESULT).write_text(json.dumps(dataclasses.asdict(result) | changes))
+    return directory
+
+
+def test_one_side(tmp_path: Path) -> None:
+    """Its scores, with intervals that hold together, replace what an earlier run wrote."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.json").write_text("of an earlier run")
+    side = keep(tmp_path / "side", "a", {"copy": 7, "add": 10})
+    assert cli.main(["eval", str(side), "--out", str(out)]) == 0
+    facts = json.loads((out / "report.json").read_text())
+    found = facts["tasks"]["copy"]
+    assert (found["questions"], found["tested"]) == (10, 7)
+    z = 2.2414027  # The normal distribution's 1 - 0.05 / 2 / 2: two ends of two tasks.
+    middle, half = 0.7 + z**2 / 20, z * math.sqrt(0.021 + z**2 / 400)
+    ends = [(middle - half) / (1 + z**2 / 10), (middle + half) / (1 + z**2 / 10)]
+    assert [found["low"], found["high"]] == pytest.approx(ends)
+    assert facts["logprobs"] == {"positions": 1, "tested_nll": 0.5}
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "| copy | 10 | 0.7000 |" in (out / "report.md").read_text()
+
+
+def test_changed_questions_can_be_found(tmp_path: Path) -> None:
+    """By lm-eval's number of the question."""
+    sides = [keep(tmp_path / name, name, {"copy": count}) for name, count in (("a", 7), ("b", 9))]
+    cli.main(["eval", *map(str, sides), "--out", str(tmp_path / "out")])
+    changed = json.loads((tmp_path / "out/report.json").read_text())["changed"]
+    assert [(question["task"], question["doc_id"]) for question in changed] == [("copy", 7), ("copy", 8)]
+
+
+def test_unlike_tops_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A divergence of twenty tokens is not one of all."""
+    sides = [keep(tmp_path / "a", "a", {}), keep(tmp_path / "b", "b", {}, top=20)]
+    assert cli.main(["eval", *map(str, sides), "--out", str(tmp_path / "out")]) == 2
+    assert "--top of the two sides must be the same; got 1 and 20" in capsys.readouterr().err
+
+
+def test_side_against_itself_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One directory is not two measurements, however it is written and whatever was asked for."""
+    side = keep(tmp_path / "side", "a", {"copy": 7})
+    other = tmp_path / "side/../side"
+    assert cli.main(["eval", str(side), str(other), "--same-path", "--out", str(tmp_path / "out")]) == 2
+    assert "the two sides must be different; got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "cut"),
+    [({}, 100), ({"top": 1, "more": 1}, None), ({"positions": [{}]}, None), ({"questions": [1]}, None)],
+    ids=["cut-off", "another-version", "position", "question"],
+)
+def test_malformed_result(
+    changes: dict[str, object], cut: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is refused by name."""
+    file = keep(tmp_path / "side", "a", {"copy": 7}, **changes) / RESULT
+    file.write_text(file.read_text()[:cut])
+    assert cli.main(["eval", str(file.parent), "--out", str(tmp_path / "out")]) == 2
+    assert f"{file} must be a result that this version of" in capsys.readouterr().err
+
+
+def test_unknown_path_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is started for the other side."""
+    sides = [str(keep(tmp_path / "side", "", {"copy": 7})), str(tmp_path)]
+    arguments = ["--logprobs", __file__, "--out", str(tmp_path / "out")]
+    assert cli.main(["eval", *sides, *arguments]) == 2
+    assert "must be known and different; got 'not known'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.engine
+def test_sigterm_ends_the_server(tmp_path: Path) -> None:
+    """What `eval` started does not outlive it. The server has begun to start, and never gets further."""
+    command = [sys.executable, "-m", "vllm_mxfp4_gfx950.cli", "eval", str(tmp_path), "--logprobs", __file__]
+    process = psutil.Popen([*command, "--out", str(tmp_path / "out")], cwd=Path(cli.__file__).parents[1])
+    servers: list[psutil.Process] = []
+    try:
+        while not servers:
+            assert process.poll() is None
+            time.sleep(0.1)
+            servers = [child for child in process.children() if child.cpu_times().user > 0.5]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert not servers[0].is_running()
+    finally:
+        for running in (process, *servers):
+            if running.is_running():
+                running.kill()
+
+
 FOLDER = {
     "load.py": """\
 import json
@@ -282,7 +446,13 @@ def test_endpoint(tmp_path: Path) -> None:
         (["m", "--limit", "0"], "--limit must be at least 1; got 0"),
         (["m", "--margin", "nan"], "--margin must be at least 0; got nan"),
         (["m", "--top", "0"], "--top must be at least 1"),
-        (["m", "--logprobs", "/nowhere"], "--logprobs must be a path that exists"),
+        (["m 'a"], 'a side must be quoted as for a shell; got "m \'a". No closing quotation'),
+        (["m", "--logprobs", "/nowhere"], "--logprobs must be a text file in UTF-8"),
+        (["m", "--logprobs", "{tasks}"], "--logprobs must be a text file in UTF-8"),
+        (["m", "--logprobs", sys.executable], "--logprobs must be a text file in UTF-8"),
+        (["m", "--include-path", __file__], "--include-path must be a directory that exists"),
+        (["http://127.0.0.1:9 /nowhere", "--logprobs", __file__], "must be a file that exists; got /nowhere"),
+        (["m", "m", "--logprobs", __file__, "--same-path"], "the two sides must be different"),
         (["m", "--include-path", "{tasks}", "--tasks", "gsm9k"], "--tasks must be a task in"),
         (
             ["http://127.0.0.1:9", "--include-path", "{tasks}"],
@@ -431,7 +601,14 @@ def test_one_path_is_refused(
     server, log = broken
     for running in (f"{server.url} {log}", server.url):
         assert cli.main(["eval", running, str(kept), *options(place)]) == 2
-        assert "the MoE paths of the two sides must be different; got 'reference" in capsys.readouterr().err
+        complaint = "the MoE paths of the two sides must be known and different; got "
+        assert complaint in capsys.readouterr().err
+    # A path that is not known is refused at once, whatever the other side would have been.
+    before = requests_answered(server)
+    for sides in ([server.url, "no-model"], ["no-model", server.url]):
+        assert cli.main(["eval", *sides, *options(place)]) == 2
+        assert f"{complaint}'not known'" in capsys.readouterr().err
+    assert requests_answered(server) == before
     assert cli.main(["eval", f"{server.url} {log}", str(kept), *options(place), "--same-path"]) == 1
 
 

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, str] = {
     "vllm_plugin": "mxfp4 moe settings tuning backends self_check",
     "gfx950": "mxfp4 moe models settings tuning backends tolerance",
     "bench": "moe models settings backends random_layer timing tolerance",
-    "evaluation": "moe",
+    "evaluation": "moe settings",
     "commands": "mxfp4 moe models settings tuning backends gfx950 random_layer timing tolerance "
     "bench evaluation",
     "cli": "moe commands",

@@ -14,7 +14,7 @@ from typing import Any
 from vllm_mxfp4_gfx950.evaluation import report
 from vllm_mxfp4_gfx950.evaluation.compare import LEVEL, Difference, Position, divergence, paired
 from vllm_mxfp4_gfx950.evaluation.measure import Question, Tasks, ask, choose_endpoint, read
-from vllm_mxfp4_gfx950.evaluation.side import RESULT, Side, digest, identity, parse, serving
+from vllm_mxfp4_gfx950.evaluation.side import RESULT, Side, describe, digest, identity, parse, serving
 from vllm_mxfp4_gfx950.moe import Mxfp4Error
 
 ROLES = ("tested", "baseline")
@@ -38,6 +38,7 @@ class Measured:
         endpoint: that the questions were put to; empty without questions.
         when: it was measured.
         questions: of lm-eval, with their outcomes.
+        top: tokens of each distribution; 0 without a text.
         positions: of the text, with what was expected there.
     """
 
@@ -46,6 +47,7 @@ class Measured:
     endpoint: str
     when: str
     questions: list[Question]
+    top: int
     positions: list[Position]
 
 
@@ -75,29 +77,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure each side, write the report; the exit code is 1 when the tested side is worse than allowed."""
     check(args)
-    sides = [parse(text) for text in args.sides]
+    text = read_text(args.logprobs) if args.logprobs else ""
+    sides = [parse(side) for side in args.sides]
     tasks = None
     if (args.tasks or args.include_path or not args.logprobs) and not all(side.kept for side in sides):
         tasks = Tasks(args.tasks or ([] if args.include_path else ["gsm8k"]), args.include_path)
     settings = {
         "questions": [tasks.identity(), args.limit, args.concurrency, args.endpoint] if tasks else None,
-        "text": [args.logprobs.read_text(), args.top, args.window] if args.logprobs else None,
+        "text": [text, args.top, args.window] if args.logprobs else None,
     }
     directories = [side.kept or args.out / directory_name(side, settings) for side in sides]
+    if len({directory.resolve() for directory in directories}) < len(sides):
+        fix = "Correct one, or measure it twice, with two --out, and compare the two directories"
+        raise Mxfp4Error("the two sides", "different", f"twice the one of {directories[0]}", fix)
+    paths: dict[int, str] = {}
+    for index, side in enumerate(sides):
+        if side.url and not (directories[index] / RESULT).is_file():
+            path = describe(side.url, side.log).path
+            check_paths(args, list(paths.values()), path)
+            paths[index] = path
     by_index: dict[int, Measured] = {}
     # What is kept comes first: its path is known before a server is started.
     for index in sorted(range(len(sides)), key=lambda index: not (directories[index] / RESULT).is_file()):
-        others = [found.path for found in by_index.values()]
-        by_index[index] = measure(sides[index], directories[index], tasks, args, others)
+        others = [path for other, path in paths.items() if other != index]
+        by_index[index] = measure(sides[index], directories[index], tasks, text, args, others)
+        paths[index] = by_index[index].path
     measured = [by_index[index] for index in range(len(sides))]
     args.out.mkdir(parents=True, exist_ok=True)
-    lines = list(map(heading, ROLES, measured))
-    worse = False
     if len(measured) == 2:
-        compared, worse = conclude(measured[0], measured[1], args)
-        lines += compared
+        found, worse = conclude(measured[0], measured[1], args)
     else:
-        lines += alone(measured[0])
+        found, worse = alone(measured[0], args.out), False
+    lines = [*map(heading, ROLES, measured), *found, "", "![figures](report.png)"]
     (args.out / "report.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"\nwritten: {args.out / 'report.md'}")
@@ -114,13 +125,21 @@ def check(args: argparse.Namespace) -> None:
             raise Mxfp4Error(f"--{name.replace('_', '-')}", f"at least {least}", value, "Correct it")
     if args.top < 1 and args.top != -1:
         raise Mxfp4Error("--top", "at least 1, or -1 for all", args.top, "Correct it")
-    for option, path in (("--logprobs", args.logprobs), ("--include-path", args.include_path)):
-        if path and not path.exists():
-            raise Mxfp4Error(option, "a path that exists", path, "Correct it")
+    if args.include_path and not args.include_path.is_dir():
+        raise Mxfp4Error("--include-path", "a directory that exists", args.include_path, "Correct it")
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
         fix = "Install this package's extra 'eval', where need be in another environment than vLLM's"
         raise Mxfp4Error("the environment", "able to import lm-eval", f"no {', '.join(missing)}", fix)
+
+
+def read_text(file: Path) -> str:
+    """The text whose distributions are compared."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        found = f"{file} ({type(error).__name__})"
+        raise Mxfp4Error("--logprobs", "a text file in UTF-8", found, "Correct it") from error
 
 
 def directory_name(side: Side, settings: dict[str, Any]) -> str:
@@ -130,7 +149,12 @@ def directory_name(side: Side, settings: dict[str, Any]) -> str:
 
 
 def measure(
-    side: Side, directory: Path, tasks: Tasks | None, args: argparse.Namespace, other_paths: list[str]
+    side: Side,
+    directory: Path,
+    tasks: Tasks | None,
+    text: str,
+    args: argparse.Namespace,
+    other_paths: list[str],
 ) -> Measured:
     """One side's answers: those that `directory` has, or new ones, which it then has.
 
@@ -138,8 +162,9 @@ def measure(
         side: to be measured.
         directory: for its result, the answers that came so far, and its log.
         tasks: of lm-eval; None for none.
+        text: to be read, if the command line has --logprobs.
         args: the command line.
-        other_paths: of the sides that were measured before.
+        other_paths: of the other side, where it is known by now.
     """
     if (directory / RESULT).is_file():
         kept = load(directory)
@@ -154,31 +179,42 @@ def measure(
         if tasks:
             endpoint = choose_endpoint(args.endpoint, server, tasks)
             questions = ask(server, endpoint, tasks, args.limit, args.concurrency, directory / "answers")
-        positions = read(server, args.logprobs.read_text(), args.top, args.window) if args.logprobs else []
+        positions = read(server, text, args.top, args.window) if args.logprobs else []
     when = time.strftime("%Y-%m-%d %H:%M:%S")
-    result = Measured(side.text, server.path, endpoint, when, questions, positions)
-    (directory / RESULT).write_text(json.dumps(dataclasses.asdict(result)))
+    top = args.top if args.logprobs else 0
+    result = Measured(side.text, server.path, endpoint, when, questions, top, positions)
+    part = directory / f"{RESULT}.part"
+    part.write_text(json.dumps(dataclasses.asdict(result)))
+    part.replace(directory / RESULT)  # An interrupted write leaves no result.
     return result
 
 
 def load(directory: Path) -> Measured:
-    """What `measure` wrote."""
-    content = json.loads((directory / RESULT).read_text())
-    content["questions"] = [Question(**question) for question in content["questions"]]
-    content["positions"] = [
-        Position(**position | {"top": {int(token): value for token, value in position["top"].items()}})
-        for position in content["positions"]
-    ]
-    return Measured(**content)
+    """What `measure` wrote.
+
+    Raises:
+        Mxfp4Error: it is not that, or that of another version of this package.
+    """
+    try:
+        content = json.loads((directory / RESULT).read_text())
+        content["questions"] = [Question(**question) for question in content["questions"]]
+        content["positions"] = [
+            Position(**position | {"top": {int(token): value for token, value in position["top"].items()}})
+            for position in content["positions"]
+        ]
+        return Measured(**content)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        found = f"{type(error).__name__}: {error}"
+        rule = "a result that this version of `vllm-mxfp4 eval` wrote"
+        raise Mxfp4Error(str(directory / RESULT), rule, found, "Measure the side anew") from error
 
 
 def check_paths(args: argparse.Namespace, others: list[str], path: str) -> None:
     """Raise Mxfp4Error where two sides are, or may be, served by one path, unless that was asked for."""
-    for other in others:
-        if not args.same_path and (not path or not other or path == other):
-            found = " and ".join(repr(name or "not known") for name in (other, path))
-            fix = "Correct a side, name a server's log behind its URL, or add --same-path if this is meant"
-            raise Mxfp4Error("the MoE paths of the two sides", "different", found, fix)
+    if len(args.sides) == 2 and not args.same_path and (not path or path in others):
+        found = " and ".join(repr(name or "not known") for name in (*others, path))
+        fix = "Correct a side, name a server's log behind its URL, or add --same-path if this is meant"
+        raise Mxfp4Error("the MoE paths of the two sides", "known and different", found, fix)
 
 
 def heading(role: str, found: Measured) -> str:
@@ -187,18 +223,36 @@ def heading(role: str, found: Measured) -> str:
     return f"- {role}: `{found.side}`, {found.when}{over}; MoE path: {found.path or 'not known'}"
 
 
-def alone(found: Measured) -> list[str]:
-    """The scores of a side with nothing to hold it against, with their intervals."""
+def alone(found: Measured, out: Path) -> list[str]:
+    """The scores of a side with nothing to hold it against, with their intervals, for all tasks together.
+
+    Args:
+        found: of the side.
+        out: gets report.json and report.png.
+
+    Returns:
+        The report's lines.
+    """
     from scipy.stats import binomtest
 
-    lines = ["", "| task | questions | accuracy | interval |", "|---|---|---|---|"]
-    for task in dict.fromkeys(question.task for question in found.questions):
+    tasks = list(dict.fromkeys(question.task for question in found.questions))
+    facts: dict[str, Any] = {"tested": found.side, "paths": [found.path], "tasks": {}}
+    lines = ["", "| task | questions | accuracy | interval |", "|---|---|---|---|"] if tasks else []
+    intervals: dict[str, tuple[float, float, float]] = {}
+    for task in tasks:
         right = [question.right for question in found.questions if question.task == task]
-        low, high = binomtest(sum(right), len(right)).proportion_ci(1 - LEVEL, "wilson")
-        lines.append(f"| {task} | {len(right)} | {sum(right) / len(right):.4f} | {low:.4f} to {high:.4f} |")
-    if found.positions:
-        surprise = -sum(position.logprob for position in found.positions) / len(found.positions)
-        lines += ["", f"- {len(found.positions)} tokens surprised by {surprise:.4f} nats each"]
+        accuracy = sum(right) / len(right)
+        low, high = binomtest(sum(right), len(right)).proportion_ci(1 - LEVEL / len(tasks), "wilson")
+        facts["tasks"][task] = {"questions": len(right), "tested": sum(right), "low": low, "high": high}
+        intervals[task] = (accuracy, low, high)
+        lines.append(f"| {task} | {len(right)} | {accuracy:.4f} | {low:.4f} to {high:.4f} |")
+    surprises = [-position.logprob for position in found.positions]
+    if surprises:
+        surprise = sum(surprises) / len(surprises)
+        facts["logprobs"] = {"positions": len(surprises), "tested_nll": surprise}
+        lines += ["", f"- {len(surprises)} tokens surprised by {surprise:.4f} nats each"]
+    (out / "report.json").write_text(json.dumps(facts, indent=2) + "\n")
+    report.plot(out / "report.png", intervals, surprises, ("accuracy", "surprise, nats"))
     return lines
 
 
@@ -219,6 +273,9 @@ def conclude(tested: Measured, baseline: Measured, args: argparse.Namespace) -> 
             found = f"{len(asked[0])} and {len(asked[1])}, not equal"
             fix = "Measure both with the same options, and models with one tokenizer over one endpoint"
             raise Mxfp4Error(f"the {what} of the two sides", "the same", found, fix)
+    if tested.top != baseline.top:
+        found = f"{tested.top} and {baseline.top}"
+        raise Mxfp4Error("--top of the two sides", "the same", found, "Measure both with the same --top")
     pairs = list(zip(tested.questions, baseline.questions, strict=True))
     tasks = list(dict.fromkeys(question.task for question in tested.questions))
     differences: dict[str, Difference] = {}
@@ -242,7 +299,13 @@ def conclude(tested: Measured, baseline: Measured, args: argparse.Namespace) -> 
         for task, found in differences.items()
     }
     facts["changed"] = [
-        {"task": test.task, "question": test.asked, "tested": test.answer, "baseline": base.answer}
+        {
+            "task": test.task,
+            "doc_id": test.doc_id,
+            "question": test.asked,
+            "tested": test.answer,
+            "baseline": base.answer,
+        }
         | {"right": "tested" if test.right else "baseline"}
         for test, base in pairs
         if test.right != base.right
@@ -255,5 +318,10 @@ def conclude(tested: Measured, baseline: Measured, args: argparse.Namespace) -> 
         lines += ["", *report.divergence_lines(apart, tested.positions, baseline.positions, args.max_kl)]
     facts["worse"] = worse
     (args.out / "report.json").write_text(json.dumps(facts, indent=2) + "\n")
-    report.plot(args.out / "report.png", differences, args.margin, kls, args.max_kl)
-    return [*lines, "", "![differences](report.png)"], worse
+    intervals = {
+        task: ((found.tested - found.baseline) / found.questions, found.low, found.high)
+        for task, found in differences.items()
+    }
+    labels = ("accuracy, tested - baseline", "KL, nats")
+    report.plot(args.out / "report.png", intervals, kls, labels, args.margin, args.max_kl)
+    return lines, worse

@@ -32,6 +32,7 @@ class Question:
 
     Args:
         task: its name.
+        doc_id: lm-eval's number of the question in the task.
         asked: hash of the question, of the prompt made of it, and of its answer.
         right: the score.
         answer: what the task took from the server's answer, shortened.
@@ -39,6 +40,7 @@ class Question:
     """
 
     task: str
+    doc_id: int
     asked: str
     right: bool
     answer: str
@@ -165,6 +167,7 @@ def questions(task: str, samples: list[dict[str, Any]]) -> Iterator[Question]:
         texts = [text for replies in sample["resps"] for text in replies if isinstance(text, str)]
         yield Question(
             task=task,
+            doc_id=sample["doc_id"],
             asked=digest(*(value.encode() for value in hashes)),
             right=bool(score),
             answer=chosen_answer(sample["filtered_resps"])[:200],

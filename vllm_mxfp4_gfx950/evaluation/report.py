@@ -56,47 +56,52 @@ def divergence_lines(
 
 
 def plot(
-    file: Path, differences: dict[str, Difference], margin: float, kls: Sequence[float], bound: float
+    file: Path,
+    intervals: dict[str, tuple[float, float, float]],
+    nats: Sequence[float],
+    labels: tuple[str, str],
+    margin: float | None = None,
+    bound: float | None = None,
 ) -> None:
-    """The accuracies' differences with their intervals, and the divergence at each token.
+    """Figures of the tasks with their intervals, and one for each token of a text.
 
     Args:
         file: to be written.
-        differences: by task; may be empty.
-        margin: that a difference is held against.
-        kls: in nats, by position; may be empty.
-        bound: that their mean is held against.
+        intervals: by task the figure, its lower and its upper end; may be empty.
+        nats: by position; may be empty.
+        labels: what the two kinds of figures are.
+        margin: that a difference is held against; None without one.
+        bound: that the mean of `nats` is held against; None without one.
     """
     from matplotlib.figure import Figure
 
-    drawings = [draw for draw, wanted in ((_differences, differences), (_kls, kls)) if wanted]
-    figure = Figure(figsize=(7, 3 * len(drawings)), layout="constrained")
-    for index, draw in enumerate(drawings):
-        axes = figure.add_subplot(len(drawings), 1, index + 1)
-        if draw is _differences:
-            _differences(axes, differences, margin)
-        else:
-            _kls(axes, kls, bound)
+    count = bool(intervals) + bool(nats)
+    figure = Figure(figsize=(7, 3 * count), layout="constrained")
+    if intervals:
+        _intervals(figure.add_subplot(count, 1, 1), intervals, labels[0], margin)
+    if nats:
+        _nats(figure.add_subplot(count, 1, count), nats, labels[1], bound)
     figure.savefig(file)
 
 
-def _differences(axes: Axes, differences: dict[str, Difference], margin: float) -> None:
-    for row, found in enumerate(differences.values()):
-        middle = (found.tested - found.baseline) / found.questions
-        axes.errorbar(
-            middle, row, xerr=[[middle - found.low], [found.high - middle]], fmt="o", capsize=4, color="C0"
-        )
-    axes.axvline(-margin, color="C3", label=f"margin {margin:g}")
-    axes.axvline(0, color="0.7")
-    axes.set_yticks(range(len(differences)), list(differences))
-    axes.set_ylim(len(differences) - 0.5, -0.5)
-    axes.set_xlabel("accuracy, tested - baseline")
-    axes.legend()
+def _intervals(
+    axes: Axes, intervals: dict[str, tuple[float, float, float]], label: str, margin: float | None
+) -> None:
+    for row, (middle, low, high) in enumerate(intervals.values()):
+        axes.errorbar(middle, row, xerr=[[middle - low], [high - middle]], fmt="o", capsize=4, color="C0")
+    if margin is not None:
+        axes.axvline(-margin, color="C3", label=f"margin {margin:g}")
+        axes.axvline(0, color="0.7")
+        axes.legend()
+    axes.set_yticks(range(len(intervals)), list(intervals))
+    axes.set_ylim(len(intervals) - 0.5, -0.5)
+    axes.set_xlabel(label)
 
 
-def _kls(axes: Axes, kls: Sequence[float], bound: float) -> None:
-    axes.semilogy([max(value, 1e-9) for value in kls], ".", markersize=2)
-    axes.axhline(bound, color="C3", label=f"bound of the mean {bound:g}")
+def _nats(axes: Axes, nats: Sequence[float], label: str, bound: float | None) -> None:
+    axes.semilogy([max(value, 1e-9) for value in nats], ".", markersize=2)
+    if bound is not None:
+        axes.axhline(bound, color="C3", label=f"bound of the mean {bound:g}")
+        axes.legend()
     axes.set_xlabel("token of the text")
-    axes.set_ylabel("KL, nats")
-    axes.legend()
+    axes.set_ylabel(label)

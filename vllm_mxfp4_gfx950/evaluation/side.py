@@ -17,8 +17,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from vllm_mxfp4_gfx950 import settings
 from vllm_mxfp4_gfx950.moe import Mxfp4Error
 
 RESULT = "result.json"
@@ -70,7 +72,10 @@ def parse(text: str) -> Side:
     Raises:
         Mxfp4Error: it is none of the three.
     """
-    words = shlex.split(text)
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise Mxfp4Error("a side", "quoted as for a shell", repr(text), f"{error}: correct it") from error
     if words and re.match(r"https?://", words[0]) and len(words) <= 2:
         return Side(text, url=words[0].rstrip("/"), log=Path(words[1]) if words[1:] else None)
     if len(words) == 1 and Path(words[0], RESULT).is_file():
@@ -90,18 +95,25 @@ def identity(side: Side) -> dict[str, Any]:
     """All that decides what a side answers, as far as it can be seen: equal means that a result still holds.
 
     Raises:
-        Mxfp4Error: it is a URL where no server answers.
+        Mxfp4Error: it is a URL where no server answers or whose log is missing, or a variable of this package
+            has a value that it refuses.
     """
+    if side.log and not side.log.is_file():
+        raise Mxfp4Error(f"the log of {side.url}", "a file that exists", side.log, "Correct it")
     if side.url:
         found = re.search(r"^process_start_time_seconds (\S+)$", get(f"{side.url}/metrics"), re.MULTILINE)
         # A server that does not say since when it runs may be another one at the next look.
-        return {"url": side.url, "since": found[1] if found else str(time.time())}
+        since = found[1] if found else str(time.time())
+        return {"url": side.url, "since": since, "log": str(side.log)}
     inherited = {name: value for name, value in os.environ.items() if name.startswith(HOST_VARIABLES)}
+    environment = inherited | dict(side.environment)
+    tables = settings.from_environment(environment).tables
     model = Path(side.command[0])
     package = sorted(f for f in Path(__file__).parents[1].rglob("*") if f.suffix in (".py", ".json"))
     return {
         "command": side.command,
-        "environment": inherited | dict(side.environment),
+        "environment": environment,
+        "tables": [(f.name, digest(f.read_bytes())) for f in sorted(tables.glob("*.json"))] if tables else [],
         "vllm": metadata.version("vllm") if util.find_spec("vllm") else "",
         "checkpoint": [(f.name, f.stat().st_size, f.stat().st_mtime) for f in sorted(model.glob("*"))],
         "package": digest(*(f.read_bytes() for f in package)),
@@ -152,6 +164,8 @@ def serving(side: Side, directory: Path, more: list[str]) -> Iterator[Server]:
     command += ["--host", "127.0.0.1", "--port", str(port)]
     print(f"starting {shlex.join(side.command)}: {log}", flush=True)
     began = time.monotonic()
+    # By default this would end this process alone.
+    before = signal.signal(signal.SIGTERM, leave)
     with log.open("w") as output:
         # A session of its own, so that all of its processes can be ended.
         process = subprocess.Popen(
@@ -170,6 +184,12 @@ def serving(side: Side, directory: Path, more: list[str]) -> Iterator[Server]:
         yield server
     finally:
         stop(process)
+        signal.signal(signal.SIGTERM, before)
+
+
+def leave(number: int, _: FrameType | None) -> None:
+    """Handle a signal as the request to end, with the exit code that a shell gives it."""
+    raise SystemExit(128 + number)
 
 
 def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
@@ -190,13 +210,15 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) ->
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """Let a server shut down, and end what is left of it."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+    finally:  # A second signal to this process must not spare it, either.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def free_port() -> int:
@@ -207,13 +229,22 @@ def free_port() -> int:
 
 
 def describe(url: str, log: Path | None) -> Server:
-    """Ask a server what it is."""
-    served = json.loads(get(f"{url}/v1/models"))["data"][0]
-    request = {"model": served["id"], "prompt": HARMONY_TOKEN}
-    request |= {"add_special_tokens": False, "return_token_strs": True}
-    strings = post(f"{url}/tokenize", request)["token_strs"]
+    """Ask a server what it is.
+
+    Raises:
+        Mxfp4Error: it does not answer as vLLM does.
+    """
+    try:
+        served = decoded(url, get(f"{url}/v1/models"))["data"][0]
+        model, context = served["id"], served["max_model_len"]
+        request = {"model": model, "prompt": HARMONY_TOKEN}
+        request |= {"add_special_tokens": False, "return_token_strs": True}
+        strings = post(f"{url}/tokenize", request)["token_strs"]
+    except (LookupError, TypeError) as error:
+        found = f"an answer that lacks a field ({type(error).__name__}: {error})"
+        raise Mxfp4Error(url, "answered by vLLM", found, "Correct the URL") from error
     path = moe_path(log.read_text(errors="replace")) if log else ""
-    return Server(url, served["id"], served["max_model_len"], path, strings == [HARMONY_TOKEN])
+    return Server(url, model, context, path, strings == [HARMONY_TOKEN])
 
 
 def moe_path(log: str) -> str:
@@ -235,9 +266,17 @@ def post(url: str, request: dict[str, Any]) -> Any:
     """The parsed answer to a request in JSON.
 
     Raises:
-        Mxfp4Error: there was none, or it was an error.
+        Mxfp4Error: there was none, or it was an error, or no JSON.
     """
-    return json.loads(answer("POST", url, request))
+    return decoded(url, answer("POST", url, request))
+
+
+def decoded(url: str, body: str) -> Any:
+    """The JSON that a server answered."""
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise Mxfp4Error(url, "answered by vLLM", f"no JSON: {body[:100]!r}", "Correct the URL") from error
 
 
 def answer(method: str, url: str, request: dict[str, Any] | None) -> str:
