@@ -20,6 +20,7 @@ import torch
 
 from vllm_mxfp4_gfx950 import backends, self_check
 from vllm_mxfp4_gfx950.backends import reference
+from vllm_mxfp4_gfx950.errors import brief
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
@@ -146,7 +147,7 @@ def poisoned(run: Run, shape: MoeShape, device: str, tokens: int = 6) -> dict[st
         size = list(run(x[:0], logits[:0]).shape)
         found["no tokens"] = "" if size == [0, shape.hidden] else f"{size} of no tokens"
     except Exception as error:
-        found["no tokens"] = self_check.brief(error)
+        found["no tokens"] = brief(error)
     return found
 
 

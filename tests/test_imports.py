@@ -14,6 +14,7 @@ PACKAGE = "vllm_mxfp4_gfx950"
 MAY_IMPORT: dict[str, str] = {
     "__init__": "",
     "mxfp4": "",
+    "errors": "",
     "moe": "mxfp4",
     "models": "mxfp4 moe",
     "settings": "mxfp4 moe",
@@ -22,12 +23,12 @@ MAY_IMPORT: dict[str, str] = {
     "random_layer": "moe",
     "timing": "",
     "tolerance": "",
-    "self_check": "moe settings backends tolerance",
-    "vllm_plugin": "mxfp4 moe settings tuning backends self_check",
+    "self_check": "errors moe settings backends tolerance",
+    "vllm_plugin": "errors mxfp4 moe settings tuning backends self_check",
     "gfx950": "mxfp4 moe models settings tuning backends tolerance",
-    "bench": "moe models settings backends random_layer timing tolerance",
+    "bench": "errors moe models settings backends random_layer timing tolerance",
     "evaluation": "moe settings",
-    "commands": "mxfp4 moe models settings tuning backends gfx950 random_layer timing tolerance "
+    "commands": "errors mxfp4 moe models settings tuning backends gfx950 random_layer timing tolerance "
     "bench evaluation",
     "cli": "moe commands",
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from vllm_mxfp4_gfx950.moe import MoeShape, Mxfp4Error
+from vllm_mxfp4_gfx950.moe import MoeShape, Mxfp4Error, whole_layer
 from vllm_mxfp4_gfx950.mxfp4 import BLOCK
 
 GPT_OSS: dict[str, dict[str, Any]] = {
@@ -30,6 +32,13 @@ DIVISIONS = ((1, 1), (2, 1), (4, 1), (8, 1), (4, 4), (8, 8))
 
 TOKENS = tuple(2**i for i in range(14))
 """Token counts of a forward that tile tables are made for."""
+
+
+def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that `layer_shape` takes."""
+    parser.add_argument("--model", default="gpt-oss-20b", help=f"{', '.join(GPT_OSS)}, or a config.json")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
+    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks, which hold experts whole")
 
 
 def layer_shape(model: str, tp: int = 1, ep: int = 1) -> MoeShape:
@@ -55,15 +64,7 @@ def layer_shape(model: str, tp: int = 1, ep: int = 1) -> MoeShape:
                 "--model", f"{', '.join(GPT_OSS)} or the path of a config.json", model, "Correct the name"
             )
         config = _read(Path(model))
-    whole = MoeShape(
-        experts=config["num_local_experts"],
-        global_experts=config["num_local_experts"],
-        topk=config["num_experts_per_tok"],
-        hidden=config["hidden_size"],
-        intermediate=config["intermediate_size"],
-        alpha=config.get("swiglu_alpha", 1.702),
-        limit=config.get("swiglu_limit", 7.0),
-    )
+    whole = whole_layer(SimpleNamespace(**config))
     sharing = tp if ep == 1 else 1
     return dataclasses.replace(
         whole,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -84,6 +85,29 @@ class MoeShape:
             f"E={self.experts}{local} topk={self.topk} H={self.hidden} I={self.intermediate} "
             f"alpha={self.alpha:g} limit={self.limit:g}"
         )
+
+
+def whole_layer(config: Any) -> MoeShape:
+    """One layer of a model, all of it.
+
+    Args:
+        config: what the model's config.json says, as attributes. Configs older than transformers'
+            `swiglu_alpha` mean the value that its default has.
+
+    Raises:
+        Mxfp4Error: a size breaks its rule.
+    """
+    check_multiple_of_block("hidden_size", config.hidden_size)
+    check_multiple_of_block("intermediate_size", config.intermediate_size)
+    return MoeShape(
+        experts=config.num_local_experts,
+        global_experts=config.num_local_experts,
+        topk=config.num_experts_per_tok,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        alpha=getattr(config, "swiglu_alpha", 1.702),
+        limit=getattr(config, "swiglu_limit", 7.0),
+    )
 
 
 @dataclass(frozen=True)

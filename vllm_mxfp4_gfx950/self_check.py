@@ -11,6 +11,7 @@ import torch
 
 from vllm_mxfp4_gfx950 import backends
 from vllm_mxfp4_gfx950.backends import reference
+from vllm_mxfp4_gfx950.errors import brief
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tolerance import compare
@@ -90,12 +91,6 @@ def check(
         if miss:
             return Outcome(f"{count} tokens: {miss}", worst, tokens[: index + 1], time.perf_counter() - began)
     return Outcome("", worst, tokens, time.perf_counter() - began)
-
-
-def brief(error: Exception) -> str:
-    """What was raised, in a line: a compiler says first where it was, and last what it met."""
-    lines = [line.strip() for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
-    return lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
 
 
 def sizes(prepared: Any) -> tuple[int, ...]:

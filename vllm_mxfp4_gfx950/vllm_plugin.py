@@ -24,14 +24,15 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from vllm_mxfp4_gfx950 import backends, self_check, settings
+from vllm_mxfp4_gfx950.errors import brief
 from vllm_mxfp4_gfx950.moe import (
     MoeShape,
     MoeWeights,
     Mxfp4Error,
-    check_multiple_of_block,
     check_tensor,
     check_weights,
     tensor_shapes,
+    whole_layer,
 )
 from vllm_mxfp4_gfx950.mxfp4 import BLOCK
 
@@ -416,7 +417,7 @@ class Choice:
         except torch.OutOfMemoryError as error:
             name, rule = "the GPU's free memory", f"enough to prepare {prefix}"
             fix = "Stop what else uses this GPU, or serve with a larger --tensor-parallel-size"
-            raise Mxfp4Error(name, rule, self_check.brief(error).rstrip("."), fix) from error
+            raise Mxfp4Error(name, rule, brief(error).rstrip("."), fix) from error
 
     def _prepare(self, weights: MoeWeights, prefix: str) -> tuple[backends.Backend, Any]:
         backend, when = self.selection.backend, self.wanted.self_check
@@ -466,34 +467,11 @@ def check_activation_dtype(dtype: torch.dtype, arch: str) -> None:
         )
 
 
-def whole_layer(config: Any) -> MoeShape:
-    """One layer of the model, all of it.
-
-    Args:
-        config: the model's Hugging Face config. Configs older than transformers' `swiglu_alpha` mean
-            the value that its default has.
-
-    Raises:
-        Mxfp4Error: a size breaks its rule.
-    """
-    check_multiple_of_block("hidden_size", config.hidden_size)
-    check_multiple_of_block("intermediate_size", config.intermediate_size)
-    return MoeShape(
-        experts=config.num_local_experts,
-        global_experts=config.num_local_experts,
-        topk=config.num_experts_per_tok,
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        alpha=getattr(config, "swiglu_alpha", 1.702),
-        limit=getattr(config, "swiglu_limit", 7.0),
-    )
-
-
 def moe_shape(config: Any, moe: FusedMoEConfig) -> MoeShape:
     """One layer of the model on this rank.
 
     Args:
-        config: as in `whole_layer`.
+        config: as in `moe.whole_layer`.
         moe: vLLM's description of the layer, its sizes not yet rounded.
     """
     return dataclasses.replace(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from vllm import LLM, SamplingParams
 
+from vllm_mxfp4_gfx950.errors import brief
 from vllm_mxfp4_gfx950.moe import Mxfp4Error
 
 OURS = "Mxfp4TritonMoEMethod"
@@ -27,8 +28,7 @@ def main(text: str) -> int:
     try:
         run(json.loads(text))
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        print("FAILED " + json.dumps(f"{type(error).__name__}: {lines[0]}"), flush=True)
+        print("FAILED " + json.dumps(brief(error)), flush=True)
         raise
     return 0
 

@@ -16,6 +16,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_mxfp4_gfx950.errors import brief
+
 if TYPE_CHECKING:
     from vllm_mxfp4_gfx950.backends import Backend
     from vllm_mxfp4_gfx950.moe import MoeShape
@@ -106,12 +108,7 @@ def guarded(what: str, check: Callable[[], list[Check]]) -> list[Check]:
     try:
         return check()
     except Exception as error:
-        return [Check(False, what, described(error), "to be found without an error", "Install it again")]
-
-
-def described(error: Exception) -> str:
-    """An exception with its type, which often says more than its text."""
-    return f"{type(error).__name__}: {error}"
+        return [Check(False, what, brief(error), "to be found without an error", "Install it again")]
 
 
 def directory_of(package: str) -> Path | None:
@@ -195,7 +192,7 @@ def check_backends(arch: str | None) -> list[Check]:
         try:
             chosen[model] = backends.select(shape, arch, asked).backend.NAME
         except Exception as error:
-            refused[model] = str(error) if isinstance(error, Mxfp4Error) else described(error)
+            refused[model] = str(error) if isinstance(error, Mxfp4Error) else brief(error)
     tried = backends.ORDER.get(arch, ()) if asked.backend == "auto" else (asked.backend,)
 
     def backend_check(family: str, backend: Backend) -> Check:
@@ -245,5 +242,5 @@ def state_of(backend: Backend, shape: MoeShape, arch: str) -> tuple[bool, str]:
         here, package = (backend.why_not(shape, a) for a in (arch, "gfx950"))
         texts = dict.fromkeys((here, package or backend.source()))
     except Exception as error:
-        return False, described(error)
+        return False, brief(error)
     return here is None, "; ".join(filter(None, texts))

@@ -9,7 +9,7 @@ import json
 from typing import TYPE_CHECKING
 
 from vllm_mxfp4_gfx950.commands.compile import progress
-from vllm_mxfp4_gfx950.models import GPT_OSS, layer_shape
+from vllm_mxfp4_gfx950.models import add_shape_arguments, layer_shape
 from vllm_mxfp4_gfx950.moe import Mxfp4Error
 
 if TYPE_CHECKING:
@@ -38,9 +38,7 @@ HEADER = "tokens stage   workgroups " + "".join(f"{name:>10}" for name in FIGURE
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--model", default="gpt-oss-20b", help=f"{', '.join(GPT_OSS)}, or a config.json")
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
-    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks, which hold experts whole")
+    add_shape_arguments(parser)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="tokens of a forward")
     parser.add_argument(
         "--sample",
