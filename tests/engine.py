@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
+import io
+import json
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -87,6 +89,11 @@ def quantization_class(checkpoint: Path, quantization: str | None) -> str:
     return _in_engine_process(create_config, checkpoint, quantization)
 
 
+def bench(job: dict[str, Any]) -> str:
+    """What an engine of `vllm-mxfp4 bench serve` prints for its job, without starting a process for it."""
+    return _in_engine_process(_bench, job)
+
+
 def create_config(checkpoint: Path, quantization: str | None) -> str:
     """What `quantization_class` does, in this process."""
     from vllm.engine.arg_utils import EngineArgs
@@ -114,7 +121,7 @@ def start() -> None:
     gc.freeze()  # Each engine's shutdown collects garbage several times, over all of vLLM's modules.
 
 
-@contextmanager
+@contextlib.contextmanager
 def _llm(checkpoint: Path, arguments: dict[str, Any]) -> Iterator[LLM]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -170,6 +177,20 @@ def _score(checkpoint: Path, sequences: list[list[int]], arguments: dict[str, An
         requests = llm.generate([{"prompt_token_ids": s} for s in sequences], parameters, use_tqdm=False)
     positions = [position for request in requests for position in request.prompt_logprobs[1:]]
     return np.array([[position[i].logprob for i in range(len(position))] for position in positions])
+
+
+def _bench(job: dict[str, Any]) -> str:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from vllm_mxfp4_gfx950.bench import vllm_engine
+    from vllm_mxfp4_gfx950.moe import Mxfp4Error
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(Mxfp4Error):
+        vllm_engine.main(json.dumps(job))
+    cleanup_dist_env_and_memory()
+    gc.freeze()
+    return printed.getvalue()
 
 
 def _outcome(checkpoint: Path, arguments: dict[str, Any]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import json
 import re
 import statistics
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,22 @@ import pytest
 import tiny_checkpoint
 import torch
 from engine import FLAG
-from run_python import run_python
 from tiny_checkpoint import TinyGptOss
 
 from vllm_mxfp4_gfx950 import cli, timing
+from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.bench import layer, report, serve, vllm_layers
 from vllm_mxfp4_gfx950.bench.layer import Layer
+from vllm_mxfp4_gfx950.commands import bench
 from vllm_mxfp4_gfx950.models import layer_shape
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, Mxfp4Error
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
+from vllm_mxfp4_gfx950.settings import TABLES_VAR
 
 CPU = torch.device("cpu")
 SHAPE = make_shape(4, 2, 64, 32)
 REACHED = layer.Speeds(copy=1e9, multiply=1e12)
-SERVED = ["--engine-args", '{"enforce_eager": true, "kv_cache_memory_bytes": 67108864}']
-ENGINE = {name: engine.ENVIRONMENT[name] for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")}
+SERVED = {"enforce_eager": True, "kv_cache_memory_bytes": 2**26}
 
 
 def without_w2_bias(weights: MoeWeights, shape: MoeShape) -> Layer:
@@ -66,6 +68,15 @@ def stops_at_five_tokens(weights: MoeWeights, shape: MoeShape) -> Layer:
 def cannot_be_built(_weights: MoeWeights, _shape: MoeShape) -> Layer:
     """What a missing package does."""
     raise ModuleNotFoundError("No module named 'vllm'")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Several wait for each other for seconds where other work runs beside them, in thousands of calls."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", name="checkpoint")
@@ -106,7 +117,8 @@ def test_rows() -> None:
         assert "is allowed" in one.failed["late"]  # Later it is wrong from the first call on.
         assert row.failed["absent"] == "ModuleNotFoundError: No module named 'vllm'"
         assert row.frobenius["ours"] < 0.01
-    assert five.failed["stops"] == "OutOfMemoryError: out of memory"
+    assert five.failed["stops"] == "OutOfMemoryError: out of memory ... and more"
+    assert one.layer == str(SHAPE)
     assert one.weight_bytes == 2 * layer.expert_bytes(SHAPE)
     assert one.floor_us == 1e6 * one.weight_bytes / 1e9
 
@@ -143,7 +155,7 @@ def test_bench_layer(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
         half = (max(row["us"]["ours"]) - min(row["us"]["ours"])) / 2
         assert f"{row['floor_us']:8.1f}{median:9.1f} ±{half / median:5.1%} " in line
         assert line.endswith(f"{median / row['floor_us']:10.2f}")
-    assert {"ours", "floor", "4 experts"} <= set(re.findall("<!-- (.+) -->", plot.read_text()))
+    assert {"ours", "floor", str(SHAPE)} <= set(re.findall("<!-- (.+) -->", plot.read_text()))
 
 
 @pytest.mark.parametrize("fault", [without_w2_bias, cannot_be_built])
@@ -169,13 +181,13 @@ def test_plots_show_the_medians(tmp_path: Path) -> None:
 
     figure = Figure()
     rows: list[dict[str, Any]] = [
-        {"experts": 32, "tokens": tokens, "floor_us": 5.0, "us": {"ours": [7.0, 9.0, 8.0 * tokens]}}
+        {"layer": "E=8 H=64", "tokens": tokens, "floor_us": 5.0, "us": {"ours": [7.0, 9.0, 8.0 * tokens]}}
         for tokens in (4, 1)
     ]
-    report.draw_layers(figure, [*rows, rows[0] | {"experts": 128, "us": {"MARLIN": [3.0]}}])
+    report.draw_layers(figure, [*rows, rows[0] | {"layer": "E=8 H=32", "us": {"MARLIN": [3.0]}}])
     lines = [[(line.get_label(), *line.get_ydata()) for line in panel.lines] for panel in figure.axes]
     assert lines == [[("floor", 5.0, 5.0), ("ours", 8.0, 9.0)], [("floor", 5.0), ("MARLIN", 3.0)]]
-    assert [panel.get_title() for panel in figure.axes] == ["32 experts", "128 experts"]
+    assert [panel.get_title() for panel in figure.axes] == ["E=8 H=64", "E=8 H=32"]
 
     figure = Figure()
     load = {"model": "m", "batch": 1, "input": 2, "output": 3}
@@ -195,11 +207,75 @@ def test_plots_show_the_medians(tmp_path: Path) -> None:
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("other", [{"device": "another"}, {"versions": {"triton": "3.8.0"}}], ids=str)
+def test_plot_of_two_machines(
+    other: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reports of one place are drawn as one; those of different devices or versions are not."""
+    files = [tmp_path / f"{name}.json" for name in "abc"]
+    row = {"layer": "E=8", "tokens": 1, "floor_us": 1.0, "us": {"ours": [2.0]}}
+    one = {"bench": "layer", "device": "CPU", "versions": {"triton": "3.6.0"}, "rows": [row]}
+    for file, content in zip(files, (one, one | {"rows": [row | {"tokens": 2}]}, one | other), strict=True):
+        report.write(file, content)
+    plot = ["--plot", str(tmp_path / "x.svg")]
+    assert cli.main(["bench", "plot", *map(str, files[:2]), *plot]) == 0
+    assert cli.main(["bench", "plot", *map(str, files), *plot]) == 2
+    assert "the reports must be all of one device and the same versions; got " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["bench", "device", "versions", "rows", "layer", "us"])
+def test_incomplete_report(fault: str, tmp_path: Path) -> None:
+    """Refused when it is read, and whole it is taken."""
+    row = {"layer": "E=8", "tokens": 1, "floor_us": 1.0, "us": {"ours": [2.0]}}
+    whole: dict[str, Any] = {"bench": "layer", "device": "CPU", "versions": {}, "rows": [row]}
+    file = tmp_path / "report.json"
+    report.write(file, whole)
+    assert report.read(file) == whole
+    del (whole if fault in whole else row)[fault]
+    report.write(file, whole)
+    with pytest.raises(Mxfp4Error, match="must be a report of `bench`; got another JSON"):
+        report.read(file)
+
+
+@pytest.mark.parametrize(
+    ("hip", "peers"), [(None, ["TRITON", "MARLIN"]), ("7.0", ["TRITON"])], ids=["CUDA", "HIP"]
+)
+def test_peers_are_those_of_the_platform(
+    hip: str | None, peers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MARLIN is not asked for by default where it cannot run; by name it still is."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    assert list(parser.parse_args(["layer"]).peers) == peers
+    assert parser.parse_args(["serve"]).engines == ["ours", *peers]
+    assert parser.parse_args(["layer", "--peers", "marlin"]).peers == ["MARLIN"]
+
+
+def test_ours_has_the_users_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory of the environment goes to the backend, as when it serves."""
+    given: list[Path | None] = []
+    prepare = reference.prepare
+
+    def noted(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) -> Any:
+        given.append(tables)
+        return prepare(weights, shape, tables)
+
+    monkeypatch.setattr(reference, "prepare", noted)
+    layer.ours(random_weights(SHAPE, 0), SHAPE)
+    monkeypatch.setenv(TABLES_VAR, str(tmp_path))
+    layer.ours(random_weights(SHAPE, 0), SHAPE)
+    assert given == [None, tmp_path]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
         ("layer --tokens 0", "--tokens must be at least 1; got 0."),
         ("layer --plot x.jpg", "--plot must be a name that ends in .png or .svg; got x.jpg."),
+        ("layer --plot no/x.png", "--plot must be a file in a directory that exists; got no/x.png."),
+        ("serve --json no/x.json", "--json must be a file in a directory that exists; got no/x.json."),
+        ("layer --json /", "--json must be a file in a directory that exists; got /."),
         ("plot no.json --plot x.png", "no.json must be a report of `bench`; got "),
         ("serve --load 1/2", "--load must be short, 1k1k, 1k8k, 8k1k or BATCH/INPUT/OUTPUT; got 1/2."),
         ("serve --load 1/0/2", "--load must be short, "),
@@ -231,21 +307,23 @@ def test_config_is_taken_for_gpt_oss(model: str, tmp_path: Path) -> None:
     assert layer_shape(str(file)) == layer_shape(model)
 
 
-def bench_serve(model: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command as a user runs it."""
-    command = ["-m", "vllm_mxfp4_gfx950.cli", "bench", "serve", "--model", str(model), *arguments]
-    return run_python(command, **ENGINE)
-
-
 @pytest.mark.engine
-def test_bench_serve(checkpoint: Path, tmp_path: Path) -> None:
+def test_bench_serve(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Two loads through a real engine, after one that could not start."""
     file = tmp_path / "serve.json"
-    loads = ["--load", "2/8/4", "3/16/1", "--rounds", "2", "--engines", "nope", "ours"]
-    process = bench_serve(checkpoint, *loads, *SERVED, "--json", str(file))
-    assert process.returncode == 1, process.stderr
-    failed, *lines = process.stdout.splitlines()
+    for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND"):
+        monkeypatch.setenv(name, engine.ENVIRONMENT[name])
+    command = ["bench", "serve", "--model", str(checkpoint), "--json", str(file), "--rounds", "2"]
+    command += ["--load", "2/8/4", "3/16/1", "--engines", "nope", "ours", "--engine-args", json.dumps(SERVED)]
+    assert cli.main(command) == 1
+    failed, through, *lines = capsys.readouterr().out.splitlines()
     assert failed.startswith("NOPE     FAIL ")
+    assert through == "ours     through Mxfp4TritonMoEMethod reference"
     assert len(lines) == 5
     done = report.read(file)
     assert list(done["failed"]) == ["NOPE"]
@@ -271,14 +349,15 @@ def test_bench_serve_refuses_another_path(checkpoint: Path, tmp_path: Path) -> N
     content = json.loads((checkpoint / "config.json").read_text())
     del content["quantization_config"]  # vLLM's own MXFP4 does not run on every CPU.
     (tmp_path / "config.json").write_text(json.dumps(content))
-    lost = json.loads(SERVED[1]) | {"quantization": None, "load_format": "dummy"}
-    process = bench_serve(tmp_path, "--load", "1/2/2", "--engines", "ours", "--engine-args", json.dumps(lost))
-    assert process.returncode == 1, process.stderr
-    assert process.stdout.startswith(
-        "ours     FAIL Mxfp4Error: the path of ours's MoE layers must be Mxfp4TritonMoEMethod; "
-        "got UnquantizedFusedMoEMethod"
+    lost = SERVED | {"quantization": None, "load_format": "dummy"}
+    loads = [(1, 2, 2)]
+    arguments = serve.arguments(str(tmp_path), "ours", loads, tmp_path, lost)
+    printed = engine.bench({"engine": "ours", "arguments": arguments, "loads": loads, "rounds": 1})
+    assert re.fullmatch(
+        r"FAILED \"Mxfp4Error: the path of ours's MoE layers must be Mxfp4TritonMoEMethod; "
+        r"got UnquantizedFusedMoEMethod\b.*\"\n",
+        printed,
     )
-    assert "tokens/s" not in process.stdout
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ import torch
 
 from vllm_mxfp4_gfx950 import backends, settings
 from vllm_mxfp4_gfx950.backends import reference
+from vllm_mxfp4_gfx950.errors import brief
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights
 from vllm_mxfp4_gfx950.timing import Calls
@@ -49,7 +50,8 @@ class Row:
     """One batch size.
 
     Args:
-        experts, tokens: the layer's and the batch's size.
+        layer: its shape, as text.
+        tokens: the batch's size.
         weight_bytes: blocks and scales of the chosen experts, on average over the calls.
         flops: of both matmuls.
         floor_us: that no layer can undercut.
@@ -59,7 +61,7 @@ class Row:
         seconds: that the row took to measure, compilation included.
     """
 
-    experts: int
+    layer: str
     tokens: int
     weight_bytes: float
     flops: float
@@ -73,7 +75,7 @@ class Row:
 def ours(weights: MoeWeights, shape: MoeShape) -> Layer:
     """The backend of this package that would serve here."""
     backend = selected(shape, weights.w13.device).backend
-    prepared = backend.prepare(weights, shape)
+    prepared = backend.prepare(weights, shape, settings.from_environment().tables)
     return lambda x, logits: backend.run(prepared, x, logits)
 
 
@@ -157,7 +159,7 @@ def measure(
                 for seed in range(copies(shape, device))
             ]
         except Exception as error:  # A compiler, a driver or another's package may raise anything.
-            failed[name] = described(error)
+            failed[name] = brief(error)
     # A token's output depends on no other token: the largest batch's truth serves them all.
     x, logits = random_tokens(shape, max(token_counts), 0, str(device))
     truth, plain = reference.truth_and_plain(x, logits, random_weights(shape, 0, str(device)), shape)
@@ -178,14 +180,14 @@ def measure(
                 else:
                     right[name], frobenius[name] = calls, found.frobenius
             except Exception as error:
-                missed[name] = described(error)
+                missed[name] = brief(error)
         us: dict[str, list[float]] = {name: [] for name in right}
         for name in [*right, *reversed(right)]:
             us[name] += right[name].microseconds()
         weight_bytes, flops = work(shape, [batch[1] for batch in batches])
         least = 1e6 * max(weight_bytes / reached.copy, flops / reached.multiply)
         seconds = time.perf_counter() - began
-        yield Row(shape.experts, tokens, weight_bytes, flops, least, us, frobenius, missed, seconds)
+        yield Row(str(shape), tokens, weight_bytes, flops, least, us, frobenius, missed, seconds)
 
 
 def in_turn(
@@ -193,8 +195,3 @@ def in_turn(
 ) -> Calls:
     """One call for each batch, the layers taking turns."""
     return Calls(lambda i: layers[i % len(layers)](*batches[i]), len(batches), device)
-
-
-def described(error: Exception) -> str:
-    """An exception's type, and the first line of its text."""
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"

@@ -15,6 +15,12 @@ from vllm_mxfp4_gfx950.moe import Mxfp4Error
 SUFFIXES = (".png", ".svg")
 COLORS = {"ours": "C0", "TRITON": "C1", "MARLIN": "C2"}
 OTHERS = "C7"
+DRAWN = {
+    "layer": {"layer", "tokens", "floor_us", "us"},
+    "serve": {"engine", "model", "batch", "input", "output", "tokens_per_s"},
+}
+"""For each kind of benchmark, what a row has to have."""
+
 PANELS = 5
 """Side by side, of serving's rows."""
 
@@ -44,12 +50,31 @@ def read(file: Path) -> dict[str, Any]:
         Mxfp4Error: it is not there, or something else.
     """
     try:
-        report = json.loads(file.read_text())
+        report: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise Mxfp4Error(str(file), "a report of `bench`", str(error), "Name a file of --json") from error
-    if not isinstance(report, dict) or report.get("bench") not in ("layer", "serve"):
+    if not _is_report(report):
         raise Mxfp4Error(str(file), "a report of `bench`", "another JSON", "Name a file of --json")
     return report
+
+
+def _is_report(content: Any) -> bool:
+    """Whether there is what `draw` takes."""
+    if not isinstance(content, dict) or content.get("bench") not in list(DRAWN):
+        return False
+    rows, drawn = content.get("rows"), DRAWN[content["bench"]]
+    return (
+        isinstance(content.get("device"), str)
+        and isinstance(content.get("versions"), dict)
+        and isinstance(rows, list)
+        and all(isinstance(row, dict) and drawn <= row.keys() for row in rows)
+    )
+
+
+def check_place(option: str, file: Path) -> None:
+    """Raise Mxfp4Error unless a file could be there, before anything is measured for it."""
+    if file.is_dir() or not file.parent.is_dir():
+        raise Mxfp4Error(option, "a file in a directory that exists", file, "Make it, or correct the path")
 
 
 def check_plot(file: Path) -> None:
@@ -69,7 +94,7 @@ def draw(reports: list[dict[str, Any]], file: Path) -> None:
         file: its suffix says the format.
 
     Raises:
-        Mxfp4Error: there is nothing to plot, or there are two kinds.
+        Mxfp4Error: there is nothing to plot, or it is not of one kind, device and set of versions.
     """
     from matplotlib.figure import Figure
 
@@ -79,10 +104,13 @@ def draw(reports: list[dict[str, Any]], file: Path) -> None:
     rows = [row for report in reports for row in report["rows"]]
     if not rows:
         raise Mxfp4Error("the report", "one that has rows", "none", "Measure again")
+    places = sorted({f"{report['device']}, {_named(report['versions'])}" for report in reports})
+    if len(places) > 1:
+        rule = "all of one device and the same versions"
+        raise Mxfp4Error("the reports", rule, " and ".join(places), "Plot each by itself")
     figure = Figure(layout="constrained")
     (draw_layers if kinds == {"layer"} else draw_serving)(figure, rows)
-    places = sorted({f"{report['device']}, {_named(report['versions'])}" for report in reports})
-    figure.suptitle("\n".join(places), fontsize="small")
+    figure.suptitle(places[0], fontsize="small")
     figure.savefig(file, dpi=150)
 
 
@@ -92,11 +120,11 @@ def _named(found: dict[str, str]) -> str:
 
 def draw_layers(figure: Any, rows: list[dict[str, Any]]) -> None:
     """Time against tokens, a line for each backend and one for the floor, a panel for each layer."""
-    layers = sorted({row["experts"] for row in rows})
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
     figure.set_size_inches(5.5 * len(layers), 4.5)
     panels = figure.subplots(1, len(layers), squeeze=False, sharey=True)[0]
-    for panel, experts in zip(panels, layers, strict=True):
-        some = sorted((row for row in rows if row["experts"] == experts), key=lambda row: row["tokens"])
+    for panel, layer in zip(panels, layers, strict=True):
+        some = sorted((row for row in rows if row["layer"] == layer), key=lambda row: row["tokens"])
         panel.plot([r["tokens"] for r in some], [r["floor_us"] for r in some], "k--", label="floor")
         for name in dict.fromkeys(name for row in some for name in row["us"]):
             timed = [row for row in some if name in row["us"]]
@@ -108,9 +136,8 @@ def draw_layers(figure: Any, rows: list[dict[str, Any]]) -> None:
                 label=name,
                 color=COLORS.get(name, OTHERS),
             )
-        panel.set(
-            xscale="log", yscale="log", xlabel="tokens", ylabel="µs of one layer", title=f"{experts} experts"
-        )
+        panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel="µs of one layer")
+        panel.set_title(layer, fontsize="small")
         panel.set_xscale("log", base=2)
         panel.grid(alpha=0.3)
         panel.legend()

@@ -10,14 +10,15 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vllm_mxfp4_gfx950.bench import report, serve
-from vllm_mxfp4_gfx950.models import GPT_OSS, layer_shape
+from vllm_mxfp4_gfx950.models import GPT_OSS, TOKENS, layer_shape
 from vllm_mxfp4_gfx950.moe import Mxfp4Error
 
 if TYPE_CHECKING:
     from vllm_mxfp4_gfx950.bench.layer import Row
 
-TOKENS = tuple(2**i for i in range(14))
 PEERS = ("TRITON", "MARLIN")
 LAYER = "time one MoE layer, this package's and vLLM's own, after each was compared with float64"
 SERVE = "measure vLLM's throughput and latency, with this package and with its own MoE backends"
@@ -26,6 +27,8 @@ PLOT = "draw what was measured"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
+    # MARLIN is CUDA code.
+    peers = PEERS[:1] if torch.version.hip else PEERS
     kinds = parser.add_subparsers(metavar="kind", dest="kind", required=True)
     layer = kinds.add_parser("layer", help=LAYER, description=LAYER)
     layer.add_argument(
@@ -36,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     layer.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="tokens of a forward")
     layer.add_argument(
-        "--peers", type=str.upper, nargs="*", choices=PEERS, default=PEERS, help="vLLM's, beside ours"
+        "--peers", type=str.upper, nargs="*", choices=PEERS, default=peers, help="vLLM's, beside ours"
     )
     serving = kinds.add_parser("serve", help=SERVE, description=SERVE)
     serving.add_argument(
@@ -61,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serving.add_argument(
         "--engines",
         nargs="+",
-        default=["ours", *PEERS],
+        default=["ours", *peers],
         help="ours, or names of vLLM's --moe-backend",
     )
     serving.add_argument("--engine-args", default="{}", help="more arguments of vllm.LLM, a JSON object")
@@ -75,6 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure or draw; the exit code is 1 when a backend failed, or what ran was not what was asked for."""
+    for option, file in (("--plot", args.plot), ("--json", getattr(args, "json", None))):
+        if file:
+            report.check_place(option, file)
     if args.plot:
         report.check_plot(args.plot)
     if args.kind == "plot":
@@ -92,8 +98,6 @@ def run_layer(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     if min(args.tokens) < 1:
         raise Mxfp4Error("--tokens", "at least 1", min(args.tokens), "Correct it")
     shapes = [layer_shape(model) for model in args.model]
-    import torch
-
     from vllm_mxfp4_gfx950.bench import layer, vllm_layers
     from vllm_mxfp4_gfx950.timing import REPLAYS
 
@@ -148,7 +152,7 @@ def spread(times: list[float]) -> float:
 
 
 def run_serve(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    """Print a line for each load and engine, then the comparison; the report, and the exit code."""
+    """Print each engine's path and loads, a line each, then the comparison; the report, and the exit code."""
     if args.rounds < 1:
         raise Mxfp4Error("--rounds", "at least 1", args.rounds, "Correct it")
     if min(args.concurrency) < 1:
@@ -167,6 +171,8 @@ def run_serve(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     }
 
     def keep(row: dict[str, Any]) -> None:
+        if row["engine"] not in (each["engine"] for each in done["rows"]):
+            print(f"{row['engine']:8} through {row['path']}")
         done["device"] = row["device"]
         done["rows"].append({"model": args.model} | row)
         print(serve_line(row), flush=True)
