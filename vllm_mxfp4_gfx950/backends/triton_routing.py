@@ -1,7 +1,7 @@
 """From the router's logits to all that triton_kernels' matmuls need, in one launch or two.
 
-The package's own routing takes four launches, and a dozen where a rank has some of the experts. What both of
-its generations want to know is the same.
+The package's own routing takes four launches, and about ten where a rank has some of the experts. What both
+of its generations want to know is the same.
 """
 
 from __future__ import annotations
