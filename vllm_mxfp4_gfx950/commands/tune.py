@@ -24,7 +24,7 @@ from vllm_mxfp4_gfx950 import backends, tuning
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.commands.compile import progress
 from vllm_mxfp4_gfx950.gfx950 import ranking
-from vllm_mxfp4_gfx950.models import GPT_OSS, TOKENS, layer_shape
+from vllm_mxfp4_gfx950.models import TOKENS, add_shape_arguments, layer_shape
 from vllm_mxfp4_gfx950.moe import MoeShape, Mxfp4Error
 from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights
 from vllm_mxfp4_gfx950.settings import TABLES_VAR, Settings
@@ -69,9 +69,7 @@ WORKER_BYTES = 3 << 30
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--model", default="gpt-oss-20b", help=f"{', '.join(GPT_OSS)}, or a config.json")
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
-    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks, which hold experts whole")
+    add_shape_arguments(parser)
     parser.add_argument("--out", type=Path, help=f"the directory of your tables, as for {TABLES_VAR}")
     parser.add_argument("--arch", choices=["gfx950"], help="rank its tiles by compiling, all models at once")
     parser.add_argument("--table", type=Path, help="with --arch: the file to bring up to date")
