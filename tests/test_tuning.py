@@ -13,6 +13,7 @@ import pytest
 from run_python import ROOT
 
 from vllm_mxfp4_gfx950 import backends, tuning
+from vllm_mxfp4_gfx950.gfx950 import ranking
 from vllm_mxfp4_gfx950.gfx950.ranking import MAX_OVERREAD, WEIGHT_BOUND_TOKENS, expected_tiles
 from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, layer_shape
 from vllm_mxfp4_gfx950.moe import Mxfp4Error
@@ -106,6 +107,19 @@ def test_table_reads_no_more_weights_than_there_are() -> None:
             assert block_bytes + scale_bytes <= MAX_OVERREAD * checkpoint_bytes, (gemm, tokens, tile)
 
 
+def test_ranking_keeps_what_was_measured(tmp_path: Path) -> None:
+    """A user's table that is brought up to date by compiling has its times still, and its decode rows."""
+    file = own_table(tmp_path) / "gfx950.json"
+    content = tuning.read(file, "gfx950")
+    measured = [[*row, 9.5] for row in content["rows"]]
+    tuning.write(file, "gfx950", content["provenance"], content["rows"], measured)
+    ranked = encode("matmul_ogs", "3.6", W2, Ladder((64,), (TILE,)))
+    ranking.update(file, "matmul_ogs", ranked, "3.6.0", 1, 1)
+    found = tuning.read(file, "gfx950")
+    assert found["measured"] == measured
+    assert found["rows"] == [*content["rows"][:2], *ranked]
+
+
 @pytest.mark.parametrize(("tokens", "block_m"), [(1, 16), (7, 4), (40, 16), (400, 16)])
 def test_expected_tiles(tokens: int, block_m: int) -> None:
     """Against the binomial distribution, summed term by term."""
@@ -197,6 +211,8 @@ BAD = {
     "columns": (lambda c: c["columns"].append("stages"), ": columns must be kernels, triton, name, k, n, "),
     "rows": (put("rows", {"0": []}), ": rows must be a list; got {'0': []}"),
     "provenance": (put("provenance", []), ": provenance must be an object; got []"),
+    "entry": (put("provenance", "x", "y"), ": provenance['x'] must be an object; got 'y'"),
+    "commands": (put("provenance", "x", {"commands": 5}), ": provenance['x'].commands must be a list; got 5"),
     "nested": (put("rows", 0, [[1]]), ": rows[0] must be 15 values; got [[1]]"),
     "short": (lambda c: c["rows"][0].pop(), ": rows[0] must be 15 values; got ['"),
     "kernels": (put("rows", 0, 0, "cuda"), ": rows[0].kernels must be one of matmul_ogs, matmul, decode; "),
@@ -206,8 +222,9 @@ BAD = {
     "name": (put("rows", 0, 2, "w1"), ": rows[0].name must be one of w13, w2; got 'w1'"),
     "k": (put("rows", 0, 3, 33), ": rows[0].k must be an integer from 32 to 65536 in steps of 32; got 33"),
     "experts": (put("rows", 0, 5, 0), ": rows[0].experts must be an integer from 1 to 4096; got 0"),
-    "tokens": (put("rows", 2, 7, 0), ": rows[2].tokens must be an integer from 1 to 1048576; got 0"),
-    "negative": (put("rows", 0, 7, -1), ": rows[0].tokens must be an integer from 0 to 1048576; got -1"),
+    "tokens": (put("rows", 2, 7, 0), ": rows[2].tokens must be an integer from 1 to 16384; got 0"),
+    "many tokens": (put("rows", 2, 7, 16385), ": rows[2].tokens must be an integer from 1 to 16384; got 163"),
+    "negative": (put("rows", 0, 7, -1), ": rows[0].tokens must be an integer from 0 to 16384; got -1"),
     "float": (put("rows", 0, ROW, 16.0), f": rows[0].block_m must be {POWERS}; got 16.0"),
     "bool": (put("rows", 0, ROW + 6, True), ": rows[0].waves_per_eu must be an integer from 0 to 8; got T"),
     "null": (put("rows", 0, ROW, None), f": rows[0].block_m must be {POWERS}; got None"),
@@ -217,6 +234,7 @@ BAD = {
     "nan": (put("rows", 0, ROW, math.nan), f": rows[0].block_m must be {POWERS}; got nan"),
     "infinite": (put("rows", 0, ROW, math.inf), f": rows[0].block_m must be {POWERS}; got inf"),
     "huge": (put("rows", 0, ROW, 10**4000), f": rows[0].block_m must be {POWERS}; got 1000000000000"),
+    "decode's rows": (put("rows", 2, ROW, 8), f": rows[2].block_m must be {POWERS.replace(' 8,', '')}; "),
     "past the scales": (put("rows", 2, ROW + 2, 512), ": rows[2].block_k must be one of 32, 64, 128, 256; "),
     "split": (put("rows", 1, ROW + 3, 2), ": rows[1].split_k must be 1; got 2"),
     "twice": (lambda c: c["rows"].append(c["rows"][2]), ": rows[4] must be the only one for its tokens"),
@@ -252,6 +270,7 @@ HOSTILE = {
     "not text": "\udcff",
     "python": "__import__('os').system('true')",
     "large": '{"arch": "' + "x" * (10 << 20) + '"}',
+    "list": '["arch", "columns", "provenance", "rows"]',
     "many keys": json.dumps({str(i): i for i in range(50_000)}),
 }
 
@@ -274,6 +293,13 @@ def test_read_refuses_a_large_table(tmp_path: Path) -> None:
     file.write_text(file.read_text() + " " * (10 << 20))
     with pytest.raises(Mxfp4Error, match=r"gfx950\.json must be at most 1048576 bytes; got 'more'\. "):
         tuning.read(file, "gfx950")
+
+
+def test_read_refuses_what_cannot_be_read(tmp_path: Path) -> None:
+    """In words: its first bytes are no memory of this process."""
+    (tmp_path / "gfx950.json").symlink_to("/proc/self/mem")
+    with pytest.raises(Mxfp4Error, match=r"gfx950\.json must be readable; got \[Errno 5\] .*\. Let "):
+        tuning.users(tmp_path, "gfx950")
 
 
 def test_read_refuses_a_directory(tmp_path: Path) -> None:

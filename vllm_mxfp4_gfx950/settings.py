@@ -57,8 +57,8 @@ def _directory(variables: Mapping[str, str], name: str) -> Path | None:
     value = variables.get(name)
     if value is None:
         return None
-    # A blank one would be the directory where the server happens to run.
-    if not value or not Path(value).is_dir():
+    # A blank one would be the directory where the server happens to run; Path.is_dir raises on a long one.
+    if not value or not os.path.isdir(value):
         fix = f"Set {name} to what `vllm-mxfp4 tune --out` was given, or unset it"
         raise Mxfp4Error(name, "a directory that exists", repr(value), fix)
     return Path(value)

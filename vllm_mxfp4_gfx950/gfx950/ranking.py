@@ -85,7 +85,6 @@ def rank(table: Path, progress: Callable[[int, int], None]) -> None:
                 work[matmul.gemm, tile] = Work.of(matmul.report, few, many)
     progress(len(tiles), len(tiles))
 
-    topk = 4
     rows: list[list[Any]] = []
     found = {gemm for model in GPT_OSS for tp, ep in DIVISIONS for gemm in gemms(layer_shape(model, tp, ep))}
     for gemm in sorted(found, key=lambda g: (g.name, -g.global_experts, -g.experts, -g.k, -g.n)):
@@ -95,7 +94,7 @@ def rank(table: Path, progress: Callable[[int, int], None]) -> None:
             fair = [t for t in usable if tokens > WEIGHT_BOUND_TOKENS or overread(gemm, t) <= MAX_OVERREAD]
             if not fair:
                 raise Mxfp4Error("the tiles", f"able to compute {gemm}", "none without a spill", "Try others")
-            cost = {tile: cycles(gemm, tile, usable[tile], tokens, topk) for tile in fair}
+            cost = {tile: cycles(gemm, tile, usable[tile], tokens, shape.topk) for tile in fair}
             least = min(cost, key=cost.__getitem__)
             keep = best and cost.get(best[-1], math.inf) * WORTH_A_CHANGE <= cost[least]
             best.append(best[-1] if keep else least)
@@ -218,11 +217,11 @@ def update(table: Path, kernels: str, rows: list[list[Any]], triton: str, tried:
         triton: the Triton that compiled them.
         tried, usable: how many tiles were compiled, and how many kernels fit, two to a compute unit.
     """
-    content = read(table, "gfx950") if table.is_file() else {"provenance": {}, "rows": []}
+    content = read(table, "gfx950") if table.exists() else {"provenance": {}, "rows": [], "measured": []}
     release = rows[0][1]
     provenance = content["provenance"] | {
         f"{kernels} {release}": {
-            "command": "make tune",
+            "commands": ["make tune"],
             "triton": triton,
             "evidence": "compiled for gfx950, executed on the emulator and counted; not run on a gfx950",
             "tiles_tried": tried,
@@ -230,4 +229,4 @@ def update(table: Path, kernels: str, rows: list[list[Any]], triton: str, tried:
         }
     }
     kept = [row for row in content["rows"] if row[:2] != [kernels, release]]
-    write(table, "gfx950", provenance, kept + rows)
+    write(table, "gfx950", provenance, kept + rows, content["measured"])
