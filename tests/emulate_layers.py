@@ -5,6 +5,7 @@ import json
 import sys
 from typing import Any
 
+from vllm_mxfp4_gfx950.gfx950.driver import ARCH
 from vllm_mxfp4_gfx950.gfx950.verification import EmulatedLayer
 from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights
@@ -20,7 +21,7 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
     weights = dataclasses.replace(random_weights(shape, seed=0), expert_map=expert_map)
     layer = EmulatedLayer(weights, shape)
     if case["tile"] is not None:
-        rungs = Ladder((1,), (layer.backend.to_opt_flags(TileConfig(*case["tile"])),))
+        rungs = Ladder((1,), (layer.backend.to_opt_flags(TileConfig(*case["tile"]), ARCH),))
         # The matmul generation refuses to split K where it scatters rows.
         splits = layer.backend.NAME == "triton_matmul" and TileConfig(*case["tile"]).split_k > 1
         w2 = layer.prepared.flags[1] if splits else rungs

@@ -68,7 +68,7 @@ class Layer:
         self.shape = make_shape(4, 2, hidden, intermediate)
         self.backend: Any = backends.select(self.shape, ARCH, Settings(backend="triton")).backend
         self.flags = tuple(
-            Ladder((1,), (self.backend.to_opt_flags(tile),)) for tile in TILES[self.backend.KERNELS]
+            Ladder((1,), (self.backend.to_opt_flags(tile, ARCH),)) for tile in TILES[self.backend.KERNELS]
         )
         self.x, self.logits = random_tokens(self.shape, tokens, seed=1)
         self.truth, self.plain = reference.truth_and_plain(self.x, self.logits, self.weights(), self.shape)

@@ -162,15 +162,18 @@ TILES = {
 def launches(backend: Any) -> dict[str, Any]:
     """A table with a bad tile for up to 64 tokens, or for more: what is said, and what serves then."""
     shape, found = SHAPES[0], {}
+    self_check.TOKENS = BATCHES
     for name, tile in TILES.items():
-        bad, good = backend.to_opt_flags(tile), backend.to_opt_flags(FITS)
+        bad, good = (backend.to_opt_flags(each, ARCH) for each in (tile, FITS))
         for place, rungs in {"first": (bad, good), "last": (good, bad)}.items():
             flags = Ladder((64, 128), rungs)
 
             def prepare(*arguments: Any, flags: Any = flags) -> Any:
                 return dataclasses.replace(backend.prepare(*arguments), flags=(flags, flags))
 
-            broken = SimpleNamespace(**{n: getattr(backend, n) for n in ("NAME", "why_not", "source", "run")})
+            broken = SimpleNamespace(
+                **{n: getattr(backend, n) for n in ("NAME", "why_not", "source", "run", "without_decode")}
+            )
             broken.prepare = prepare
             backends.FAMILIES = {"triton": (broken,), "ck": (reference,)}
             weights = random_weights(shape, seed=0)

@@ -27,7 +27,12 @@ Run = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 def backend(name: str, run: Run = reference.run, prepare: Any = reference.prepare) -> Any:
     """The reference under another name, with a fault in it."""
     return SimpleNamespace(
-        NAME=name, run=run, prepare=prepare, why_not=lambda shape, arch: None, source=lambda: "a test"
+        NAME=name,
+        run=run,
+        prepare=prepare,
+        why_not=lambda shape, arch: None,
+        source=lambda: "a test",
+        without_decode=lambda prepared: None,
     )
 
 
@@ -202,7 +207,6 @@ def test_layer_without_decode_kernels(monkeypatch: pytest.MonkeyPatch, weights: 
     """Where a backend serves without them, a layer that never had any serves as it is."""
     vllm_plugin = pytest.importorskip("vllm_mxfp4_gfx950.vllm_plugin")
     some = backend("some")
-    some.without_decode = lambda prepared: None
     choose_from(monkeypatch, some)
     choice = vllm_plugin.Choice(SHAPE, "gfx950", Settings(self_check="off"))
     choice.narrow = True

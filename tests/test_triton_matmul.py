@@ -1,14 +1,16 @@
 """The backend on matmul: its kernels, run in Triton's interpreter as if on a gfx950."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from interpreter import BROKEN, LAYERS, RANKS, TILED, UNPADDED, Case, check_layout, outcomes
 
-from vllm_mxfp4_gfx950.backends import reference, triton_matmul, triton_package
+from vllm_mxfp4_gfx950.backends import reference, triton_matmul, triton_package, triton_routing
 from vllm_mxfp4_gfx950.random_layer import make_shape
 from vllm_mxfp4_gfx950.tolerance import assert_rows_close
 
@@ -103,7 +105,7 @@ def test_why_not_without_the_scale_layout(monkeypatch: pytest.MonkeyPatch) -> No
     """Refused by name, on gfx950 only."""
     monkeypatch.setattr(triton_package, "why_not", lambda entry, needs: None)
     monkeypatch.setattr(triton_package, "locate", lambda: Path("/there"))
-    monkeypatch.setattr(triton_matmul, "to_opt_flags", lambda tile: None)
+    monkeypatch.setattr(triton_matmul, "to_opt_flags", lambda tile, arch: None)
     monkeypatch.setattr(triton_package, "load", lambda module: SimpleNamespace())
     reason = triton_matmul.why_not(SHAPE, "gfx950")
     assert reason == "triton_kernels in /there has no CDNA4MXScaleLayout or GFX950MXScaleLayout"
@@ -112,10 +114,18 @@ def test_why_not_without_the_scale_layout(monkeypatch: pytest.MonkeyPatch) -> No
     assert triton_matmul.why_not(SHAPE, "gfx950") is None
 
 
+def test_routing_asks_for_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many sizes of tiles there are is known from `prepare`: the package asks the driver each time."""
+    monkeypatch.setitem(sys.modules, "triton_kernels", None)
+    monkeypatch.setattr(triton_routing, "route", lambda *arguments: arguments[1:])
+    prepared: Any = SimpleNamespace(topk=2, w13_bias=torch.empty(8, 64), order=None, sizes=5)
+    assert triton_matmul.route(prepared, torch.empty(3, 8)) == (2, 8, None, 5)
+
+
 def test_why_not_with_other_opt_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     """A package whose OptFlags has other fields is refused before it is handed a layer."""
 
-    def to_opt_flags(tile: object) -> None:
+    def to_opt_flags(tile: object, arch: str) -> None:
         raise TypeError("unexpected keyword argument 'xcd_swizzle'")
 
     monkeypatch.setattr(triton_package, "why_not", lambda entry, needs: None)

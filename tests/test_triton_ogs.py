@@ -104,7 +104,7 @@ def test_why_not_without_the_scale_layout(monkeypatch: pytest.MonkeyPatch, name:
     """Refused by name on gfx950 only; either name will do."""
     monkeypatch.setattr(triton_package, "why_not", lambda entry, needs: None)
     monkeypatch.setattr(triton_package, "locate", lambda: Path("/there"))
-    monkeypatch.setattr(triton_ogs, "to_opt_flags", lambda tile: None)
+    monkeypatch.setattr(triton_ogs, "to_opt_flags", lambda tile, arch: None)
     monkeypatch.setattr(triton_package, "load", lambda module: SimpleNamespace())
     reason = triton_ogs.why_not(SHAPE, "gfx950")
     assert reason == "triton_kernels in /there has no CDNA4MXScaleLayout or GFX950MXScaleLayout"
@@ -116,7 +116,7 @@ def test_why_not_without_the_scale_layout(monkeypatch: pytest.MonkeyPatch, name:
 def test_why_not_with_other_opt_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     """A package whose OptFlags has other fields is refused before it is handed a layer."""
 
-    def to_opt_flags(tile: object) -> None:
+    def to_opt_flags(tile: object, arch: str) -> None:
         raise TypeError("unexpected keyword argument 'xcd_swizzle'")
 
     monkeypatch.setattr(triton_package, "why_not", lambda entry, needs: None)

@@ -155,7 +155,7 @@ def prepare(
         report(backend.NAME, outcome)
         if not outcome.miss:
             return selection, prepared, False
-        narrow = prepared is not None and getattr(backend, "without_decode", lambda _: None)(prepared)
+        narrow = prepared is not None and backend.without_decode(prepared)
         if narrow:
             outcome = check(backend, narrow, weights, shape)
             report(f"{backend.NAME} without its decode kernels", outcome)

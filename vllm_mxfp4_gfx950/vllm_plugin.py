@@ -427,7 +427,7 @@ class Choice:
             prepared = backend.prepare(weights, self.shape, self.wanted.tables)
             if self.narrow:
                 # None where this layer's scales are not for those kernels anyway.
-                prepared = backend.without_decode(prepared) or prepared  # type: ignore[attr-defined]
+                prepared = backend.without_decode(prepared) or prepared
             return backend, prepared
 
         def report(name: str, outcome: self_check.Outcome) -> None:

@@ -39,6 +39,9 @@ class Backend(Protocol):
         Without waiting for the GPU, so that graphs capture it; the reference alone does wait.
         """
 
+    def without_decode(self, prepared: Any) -> Any | None:
+        """The same layer without kernels of its own for few tokens; None where it has none."""
+
 
 FAMILIES: dict[str, tuple[Backend, ...]] = {
     "triton": (triton_ogs, triton_matmul),

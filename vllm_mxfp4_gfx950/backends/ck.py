@@ -151,6 +151,10 @@ def run(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> tor
     return out[:, :hidden].contiguous()
 
 
+def without_decode(prepared: Prepared) -> None:
+    """It has no kernels for few tokens."""
+
+
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(function).parameters
 

@@ -47,6 +47,10 @@ def run(prepared: tuple[MoeWeights, MoeShape], x: torch.Tensor, router_logits: t
     return out
 
 
+def without_decode(prepared: tuple[MoeWeights, MoeShape]) -> None:
+    """It has no kernels for few tokens."""
+
+
 def route(router_logits: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose experts and weigh them: top-k, ties to the lower index, then softmax over the chosen.
 

@@ -59,6 +59,7 @@ class Prepared:
         topk: experts per token.
         order: as `triton_routing.order_of` returns it.
         flags: w13's and w2's OptFlags by number of tokens; None leaves a call to the package.
+        sizes: how many sizes of tiles the package has on this GPU, from 16 rows on.
     """
 
     w13: Any
@@ -71,6 +72,7 @@ class Prepared:
     topk: int
     order: torch.Tensor | None
     flags: tuple[Ladder[Any], Ladder[Any]]
+    sizes: int
 
 
 def why_not(shape: MoeShape, arch: str) -> str | None:
@@ -97,6 +99,7 @@ def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) ->
     import triton
     from triton_kernels.matmul import FnSpecs, FusedActivation
     from triton_kernels.swiglu import swiglu_fn
+    from triton_kernels.tensor import RaggedTensorMetadata
     from triton_kernels.tensor_details.layout import StridedLayout, make_default_matmul_mxfp4_w_layout
 
     from vllm_mxfp4_gfx950.backends import triton_routing
@@ -106,9 +109,12 @@ def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) ->
     w13, w13_precision = _to_kernel_layout(weights.w13, weights.w13_scale)
     w2, w2_precision = _to_kernel_layout(weights.w2, weights.w2_scale)
     swiglu = FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"), reduction_n=2)
-    target = triton.runtime.driver.active.get_current_target()
-    tiles = (ladder(str(target.arch), KERNELS, triton.__version__, gemm, tables) for gemm in gemms(shape))
-    w13_flags, w2_flags = (rungs.map(to_opt_flags) if rungs else Ladder((1,), (None,)) for rungs in tiles)
+    arch = str(triton.runtime.driver.active.get_current_target().arch)
+    tiles = (ladder(arch, KERNELS, triton.__version__, gemm, tables) for gemm in gemms(shape))
+    w13_flags, w2_flags = (
+        rungs.map(lambda tile: to_opt_flags(tile, arch)) if rungs else Ladder((1,), (None,))
+        for rungs in tiles
+    )
     return Prepared(
         w13=w13,
         w13_bias=weights.w13_bias.float(),
@@ -120,6 +126,7 @@ def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) ->
         topk=shape.topk,
         order=triton_routing.order_of(weights.expert_map),
         flags=(w13_flags, w2_flags),
+        sizes=len(RaggedTensorMetadata.block_sizes()),
     )
 
 
@@ -170,16 +177,16 @@ def run(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> tor
     return out
 
 
+def without_decode(prepared: Prepared) -> None:
+    """It has no kernels for few tokens."""
+
+
 def route(prepared: Prepared, router_logits: torch.Tensor) -> Routing:
     """Choose experts, and sort the choices that live on this rank."""
-    from triton_kernels.tensor import RaggedTensorMetadata
-
     from vllm_mxfp4_gfx950.backends import triton_routing
 
-    sizes = len(RaggedTensorMetadata.block_sizes())
-    return triton_routing.route(
-        router_logits, prepared.topk, prepared.w13_bias.shape[0], prepared.order, sizes
-    )
+    experts = prepared.w13_bias.shape[0]
+    return triton_routing.route(router_logits, prepared.topk, experts, prepared.order, prepared.sizes)
 
 
 def choices(prepared: Prepared, router_logits: torch.Tensor) -> triton_package.Choices:
@@ -217,8 +224,8 @@ def _to_kernel_layout(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[Any, 
     )
 
 
-def to_opt_flags(tile: TileConfig) -> Any:
+def to_opt_flags(tile: TileConfig, arch: str) -> Any:
     """A tile as this generation of triton_kernels takes it."""
     from triton_kernels.matmul import OptFlags
 
-    return OptFlags(**triton_package.opt_flags_fields(tile), occupancy_target=1)
+    return OptFlags(**triton_package.opt_flags_fields(tile, arch), occupancy_target=1)

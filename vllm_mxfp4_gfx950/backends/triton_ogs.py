@@ -236,7 +236,7 @@ def _to_kernel_layout(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[Any, 
     return w, PrecisionConfig(weight_scale=w_scale, flex_ctx=FlexCtx(rhs_data=InFlexData()))
 
 
-def to_opt_flags(tile: TileConfig, arch: str = "gfx950") -> Any:
+def to_opt_flags(tile: TileConfig, arch: str) -> Any:
     """A tile as this generation of triton_kernels takes it."""
     from triton_kernels.matmul_ogs_details.opt_flags import OptFlags
 

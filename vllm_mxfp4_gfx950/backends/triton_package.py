@@ -74,7 +74,7 @@ def why_not_layer(
     arch: str,
     entry: str,
     needs: dict[str, tuple[str, ...]],
-    to_opt_flags: Callable[[TileConfig], object],
+    to_opt_flags: Callable[[TileConfig, str], object],
 ) -> str | None:
     """The reason why a shape cannot run on an arch with the package at hand.
 
@@ -103,7 +103,7 @@ def why_not_layer(
         if not any(hasattr(layout, name) for name in CDNA4_SCALE_LAYOUTS):
             return f"triton_kernels in {locate()} has no {' or '.join(CDNA4_SCALE_LAYOUTS)}"
         try:
-            to_opt_flags(TileConfig(16, 64, 256, 1, 4, 1, 0))
+            to_opt_flags(TileConfig(16, 64, 256, 1, 4, 1, 0), arch)
         except TypeError as error:
             return f"triton_kernels in {locate()} does not take our tiles: {error}"
     return reason
@@ -194,7 +194,7 @@ def swizzle(data: torch.Tensor, layout: Callable[[torch.Tensor], torch.Tensor]) 
     return out.mT
 
 
-def opt_flags_fields(tile: TileConfig, arch: str = "gfx950") -> dict[str, Any]:
+def opt_flags_fields(tile: TileConfig, arch: str) -> dict[str, Any]:
     """The OptFlags that both generations have; what a tile does not say is as they have it on that GPU."""
     fields = {
         "block_m": tile.block_m,

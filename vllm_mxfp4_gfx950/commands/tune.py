@@ -169,15 +169,9 @@ class Layers:
         if kernels == "decode":
             always = tuple(Ladder((2**30,), (tile,)) for tile in pair)
             return replace(prepared, decode=replace(self.decode, tiles=always))
-        flags = tuple(Ladder((1,), (self.to_opt_flags(tile),)) for tile in pair)
+        flags = tuple(Ladder((1,), (self.backend.to_opt_flags(tile, self.arch),)) for tile in pair)
         prepared = replace(prepared, flags=flags)
         return replace(prepared, decode=None) if hasattr(prepared, "decode") else prepared
-
-    def to_opt_flags(self, tile: TileConfig) -> Any:
-        """As `prepare` makes them of a table's tile."""
-        if self.backend.KERNELS == "matmul_ogs":
-            return self.backend.to_opt_flags(tile, self.arch)
-        return self.backend.to_opt_flags(tile)
 
 
 class Batch:

@@ -88,12 +88,12 @@ class CompiledLayer:
 
     def tried(self, tokens: int, tile: TileConfig) -> list[CompiledMatmul]:
         """Both matmuls with one tile."""
-        return [self._with_tiles(tokens, index, self.backend.to_opt_flags(tile)) for index in (0, 1)]
+        return [self._with_tiles(tokens, index, self.backend.to_opt_flags(tile, ARCH)) for index in (0, 1)]
 
     def executed(self, tokens: int, tile: TileConfig) -> list[Counts]:
         """What the first workgroup of each matmul executes with one tile, on tokens that chose at random."""
         found = []
-        rungs = Ladder((1,), (self.backend.to_opt_flags(tile),))
+        rungs = Ladder((1,), (self.backend.to_opt_flags(tile, ARCH),))
         prepared = dataclasses.replace(self.prepared, flags=(rungs, rungs))
         x = torch.zeros(tokens, self.shape.hidden, dtype=torch.bfloat16)
         logits = torch.randn(tokens, self.shape.global_experts, generator=torch.Generator().manual_seed(0))
@@ -110,7 +110,7 @@ class CompiledLayer:
 
     def _with_tiles(self, tokens: int, index: int, flags: Any) -> CompiledMatmul:
         # The other matmul takes a tile that fits, so that one failure does not hide behind another.
-        small = self.backend.to_opt_flags(TileConfig(16, 64, 256, 1, 4, 1, 0))
+        small = self.backend.to_opt_flags(TileConfig(16, 64, 256, 1, 4, 1, 0), ARCH)
         pair = tuple(Ladder((1,), (flags if i == index else small,)) for i in (0, 1))
         return self._compile(tokens, index, dataclasses.replace(self.prepared, flags=pair))
 
