@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import functools
 import json
 import math
-from dataclasses import astuple
+import os
+import re
+import threading
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +99,7 @@ def test_candidates_keep_to_the_bounds(tmp_path: Path, arch: str, kernels: str) 
     if (arch, kernels) == ("sm90", "matmul"):
         assert tune.candidates(arch, kernels) == []
         return
+    every: set[TileConfig] = set()
     for model in GPT_OSS:
         for division in DIVISIONS:
             shape = layer_shape(model, *division)
@@ -103,15 +108,18 @@ def test_candidates_keep_to_the_bounds(tmp_path: Path, arch: str, kernels: str) 
                 assert some or (kernels == "decode" and tokens * 4 / shape.global_experts > 64)
                 pairs = {pair for ups, downs in some for pair in [(up, downs[0]) for up in ups]}
                 pairs |= {(ups[0], down) for ups, downs in some for down in downs}
+                every |= {tile for pair in pairs for tile in pair}
                 assert len(pairs) < 130  # A tenth of a second each: minutes in all.
                 for at, pair in enumerate(pairs):
                     assert pair[0].block_m == pair[1].block_m or kernels != "decode", at
-    every = [tile for _, downs in some for tile in downs] or tune.candidates(arch, kernels)
-    rows = [
-        encode(kernels, "3.6.0", gemm, Ladder((1 + i,), (tile,)))[0]
-        for gemm in gemms(shape)
-        for i, tile in enumerate(every)
-    ]
+    assert {replace(tile, split_k=1) for tile in every} == set(tune.candidates(arch, kernels))
+    assert {tile.split_k for tile in every} == ({*tune.DECODE_SPLITS} if kernels == "decode" else {1})
+    w13, w2 = gemms(shape)
+    rows = []
+    for tokens, tile in enumerate(sorted(every, key=astuple), start=1):
+        up = replace(tile, split_k=1)  # As in a pair.
+        rows += encode(kernels, "3.6.0", w13, Ladder((tokens,), (up,)))
+        rows += encode(kernels, "3.6.0", w2, Ladder((tokens,), (tile,)))
     tuning.write(tmp_path / f"{arch}.json", arch, {}, rows)
     assert len(tuning.read(tmp_path / f"{arch}.json", arch)["rows"]) == len(rows)
 
@@ -236,6 +244,58 @@ def test_table(tmp_path: Path) -> None:
         table_in(tmp_path, "timed on one Y, torch 2")
 
 
+def test_two_tune_at_once(tmp_path: Path) -> None:
+    """Two layers into one file: both are in it; the same measured twice stands once."""
+    first, again = table_in(tmp_path), table_in(tmp_path)
+    other = tune.Table(
+        first.file, "sm90", layer_shape("gpt-oss-120b"), "matmul_ogs", "3.6.0", first.evidence, "other"
+    )
+    first.add(1, {"matmul_ogs": ((A, A), 100.0)})
+    other.add(1, {"matmul_ogs": ((A, A), 90.0)})
+    again.add(1, {"matmul_ogs": ((B, B), 80.0)})
+    first.add(2, {"matmul_ogs": ((A, A), 70.0)})
+    content = tuning.read(first.file, "sm90")
+    found = sorted((row[5], row[7], row[8], row[-1]) for row in content["measured"] if row[2] == "w13")
+    assert found == [(32, 1, 32, 80.0), (32, 2, 16, 70.0), (128, 1, 16, 90.0)]
+    assert content["provenance"]["matmul_ogs 3.6"]["commands"] == ["tune", "other"]
+    # One that began before there was a file, on something else.
+    late = table_in(tmp_path / "none", "timed on one Y, torch 2")
+    late.file = first.file
+    with pytest.raises(Mxfp4Error, match="must be timed on one Y, torch 2; got timed on one X, torch 2"):
+        late.add(4, {"matmul_ogs": ((A, A), 70.0)})
+
+
+def test_one_writes_at_a_time(tmp_path: Path) -> None:
+    """Between reading the file and writing it, no other process writes."""
+    table = table_in(tmp_path)
+    adding = threading.Thread(target=table.add, args=(1, {"matmul_ogs": ((A, A), 100.0)}))
+    with (tmp_path / "sm90.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        adding.start()
+        adding.join(0.3)
+        assert adding.is_alive()
+        assert not table.file.exists()
+    adding.join(60)
+    assert table_in(tmp_path).has(1)
+
+
+class Deadly:
+    """Ends the process that it is sent to."""
+
+    def __reduce__(self) -> Any:
+        return os.abort, ()
+
+
+def test_compiler_that_aborts() -> None:
+    """What it was compiling is named, and nothing of what is behind it."""
+    some: Any = [(Deadly(), (A, B)), (SHAPE, (B, B))]
+    jobs: Any = [(shape, "sm90", 8, ("matmul_ogs", pair)) for shape, pair in some]
+    culprit = f"matmul_ogs {astuple(A)} {astuple(B)} with 8 tokens"
+    text = f"the compiler must be alive after every candidate; got dead from {culprit}. Free memory if "
+    with pytest.raises(Mxfp4Error, match=f"^{re.escape(text)}"):
+        tune.compile_all(jobs, workers=1)
+
+
 def test_table_where_decode_is_never_faster(tmp_path: Path) -> None:
     """A row for up to 0 tokens keeps our own table's tiles from serving."""
     fill(tmp_path, {1: 101.0})
@@ -260,6 +320,9 @@ def test_table_keeps_other_rows(tmp_path: Path) -> None:
     [
         ([], "--out must be given; got nothing. "),
         (["--arch", "gfx950"], "--table must be given; got nothing. "),
+        (["--out", "tables", "--table", "x"], "--table must be left out without --arch; got x. Give --out "),
+        (["--arch", "gfx950", "--table", "x", "--out", "y"], "--out must be left out with --arch; got y. "),
+        (["--arch", "gfx950", "--table", "x", "--ep", "2"], "--ep must be left out with --arch; got 2. "),
         (["--out", "tables", "--model", "gpt-oss"], "--model must be gpt-oss-20b, gpt-oss-120b or the path"),
         (["--out", "tables"], "the machine must be one with a GPU; got none that torch sees. Run where"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import itertools
 import math
@@ -12,7 +13,8 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -37,6 +39,9 @@ Pair = tuple[TileConfig, TileConfig]
 
 Tiles = tuple[str, Pair]
 """Kernels, and a pair for them."""
+
+Job = tuple[MoeShape, str, int, Tiles]
+"""A layer, its arch, tokens, and what to compile for them."""
 
 Group = tuple[list[TileConfig], list[TileConfig]]
 """Tiles of w13 and of w2 that go together."""
@@ -77,10 +82,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Bring a table up to date, and say what was gained."""
-    for needed, given in (("--table", args.table), ("--out", args.out)):
-        if (needed == "--table") == (args.arch is not None) and given is None:
-            fix = "Give --out DIR to time on this GPU, or --arch gfx950 --table FILE to rank by compiling"
-            raise Mxfp4Error(needed, "given", "nothing", fix)
+    fix = "Give --out DIR to time on this GPU, or --arch gfx950 --table FILE to rank by compiling"
+    needed = "table" if args.arch else "out"
+    if getattr(args, needed) is None:
+        raise Mxfp4Error(f"--{needed}", "given", "nothing", fix)
+    others = {"out": None, "model": "gpt-oss-20b", "tp": 1, "ep": 1} if args.arch else {"table": None}
+    for name, default in others.items():
+        if getattr(args, name) != default:
+            rule = f"left out {'with' if args.arch else 'without'} --arch"
+            raise Mxfp4Error(f"--{name}", rule, getattr(args, name), fix)
     if args.arch:
         ranking.rank(args.table, progress)
         return 0
@@ -358,15 +368,22 @@ class Table:
     def __init__(
         self, file: Path, arch: str, shape: MoeShape, kernels: str, triton: str, evidence: str, command: str
     ) -> None:
-        content = tuning.read(file, arch) if file.exists() else {"provenance": {}, "rows": [], "measured": []}
         self.file, self.arch, self.kernels, self.triton = file, arch, kernels, triton
         self.gemms = gemms(shape)
         self.evidence, self.command = evidence, command
-        self.provenance, self.rows, self.measured = (content[n] for n in ("provenance", "rows", "measured"))
-        for name in (kernels, "decode"):
-            other = self.provenance.get(self.source(name), {}).get("evidence", evidence)
-            if other != evidence:
-                raise Mxfp4Error(f"{file}: {self.source(name)}", evidence, other, "Give another --out")
+        self.read()
+
+    def read(self) -> None:
+        """Take in what the file says, which another process may be writing to as well."""
+        empty: dict[str, Any] = {"provenance": {}, "rows": [], "measured": []}
+        content = tuning.read(self.file, self.arch) if self.file.exists() else empty
+        self.provenance, self.rows, self.measured = (content[name] for name in empty)
+        for name in (self.kernels, "decode"):
+            other = self.provenance.get(self.source(name), {}).get("evidence", self.evidence)
+            if other != self.evidence:
+                raise Mxfp4Error(
+                    f"{self.file}: {self.source(name)}", self.evidence, other, "Give another --out"
+                )
 
     def source(self, kernels: str) -> str:
         """The name of these kernels' provenance."""
@@ -389,18 +406,25 @@ class Table:
         )
 
     def add(self, tokens: int, found: dict[str, tuple[Pair, float]]) -> None:
-        """Note what was measured, and write the file."""
-        for kernels, (pair, us) in found.items():
-            for gemm, tile in zip(self.gemms, pair, strict=True):
-                (row,) = encode(kernels, self.triton, gemm, Ladder((tokens,), (tile,)))
-                self.measured.append([*row, round(us, 2)])
-            known = self.provenance.setdefault(
-                self.source(kernels), {"evidence": self.evidence, "triton": self.triton, "commands": []}
-            )
-            known["commands"] = sorted({*known.get("commands", ()), self.command})
-        timed = by_matmul(self.measured)
-        kept = [row for row in self.rows if (*row[:2], Gemm(*row[2:7])) not in timed]
-        tuning.write(self.file, self.arch, self.provenance, kept + serving(self.measured), self.measured)
+        """Add what was measured to the file."""
+        with self.file.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # Until it is closed.
+            self.read()
+            for kernels, (pair, us) in found.items():
+                for gemm, tile in zip(self.gemms, pair, strict=True):
+                    (row,) = encode(kernels, self.triton, gemm, Ladder((tokens,), (tile,)))
+                    # Another process may have measured the same.
+                    self.measured = [each for each in self.measured if each[:8] != row[:8]]
+                    self.measured.append([*row, round(us, 2)])
+                known = self.provenance.setdefault(
+                    self.source(kernels), {"evidence": self.evidence, "triton": self.triton}
+                )
+                commands = known.setdefault("commands", [])
+                if self.command not in commands:
+                    commands.append(self.command)
+            timed = by_matmul(self.measured)
+            kept = [row for row in self.rows if (*row[:2], Gemm(*row[2:7])) not in timed]
+            tuning.write(self.file, self.arch, self.provenance, kept + serving(self.measured), self.measured)
 
 
 def by_matmul(measured: list[list[Any]]) -> dict[tuning.Key, dict[int, tuple[TileConfig, float]]]:
@@ -462,13 +486,37 @@ def warm_up(layers: Layers, some_tokens: list[int]) -> None:
     ]
     free_bytes, _ = torch.cuda.mem_get_info()
     room = free_bytes // (WORKER_BYTES + 4 * layers.layer_bytes)
-    workers = max(1, min(len(os.sched_getaffinity(0)), int(room)))
+    compile_all(jobs, max(1, min(len(os.sched_getaffinity(0)), int(room))))
+
+
+def compile_all(jobs: list[Job], workers: int) -> None:
+    """Run each candidate once, in so many processes.
+
+    Raises:
+        Mxfp4Error: one of them took its process with it, as LLVM does where it aborts.
+    """
+    futures: dict[Future[None], Job] = {}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for done, _ in enumerate(pool.map(compile_one, jobs), start=1):
-            progress(done, len(jobs))
+        try:
+            for job in jobs:
+                futures[pool.submit(compile_one, job)] = job
+            for done, future in enumerate(as_completed(futures), start=1):
+                future.result()
+                progress(done, len(jobs))
+        except BrokenProcessPool as error:
+            # They are begun in order.
+            begun = [job for future, job in futures.items() if future.exception() is not None][:workers]
+            names = " or ".join(
+                f"{kernels} {astuple(up)} {astuple(down)} with {tokens} tokens"
+                for _, _, tokens, (kernels, (up, down)) in begun
+            )
+            fix = "Free memory if the machine ran out of it; else report this with what stands above"
+            raise Mxfp4Error(
+                "the compiler", "alive after every candidate", f"dead from {names}", fix
+            ) from error
 
 
-def compile_one(job: tuple[MoeShape, str, int, Tiles]) -> None:
+def compile_one(job: Job) -> None:
     """Run one candidate once. What fails here is met again, and told, when its turn comes."""
     shape, arch, tokens, tiles = job
     with contextlib.suppress(Exception):
