@@ -91,7 +91,7 @@ KERNELS = {
     "triton_ogs": ("3.6.0", "vllm-0.33.0/vllm/third_party"),
     "triton_matmul": ("", "tokenspeed-triton-kernels"),
 }
-LAYERS = 8
+LAYERS = 2
 """Sound layers of every commit; MANY with `-m emulate`."""
 
 MANY = 200

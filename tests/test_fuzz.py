@@ -35,6 +35,7 @@ from vllm_mxfp4_gfx950.settings import (
     SELF_CHECK_VAR,
     SELF_CHECKS,
     STRICT_VAR,
+    TABLES_VAR,
     Settings,
     from_environment,
 )
@@ -44,8 +45,16 @@ TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
 
 OUR_WORDS = re.compile(r"(?s).*\S must be \S.*; got .*\. \S.*\.")
 
-TABLE = json.loads((ROOT / "vllm_mxfp4_gfx950/tables/gfx950.json").read_text())
-ROWS = TABLE["rows"][:3]
+IN_VLLM = 15 if TIMES == 1 else 60
+"""Examples that load a model through vLLM: a tenth of a second each."""
+
+TABLES = {
+    arch: json.loads((ROOT / f"vllm_mxfp4_gfx950/tables/{arch}.json").read_text())
+    for arch in ("gfx950", "sm90")
+}
+DECODE_ROWS = [row for row in TABLES["sm90"]["rows"] if row[5] == 32 and row[7] <= 2]
+HOPPER_ROW = ["matmul_ogs", "3.6", "w13", 2880, 5760, 32, 32, 64, 16, 256, 128, 1, 8, 4, 0]
+ROWS = {"gfx950": [*TABLES["gfx950"]["rows"][:3], *DECODE_ROWS], "sm90": [*DECODE_ROWS, HOPPER_ROW]}
 
 MODEL = TinyGptOss(experts=4, topk=2, hidden=64, intermediate=96, layers=1)
 EXPERTS = "model.layers.0.mlp.experts"
@@ -92,18 +101,18 @@ JSON = st.recursive(
 )
 
 
-def spoiled_rows(cells: list[tuple[int, int, Any]]) -> list[list[Any]]:
+def spoiled_table(arch: str, cells: list[tuple[int, int, Any]], changed: dict[str, Any]) -> bytes:
     """Some rows of ours with other values in some places."""
-    rows = [list(row) for row in ROWS]
+    rows = [list(row) for row in ROWS[arch]]
     for row, column, value in cells:
-        rows[row][column] = value
-    return rows
+        rows[row % len(rows)][column] = value
+    return json.dumps(TABLES[arch] | {"rows": rows} | changed).encode()
 
 
 # --- what is read without vLLM ----------------------------------------------------------------------
 
-VARIABLES = (BACKEND_VAR, STRICT_VAR, SELF_CHECK_VAR)
-VALUES = (*BACKENDS, *SELF_CHECKS, "0", "1", "", "AUTO", " auto", "auto\n", "true")
+VARIABLES = (BACKEND_VAR, STRICT_VAR, SELF_CHECK_VAR, TABLES_VAR)
+VALUES = (*BACKENDS, *SELF_CHECKS, "0", "1", "", "AUTO", " auto", "auto\n", "true", str(ROOT), "x" * 300)
 
 
 @fuzz(
@@ -120,7 +129,9 @@ def test_environment(environment: dict[str, str]) -> None:
             environment.get(BACKEND_VAR, "auto"),
             environment.get(STRICT_VAR, "0") == "1",
             environment.get(SELF_CHECK_VAR, "first"),
+            Path(environment[TABLES_VAR]) if TABLES_VAR in environment else None,
         )
+        assert found.tables is None or found.tables.is_dir()
         assert found.backend in BACKENDS
         assert found.self_check in SELF_CHECKS
 
@@ -151,32 +162,32 @@ def test_config_of_a_command(file: Path, content: bytes, tp: int, expert_paralle
         assert isinstance(layer_shape(str(file), tp, tp if expert_parallel else 1), MoeShape)
 
 
-CELLS = st.tuples(
-    st.integers(0, len(ROWS) - 1), st.integers(0, len(ROWS[0]) - 1), SCALARS | st.integers(-1, 600)
-)
+CELLS = st.tuples(st.integers(0, 9), st.integers(0, len(HOPPER_ROW) - 1), SCALARS | st.integers(-1, 600))
 
 
 @fuzz(
     300,
-    content=st.binary(max_size=99)
-    | JSON.map(lambda value: json.dumps(value).encode())
-    | st.builds(
-        lambda changed, rows: json.dumps(TABLE | {"rows": rows} | changed).encode(),
-        st.dictionaries(st.sampled_from([*TABLE, "measured", "x"]), JSON, max_size=1),
-        st.lists(CELLS, max_size=3).map(spoiled_rows),
-    ),
+    arch=st.sampled_from(sorted(TABLES)),
+    content=st.binary(max_size=99) | JSON.map(lambda value: json.dumps(value).encode()) | st.none(),
+    cells=st.lists(CELLS, max_size=3),
+    changed=st.dictionaries(st.sampled_from([*TABLES["sm90"], "measured", "x"]), JSON, max_size=1),
 )
-def test_table(file: Path, content: bytes) -> None:
+def test_table(
+    file: Path, arch: str, content: bytes | None, cells: list[tuple[int, int, Any]], changed: dict[str, Any]
+) -> None:
     """A user's table: whatever it says, every number of tokens gets a tile that the kernels can take."""
-    file.write_bytes(content)
+    file.write_bytes(spoiled_table(arch, cells, changed) if content is None else content)
     with served_or_refused():
-        for rungs in tuning.decode(tuning.read(file, "gfx950")["rows"]).values():
+        for (kernels, _, gemm), rungs in tuning.decode(tuning.read(file, arch)["rows"]).items():
             for tokens in (1, 64, 65, 2**20):
                 tile = rungs.at(tokens)
                 for value in dataclasses.astuple(tile)[:3]:
                     assert value in (8, 16, 32, 64, 128, 256, 512)
                 assert 1 <= tile.split_k <= 8
                 assert tile.num_warps in (1, 2, 4, 8, 16)
+                assert tile.block_m >= 16 or kernels == "decode"
+                assert tile.num_warps == 8 or (arch, kernels) != ("sm90", "matmul_ogs")
+                assert tile.split_k == 1 or (kernels, gemm.name) != ("decode", "w13")
 
 
 # --- what vLLM reads, and hands to the plugin -------------------------------------------------------
@@ -250,7 +261,7 @@ CHANGES = st.fixed_dictionaries(
 
 
 @pytest.mark.engine
-@fuzz(60, changes=CHANGES)
+@fuzz(IN_VLLM, changes=CHANGES)
 @example(changes={"intermediate_size": 160})
 def test_config_in_vllm(load: Load, checkpoint: Path, changes: dict[str, Any]) -> None:
     """Every field that the plugin reads, as far as transformers takes it."""
@@ -300,7 +311,7 @@ ENTRIES = (
 
 @pytest.mark.engine
 @fuzz(
-    60,
+    IN_VLLM,
     name=st.sampled_from(sorted(tiny_checkpoint.tensors(MODEL))),
     entry=ENTRIES,
     bytes_=st.none() | st.tuples(st.integers(0, 2**12), st.binary(max_size=9)),
@@ -343,7 +354,7 @@ TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
 
 @pytest.mark.engine
 @fuzz(
-    60,
+    IN_VLLM,
     spoiled=st.dictionaries(
         st.sampled_from(["gate_up_proj", "down_proj"]).flatmap(
             lambda name: st.sampled_from(
