@@ -212,6 +212,7 @@ BAD = {
     "rows": (put("rows", {"0": []}), ": rows must be a list; got {'0': []}"),
     "provenance": (put("provenance", []), ": provenance must be an object; got []"),
     "entry": (put("provenance", "x", "y"), ": provenance['x'] must be an object; got 'y'"),
+    "long entry": (put("provenance", "x" * 9999, "y"), ": provenance['xxxxxxxxxxxx...xxxxxxxxxxxxx'] must"),
     "commands": (put("provenance", "x", {"commands": 5}), ": provenance['x'].commands must be a list; got 5"),
     "nested": (put("rows", 0, [[1]]), ": rows[0] must be 15 values; got [[1]]"),
     "short": (lambda c: c["rows"][0].pop(), ": rows[0] must be 15 values; got ['"),

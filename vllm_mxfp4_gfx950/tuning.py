@@ -257,9 +257,10 @@ def read(file: Path, arch: str) -> dict[str, Any]:
     provenance = content["provenance"]
     _require(isinstance(provenance, dict), f"{file}: provenance", "an object", provenance)
     for name, entry in provenance.items():
-        _require(isinstance(entry, dict), f"{file}: provenance[{name!r}]", "an object", entry)
+        at = f"{file}: provenance[{reprlib.repr(name)}]"
+        _require(isinstance(entry, dict), at, "an object", entry)
         commands = entry.get("commands", [])
-        _require(isinstance(commands, list), f"{file}: provenance[{name!r}].commands", "a list", commands)
+        _require(isinstance(commands, list), f"{at}.commands", "a list", commands)
     width = len(columns())
     _require(content["columns"] == columns(), f"{file}: columns", ", ".join(columns()), content["columns"])
     for name, extra in (("rows", 0), ("measured", 1)):
