@@ -25,6 +25,7 @@ import torch
 from vllm_mxfp4_gfx950 import backends, tuning
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.commands.compile import progress
+from vllm_mxfp4_gfx950.errors import brief
 from vllm_mxfp4_gfx950.gfx950 import ranking
 from vllm_mxfp4_gfx950.models import TOKENS, add_shape_arguments, layer_shape
 from vllm_mxfp4_gfx950.moe import MoeShape, Mxfp4Error
@@ -207,7 +208,7 @@ class Batch:
                 out = self.layers.backend.run(prepared, *self.inputs[0])
             return compare(out, self.truth, self.plain).miss
         except Exception as error:  # A compiler or a driver may raise anything.
-            return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            return brief(error)
 
     def time_us(self, tiles: Tiles | None) -> float:
         """Microseconds of a layer with these tiles; as it serves now when None."""
