@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import emulate_routing
 import torch
 
 from vllm_mxfp4_gfx950 import backends
-from vllm_mxfp4_gfx950.backends import reference
+from vllm_mxfp4_gfx950.backends import reference, triton_routing
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH, Launch, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.assembly import Instruction, Program, parse
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute, lay_out
@@ -44,6 +45,9 @@ that the sum of the experts needs its loop. One tile of K does not; a third come
 
 STORE_LAYERS = ((576, 96, 37), (2880, 96, 3))
 """37 tokens fill more than half of a tile's 32 rows."""
+
+ROUTINGS = {"one launch": (37, None), "two launches": (100, (-1, 0, 3, -1, 2, 1, -1, -1))}
+"""Tokens and expert_map, for 8 experts and 2 choices."""
 
 SAMPLE = 4
 """Workgroups of each matmul, where only some are executed and compared."""
@@ -104,6 +108,29 @@ class Layer:
                 return {"fault": str(fault), "miss": "", "frobenius": 0.0}
         found = compare(out, self.truth, self.plain)
         return {"fault": "", "miss": found.miss, "frobenius": found.frobenius}
+
+
+class Routed:
+    """Tokens that are routed, and every field of what must come out."""
+
+    def __init__(self, name: str) -> None:
+        tokens, expert_map = ROUTINGS[name]
+        self.logits = random_tokens(make_shape(8, 2, 64, 32), tokens, seed=1)[1]
+        self.expert_map = None if expert_map is None else torch.tensor(expert_map, dtype=torch.int32)
+        self.experts = 8 if self.expert_map is None else int((self.expert_map >= 0).sum())
+        self.order = triton_routing.order_of(self.expert_map)
+
+    def serve(self, on_launch: Execute = execute) -> dict[str, Any]:
+        """Route and compare; as `Layer.serve`."""
+        with presented(on_launch):
+            try:
+                routing = triton_routing.route(
+                    self.logits, 2, self.experts, self.order, emulate_routing.SIZES
+                )
+            except Fault as fault:
+                return {"fault": str(fault), "miss": "", "frobenius": 0.0}
+        missed = emulate_routing.miss(routing, self.logits, 2, self.experts, self.expert_map)
+        return {"fault": "", "miss": missed, "frobenius": 0.0}
 
 
 def stage_of(launch: Launch) -> str:
@@ -301,15 +328,23 @@ def idle_waits(program: Program) -> set[int]:
 
 
 class Planter:
-    """Knows the code of each kernel, and all faults that can be planted in it."""
+    """Knows the code of each kernel, and all faults that can be planted in it.
 
-    def __init__(self) -> None:
+    Args:
+        routing: whether it is for the kernels that route, whose result is then compared as such, or for those
+            of a layer.
+    """
+
+    def __init__(self, *, routing: bool = False) -> None:
+        self.routing = routing
         self.assembly: dict[str, str] = {}
         self.planted: dict[str, list[Planted]] = {}
 
     def open(self, launch: Launch, stores: bool) -> list[Planted]:
         """The faults of this kind in a kernel that have not been found; none if a launch has other code."""
         stage = stage_of(launch)
+        if (stage in ("count", "place")) != self.routing:
+            return []
         if stage not in self.planted:
             program = parse(launch.name, launch.assembly)
             idle = idle_waits(program)
@@ -331,7 +366,7 @@ class Planter:
         return [each for each in self.planted[stage] if (each.what == "store") == stores and not each.found]
 
 
-def plant_waits(planter: Planter, layer: Layer) -> dict[str, Any]:
+def plant_waits(planter: Planter, layer: Layer | Routed) -> dict[str, Any]:
     """Execute each launch without each of its barriers and waits, and then as it is."""
 
     def on_launch(launch: Launch) -> None:
@@ -358,7 +393,7 @@ def plant_waits(planter: Planter, layer: Layer) -> dict[str, Any]:
     return layer.serve(on_launch)
 
 
-def plant_stores(planter: Planter, layer: Layer) -> dict[str, Any]:
+def plant_stores(planter: Planter, layer: Layer | Routed) -> dict[str, Any]:
     """Serve with each store four bytes off."""
     launches: list[Launch] = []
 
@@ -408,6 +443,17 @@ def drop_stores(layer: Layer) -> list[dict[str, str]]:
     return found
 
 
+def faults_of(waits: Planter, stores: Planter) -> list[dict[str, Any]]:
+    """All that they planted, each of its own kind."""
+    return [
+        dataclasses.asdict(each)
+        for planter, kind in ((waits, False), (stores, True))
+        for stage in planter.planted.values()
+        for each in stage
+        if (each.what == "store") == kind
+    ]
+
+
 def main(findings: str) -> None:
     """Plant everything, one fault at a time."""
     torch.set_num_threads(1)
@@ -423,13 +469,12 @@ def main(findings: str) -> None:
     for sizes in STORE_LAYERS:
         sound[f"{sizes}-stores"] = plant_stores(stores, Layer(*sizes))
     sampled = drop_stores(Layer(*STORE_LAYERS[0]))
-    planted = [
-        dataclasses.asdict(each)
-        for planter, kind in ((waits, False), (stores, True))
-        for stage in planter.planted.values()
-        for each in stage
-        if (each.what == "store") == kind
-    ]
+    planted = faults_of(waits, stores)
+    for name in ROUTINGS:
+        waits, stores = Planter(routing=True), Planter(routing=True)
+        sound[f"{name}-waits"] = plant_waits(waits, Routed(name))
+        sound[f"{name}-stores"] = plant_stores(stores, Routed(name))
+        planted += [each | {"kernel": f"{each['kernel']}, {name}"} for each in faults_of(waits, stores)]
     Path(findings).write_text(
         json.dumps({"sound": sound, "inputs": inputs, "planted": planted, "sampled": sampled}, indent=1)
     )

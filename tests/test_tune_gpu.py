@@ -67,14 +67,13 @@ def assert_tuned(found: dict[str, Any], kernels: str) -> None:
 @pytest.mark.compile
 @pytest.mark.timeout(900)
 def test_tune_emulated(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The decode kernels take fewer instructions for one token, matmul_ogs for three: so says the table."""
+    """The decode kernels take more instructions for one token and for three: they never serve."""
     found = emulated(tmp_path_factory.mktemp("tune"), "3.6.0", "matmul_ogs")
     assert_tuned(found, "matmul_ogs")
     us = {(row[0], row[7]): row[-1] for row in found["whole"]["measured"]}
-    assert us["decode", 1] < us["matmul_ogs", 1]
-    assert us["decode", 3] > us["matmul_ogs", 3]
-    assert {row[7] for row in found["whole"]["rows"] if row[0] == "decode"} == {1}
-    assert found["decode"] is not None
+    assert us["decode", 1] > us["matmul_ogs", 1]
+    assert {row[7] for row in found["whole"]["rows"] if row[0] == "decode"} == {0}
+    assert found["decode"] is None
     # Negative control: the best tile of w13 computes wrongly. It is named, and is in no row.
     (line,) = found["spoilt_lines"]
     assert f"refused; matmul_ogs {tuple(found['wrong'])}" in line
