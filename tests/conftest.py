@@ -38,6 +38,15 @@ def nan_in_new_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.use_deterministic_algorithms(before, warn_only=warned)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small layers gain nothing from several, which wait for each other where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the switch that `make test` sets."""
     parser.addoption("--no-skips", action="store_true", help="a skip fails, but for `gpu` tests")

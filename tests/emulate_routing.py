@@ -44,6 +44,12 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
             for one, report in zip(launches, reports, strict=True)
             if report.vgpr_spills or report.sgpr_spills or report.scratch_bytes or one.lds_bytes > LDS_BYTES
         ],
+        "unaligned": [
+            name
+            for name, rows in vars(routing).items()
+            for row in (rows if rows.dim() == 2 else [rows])
+            if row.data_ptr() % 16
+        ],
         "miss": miss(routing, logits, topk, experts, expert_map),
     }
 

@@ -9,7 +9,6 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ from vllm_mxfp4_gfx950.models import layer_shape
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, Mxfp4Error
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.settings import TABLES_VAR
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 SHAPE = make_shape(4, 2, 64, 32)
@@ -68,15 +69,6 @@ def stops_at_five_tokens(weights: MoeWeights, shape: MoeShape) -> Layer:
 def cannot_be_built(_weights: MoeWeights, _shape: MoeShape) -> Layer:
     """What a missing package does."""
     raise ModuleNotFoundError("No module named 'vllm'")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several wait for each other for seconds where other work runs beside them, in thousands of calls."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", name="checkpoint")

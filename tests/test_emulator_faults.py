@@ -788,6 +788,12 @@ def test_deadlock() -> None:
             "buffer_load_dword v1, v0, s[4:7], 0 offen",
             id="scalar-offset",
         ),
+        pytest.param(
+            "global_load_short_d16_hi v1, v0, s[2:3]",
+            "the emulator knows _d16_hi of stores only",
+            "global_load_ushort v1, v0, s[2:3]",
+            id="upper-half-loaded",
+        ),
     ],
 )
 def test_unknown_instruction(code: str, reason: str, known: str) -> None:

@@ -7,7 +7,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,11 @@ from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_wei
 from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tolerance import assert_rows_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TABLE = ROOT / "docs/faults.md"
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ON_GPU = [make_shape(32, 4, 2880, 2880), make_shape(128, 4, 2880, 2880), SHAPES[0]]
-
-
-@pytest.fixture(autouse=True)
-def fixture_one_thread() -> Iterator[None]:
-    """Layers this small gain nothing from several, which wait for each other where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- the table --------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +19,8 @@ from vllm_mxfp4_gfx950.mxfp4 import dequantize
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_weights
 from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tuning import Ladder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPE = make_shape(8, 2, 96, 64)
 Run = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -69,15 +71,6 @@ BROKEN = {
         "1 tokens: row 0 errs by ",
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def fixture_one_thread() -> Iterator[None]:
-    """Layers this small gain nothing from several, which wait for each other where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(name="weights")

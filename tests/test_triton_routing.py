@@ -68,6 +68,7 @@ def assert_right(pair: tuple[str, str], case: Case) -> None:
     found = json.loads(result.stdout)[CASES.index(case)]
     assert found["kernels"] == (["place"] if case.tokens <= 64 else ["count", "place"])
     assert found["misfits"] == []
+    assert found["unaligned"] == []
     assert found["miss"] == ("other count" if case.spoil else "")
 
 
