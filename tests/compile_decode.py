@@ -15,7 +15,16 @@ from triton.compiler import ASTSource
 from vllm_mxfp4_gfx950.backends import decode_kernels
 from vllm_mxfp4_gfx950.tuning import TileConfig
 
-POINTERS = {"X": "bf16", "W": "i32", "S": "i16", "B": "fp32", "Tiles": "i32", "Weights": "bf16"}
+POINTERS = {
+    "X": "bf16",
+    "W": "i32",
+    "S": "i16",
+    "B": "fp32",
+    "Gather": "i32",
+    "Weights": "bf16",
+    "Starts": "i32",
+    "Schedule": "i32",
+}
 
 
 def compiled(tile: TileConfig, *, gated: bool) -> dict[str, Any]:

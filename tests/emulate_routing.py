@@ -11,8 +11,6 @@ from vllm_mxfp4_gfx950.gfx950.driver import LDS_BYTES, Launch, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
 from vllm_mxfp4_gfx950.gfx950.report import read
 
-SIZES = 5
-
 
 def check(case: dict[str, Any]) -> dict[str, Any]:
     """One batch of tokens."""
@@ -24,6 +22,7 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
     logits = (torch.randn(tokens, global_experts, generator=generator) * 4).round() / 4
     logits[0] = torch.tensor([-0.0, 0.0]).repeat(global_experts // 2)
     logits = logits.to(getattr(torch, case["dtype"]))
+    x = torch.randn(tokens, case["hidden"], generator=generator).bfloat16() if case["hidden"] else None
     launches: list[Launch] = []
 
     def launch(one: Launch) -> None:
@@ -35,7 +34,9 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
         assert order is not None
         order = order.roll(1)
     with presented(launch):
-        routing = triton_routing.route(logits, topk, experts, order, SIZES)
+        routing = triton_routing.route(
+            logits, topk, experts, order, case["sizes"], smallest=case["smallest"], x=x
+        )
     reports = [read(one) for one in launches]
     return {
         "kernels": [one.name for one in launches],
@@ -47,10 +48,11 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
         "unaligned": [
             name
             for name, rows in vars(routing).items()
+            if rows is not None
             for row in (rows if rows.dim() == 2 else [rows])
             if row.data_ptr() % 16
         ],
-        "miss": miss(routing, logits, topk, experts, expert_map),
+        "miss": miss(routing, logits, topk, experts, expert_map, case["smallest"]) or twist_miss(routing, x),
     }
 
 
@@ -60,6 +62,7 @@ def miss(
     topk: int,
     experts: int,
     expert_map: torch.Tensor | None,
+    smallest: int,
 ) -> str:
     """Why the routing is not what its fields say, computed from the reference's choices."""
     ids, weights = reference.route(logits, topk)
@@ -72,8 +75,8 @@ def miss(
     gather[:rows] = pairs[:rows]
     scatter[pairs[:rows]] = torch.arange(rows)
     wanted = {"count": count, "start": sums(count), "gather": gather, "scatter": scatter}
-    for size in range(SIZES):
-        tiles = -(-count // (16 << size))
+    for size in range(len(routing.schedule)):
+        tiles = -(-count // (smallest << size))
         schedule = [tile << 16 | expert for expert, some in enumerate(tiles.tolist()) for tile in range(some)]
         schedule += [-1] * (routing.schedule.shape[1] - len(schedule))
         wanted |= {f"block_start {size}": sums(tiles), f"schedule {size}": torch.tensor(schedule)}
@@ -86,6 +89,16 @@ def miss(
     allowed = 0.0 if logits.dtype == torch.bfloat16 else 1e-6
     want = weights.gather(1, order).flatten()[pairs[:rows]]
     return "" if torch.allclose(routing.weights[:rows], want, rtol=allowed, atol=0) else "other weights"
+
+
+def twist_miss(routing: triton_routing.Routing, x: torch.Tensor | None) -> str:
+    """Why the tokens are not twisted as asked."""
+    if x is None:
+        return "" if routing.twisted is None else "twisted tokens that nobody asked for"
+    # The bits of a column's number among its 64, the highest first, in the order of twist's result.
+    columns = torch.arange(64).view(2, 2, 2, 2, 2, 2).permute(0, 3, 4, 1, 2, 5).flatten()
+    want = x.view(len(x), -1, 64)[:, :, columns].view_as(x)
+    return "" if routing.twisted is not None and torch.equal(routing.twisted, want) else "other twist"
 
 
 def sums(count: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ class Case:
         tokens: T.
         tiles: of w13 and w2, as TileConfig.
         expert_map: as in MoeWeights.
+        dtype: of the logits.
         spoil: whether the scales of w13 are moved by one step.
     """
 
@@ -37,12 +38,13 @@ class Case:
     tokens: int
     tiles: tuple[Tile, Tile] = (PLAIN, PLAIN)
     expert_map: tuple[int, ...] | None = None
+    dtype: str = "bfloat16"
     spoil: bool = False
 
     def __str__(self) -> str:
         experts, _, topk, hidden, intermediate = self.shape
         name = f"E{experts}-k{topk}-T{self.tokens}-H{hidden}-I{intermediate}"
-        name += f"-split{self.tiles[1][3]}"
+        name += f"-split{self.tiles[1][3]}-{self.dtype}"
         return name + ("-map" if self.expert_map else "") + ("-spoilt" if self.spoil else "")
 
 
@@ -50,7 +52,7 @@ CASES = [
     Case((4, 4, 1, 256, 320), 1),
     Case((8, 8, 2, 320, 256), 3, (PLAIN, SPLIT)),
     Case((32, 32, 4, 320, 288), 64, (PLAIN, SPLIT)),
-    Case((8, 8, 4, 320, 288), 65),
+    Case((8, 8, 4, 320, 288), 65, dtype="float32"),
     Case((128, 128, 4, 256, 256), 37),
     Case((4, 8, 2, 320, 320), 130, expert_map=(-1, 0, 1, -1, -1, 2, 3, -1)),
     Case((4, 4, 2, 2880, 2880), 2, (PLAIN, SPLIT)),
@@ -67,12 +69,12 @@ def emulated(triton: str, kernels: str) -> CompletedProcess[str]:
 
 
 def assert_right(pair: tuple[str, str], case: Case) -> None:
-    """Exact routing, the layer within the tolerance, four kernels that fit, and a spoilt one noticed."""
+    """The layer within the tolerance, by kernels that fit, and a spoilt one noticed."""
     result = emulated(*pair)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)[CASES.index(case)]
-    assert found["routing"] == ""
-    assert found["kernels"] == ["route", "mxfp4_matmul", "mxfp4_matmul", "combine"]
+    routing = ["place"] if case.tokens <= 32 else ["count", "place"]
+    assert found["kernels"] == [*routing, "mxfp4_matmul", "mxfp4_matmul", "combine"]
     assert found["misfits"] == []
     if case.spoil:
         assert "errs by" in found["miss"]

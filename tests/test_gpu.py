@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from vllm_mxfp4_gfx950 import backends, settings
-from vllm_mxfp4_gfx950.backends import reference, triton_decode, triton_ogs
+from vllm_mxfp4_gfx950.backends import reference, triton_decode, triton_ogs, triton_routing
+from vllm_mxfp4_gfx950.backends.triton_routing import Routing
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.tolerance import assert_rows_close
@@ -98,45 +99,47 @@ def test_run_does_not_wait_for_the_gpu(layer: Layer) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("tokens", TOKENS, ids=lambda t: f"T{t}")
-def test_route_is_exact(layer: Layer, tokens: int) -> None:
-    """Choices, weights and order are the reference's, bit for bit."""
-    shape, _, backend, prepared = layer
-    if backend is not triton_ogs:
-        pytest.skip("needs triton_kernels with matmul_ogs")
-    _, logits = random_tokens(shape, tokens, seed=tokens, device="cuda")
-    routing = triton_ogs.route(prepared, logits)
+def assert_routing(routing: Routing, logits: torch.Tensor, shape: MoeShape, smallest: int) -> None:
+    """Choices, weights, order and tiles are the reference's, bit for bit."""
     topk_ids, topk_weights = reference.route(logits, shape.topk)
     # A token's choices are in the order of their expert.
     topk_ids, order = topk_ids.sort(dim=1)
     sorted_ids, position = topk_ids.flatten().sort(stable=True)
-    assert torch.equal(routing.count, sorted_ids.bincount(minlength=shape.experts).int())
+    count = sorted_ids.bincount(minlength=shape.experts)
+    assert torch.equal(routing.count, count.int())
     assert torch.equal(routing.gather, position.int())
     assert torch.equal(routing.scatter, position.argsort().int())
     assert torch.equal(routing.weights, topk_weights.gather(1, order).flatten()[position])
+    for size, schedule in enumerate(routing.schedule.tolist()):
+        tiles = -(-count // (smallest << size))
+        want = [tile << 16 | expert for expert, some in enumerate(tiles.tolist()) for tile in range(some)]
+        assert schedule == want + [-1] * (len(schedule) - len(want))
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7, 64, 65, 256], ids=lambda t: f"T{t}")
+@pytest.mark.parametrize("tokens", TOKENS, ids=lambda t: f"T{t}")
+def test_route_is_exact(layer: Layer, tokens: int) -> None:
+    """As matmul_ogs gets it."""
+    shape, _, backend, prepared = layer
+    if backend is not triton_ogs:
+        pytest.skip("needs triton_kernels with matmul_ogs")
+    _, logits = random_tokens(shape, tokens, seed=tokens, device="cuda")
+    assert_routing(triton_ogs.route(prepared, logits), logits, shape, 16)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 64, 65, 256, 1500], ids=lambda t: f"T{t}")
 def test_decode_route_is_exact(layer: Layer, tokens: int) -> None:
-    """Choices and weights are the reference's, tiles have every pair in order, columns are in their place."""
+    """As our own matmuls get it: small tiles, and the tokens' columns in their place."""
     shape, _, _, prepared = layer
-    decode = prepared.decode
     x, logits = random_tokens(shape, tokens, seed=tokens, device="cuda")
-    assert decode.serves(logits)
-    assert not decode.serves(logits.float())
-    block = decode.tiles[0].at(tokens).block_m
-    routing = triton_decode.route(decode, logits, block, x)
-    topk_ids, topk_weights = reference.route(logits, shape.topk)
-    assert torch.equal(routing.experts.long(), topk_ids)
-    assert torch.equal(routing.weights, topk_weights)
-    order = topk_ids.flatten().sort(stable=True)
-    used = routing.tiles[routing.tiles[:, 0] >= 0].tolist()
-    assert [pair for _, count, *pairs in used for pair in pairs[:count]] == order.indices.tolist()
-    assert [e for e, count, *_ in used for _ in range(count)] == order.values.tolist()
-    assert all(0 < count <= block for _, count, *_ in used)
+    block = prepared.decode.tiles[0].at(tokens).block_m
+    routing = triton_routing.route(
+        logits, shape.topk, shape.experts, None, 1, smallest=block, x=x, overlaps=True
+    )
+    assert_routing(routing, logits, shape, block)
     k = torch.arange(shape.hidden, device="cuda")
     twist = k // 32 * 32 + k // 2 % 4 * 8 + k // 16 % 2 * 4 + k // 8 % 2 * 2 + k % 2
-    assert torch.equal(routing.x[:, twist], x)
+    assert routing.twisted is not None
+    assert torch.equal(routing.twisted[:, twist], x)
 
 
 def test_decode_declines_what_it_cannot_scale(layer: Layer) -> None:

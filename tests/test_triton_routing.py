@@ -21,6 +21,8 @@ class Case:
         global_experts, topk: of the model.
         expert_map: as in MoeWeights.
         dtype: of the logits.
+        smallest, sizes: of the tiles.
+        hidden: columns of tokens to be twisted; none when 0.
         spoil: whether the experts' order is moved by one.
     """
 
@@ -29,19 +31,25 @@ class Case:
     topk: int
     expert_map: tuple[int, ...] | None = None
     dtype: str = "bfloat16"
+    smallest: int = 16
+    sizes: int = 5
+    hidden: int = 0
     spoil: bool = False
 
     def __str__(self) -> str:
         name = f"E{self.global_experts}-k{self.topk}-T{self.tokens}-{self.dtype}"
+        name += f"-tile{self.smallest}" + (f"-twist{self.hidden}" if self.hidden else "")
         return name + ("-map" if self.expert_map else "") + ("-spoilt" if self.spoil else "")
 
 
 OUT_OF_ORDER = (-1, 0, 3, -1, 2, 1, -1, -1)
+OUT_OF_TWO = tuple(i // 2 if i % 2 else -1 for i in range(32))
 SOME = tuple(i // 8 if i % 8 == 3 else -1 for i in range(128))
 CASES = [
     Case(1, 32, 4),
     Case(3, 8, 2, OUT_OF_ORDER),
     Case(5, 4, 2),
+    Case(27, 32, 4, OUT_OF_TWO),
     Case(37, 128, 4),
     Case(64, 32, 4),
     Case(65, 128, 4),
@@ -50,6 +58,9 @@ CASES = [
     Case(64, 128, 4, SOME, "float32"),
     Case(65, 128, 4, None, "float32"),
     Case(700, 8, 4),
+    Case(2, 32, 4, smallest=8, sizes=1, hidden=2880),
+    Case(37, 128, 4, SOME, smallest=8, sizes=1, hidden=320),
+    Case(150, 32, 4, smallest=64, sizes=1),
     Case(37, 8, 2, OUT_OF_ORDER, spoil=True),
 ]
 
@@ -66,7 +77,7 @@ def assert_right(pair: tuple[str, str], case: Case) -> None:
     result = emulated(*pair)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)[CASES.index(case)]
-    assert found["kernels"] == (["place"] if case.tokens <= 64 else ["count", "place"])
+    assert found["kernels"] == (["place"] if case.tokens <= 32 else ["count", "place"])
     assert found["misfits"] == []
     assert found["unaligned"] == []
     assert found["miss"] == ("other count" if case.spoil else "")

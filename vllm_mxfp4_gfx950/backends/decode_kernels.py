@@ -1,103 +1,18 @@
-"""Triton kernels of `triton_decode`. One program of the routing, all of the matmuls and the sum; see there.
+"""Triton kernels of `triton_decode`: the matmuls, and the sum over a token's experts.
 
-A "pair" is a token and one of its slots, numbered token * TOPK + slot. A tile is some of an expert's pairs.
-OVERLAP: on Hopper a kernel is launched while the one before it ends, and waits here for what that one wrote.
+A "row" is a token's choice of an expert, in the order of `triton_routing.Routing`. A tile is some rows of one
+expert. OVERLAP: see `routing_kernels`.
 """
 
 import triton
 import triton.language as tl
 
-from vllm_mxfp4_gfx950.backends.routing_kernels import keys, logit, lowest, take
-
-
-@triton.jit(do_not_specialize=["tokens", "tiles"])
-def route(
-    Logits, ExpertMap, Chosen, Weights, Tiles, X, Twisted, tokens, experts, tiles, stride, hidden,
-    TOPK: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_TILES: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, CHUNKS: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """The first workgroup routes; each of the others, if there are any, twists a token."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-    if tl.program_id(0) == 0:
-        _sort(
-            Logits, ExpertMap, Chosen, Weights, Tiles, tokens, experts, tiles, stride,
-            TOPK, BLOCK_TOKENS, BLOCK_EXPERTS, BLOCK_TILES, BLOCK_T, CHUNKS,
-        )  # fmt: skip
-    elif X is not None:
-        h = tl.arange(0, BLOCK_H)
-        row = (tl.program_id(0) - 1) * hidden
-        tl.store(Twisted + row + twist(h), tl.load(X + row + h, mask=h < hidden), mask=h < hidden)
-
-
-@triton.jit
-def _sort(
-    Logits, ExpertMap, Chosen, Weights, Tiles, tokens, experts, tiles, stride,
-    TOPK: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_TILES: tl.constexpr,
-    BLOCK_T: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """Count each expert's tokens, BLOCK_TOKENS at a time, then place every choice in a tile of its expert."""
-    expert = tl.arange(0, BLOCK_EXPERTS)
-    local = expert
-    if ExpertMap is not None:
-        local = tl.load(ExpertMap + expert, mask=expert < experts, other=-1)
-    here = (local >= 0)[None, :]
-    token = tl.arange(0, BLOCK_TOKENS)
-    key = keys(Logits, None, token, tokens, experts, stride, BLOCK_EXPERTS)
-    total, taken = take(key, token, tokens, TOPK)
-    count = tl.sum((taken & here).to(tl.int32), 0)
-    for chunk in range(1, CHUNKS):
-        later = chunk * BLOCK_TOKENS + token
-        _, more = take(keys(Logits, None, later, tokens, experts, stride, BLOCK_EXPERTS), later, tokens, TOPK)
-        count += tl.sum((more & here).to(tl.int32), 0)
-    needed = (count + BLOCK_T - 1) // BLOCK_T
-    begin = tl.cumsum(needed, 0) - needed
-    tile = tl.arange(0, BLOCK_TILES)
-    unused = (tile >= tl.sum(needed, 0)) & (tile < tiles)
-    tl.store(Tiles + tile * (2 + BLOCK_T), -1, mask=unused)
-    # Both fit 16 bits, and together need one sum.
-    begin_count = (begin << 16 | count)[None, :]
-    before = tl.zeros((BLOCK_EXPERTS,), tl.int32)
-    for chunk in range(CHUNKS):
-        if CHUNKS > 1:
-            token = chunk * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-            key = keys(Logits, None, token, tokens, experts, stride, BLOCK_EXPERTS)
-            total, taken = take(key, token, tokens, TOPK)
-        present = (taken & here).to(tl.int32)
-        row = before[None, :] + tl.cumsum(present, 0) - present
-        before += tl.sum(present, 0)
-        best = logit(tl.max(key, 1))
-        for slot in tl.static_range(TOPK):
-            most = tl.max(key, 1)
-            mine = key == most[:, None]
-            key = tl.where(mine, lowest(key), key)
-            pair = token * TOPK + slot
-            live = token < tokens
-            number = BLOCK_EXPERTS - (most & 0xFFFF)
-            if ExpertMap is not None:
-                number = tl.load(ExpertMap + number, mask=live, other=-1)
-            tl.store(Chosen + pair, number, mask=live)
-            weight = tl.exp(logit(most) - best) / total
-            tl.store(Weights + pair, weight.to(Weights.dtype.element_ty), mask=live)
-            mine_row = tl.sum(tl.where(mine, row, 0), 1)
-            mine_begin_count = tl.sum(tl.where(mine, begin_count, 0), 1)
-            live = live & (number >= 0)
-            at = Tiles + ((mine_begin_count >> 16) + mine_row // BLOCK_T) * (2 + BLOCK_T)
-            tl.store(at + 2 + mine_row % BLOCK_T, pair, mask=live)
-            head = live & (mine_row % BLOCK_T == 0)
-            tl.store(at, number, mask=head)
-            tl.store(at + 1, tl.minimum((mine_begin_count & 0xFFFF) - mine_row, BLOCK_T), mask=head)
-
-
-@triton.jit
-def twist(k):
-    """Where column k stands among its 64: a thread's codes then belong to columns that stand side by side."""
-    return k // 64 * 64 + k // 32 % 2 * 32 + k // 2 % 4 * 8 + k // 16 % 2 * 4 + k // 8 % 2 * 2 + k % 2
+from vllm_mxfp4_gfx950.backends.routing_kernels import twist
 
 
 @triton.jit
 def mxfp4_matmul(
-    X, W, S, B, Y, Tiles, Weights,
+    X, W, S, B, Y, Gather, Weights, Starts, Schedule,
     K, N, stride_x, stride_w_e, stride_w_n, stride_s_e, stride_s_n, stride_y, stride_y_split, alpha, limit,
     TOPK: tl.constexpr, GATED: tl.constexpr, LAYOUT: tl.constexpr, TWISTED_X: tl.constexpr,
     TWISTED_Y: tl.constexpr, OVERLAP: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -105,23 +20,22 @@ def mxfp4_matmul(
 ):  # fmt: skip
     """One tile of an expert's rows times BLOCK_N rows of its weights.
 
-    GATED reads a pair's token, adds the SwiGLU and writes a pair's row; otherwise that row is read and the
-    pair's part of its token's sum is written.
+    GATED reads the rows' tokens, adds the SwiGLU and writes the rows; otherwise they are read, and what each
+    adds to its token is written.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    tile = Tiles + tl.program_id(1) * (2 + BLOCK_T)
-    expert = tl.load(tile).to(tl.int64)
-    if expert < 0:
+    tile = tl.load(Schedule + tl.program_id(1))
+    if tile < 0:
         return
-    row = tl.arange(0, BLOCK_T)
-    live = row < tl.load(tile + 1)
-    pair = tl.load(tile + 2 + row, mask=live, other=0)
+    expert = (tile & 0xFFFF).to(tl.int64)
+    row = tl.load(Starts + expert) + (tile >> 16) * BLOCK_T + tl.arange(0, BLOCK_T)
+    live = row < tl.load(Starts + expert + 1)
     n0 = tl.program_id(0) * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)
     bias = tl.load(B + expert * N + n, mask=(n < N) & (tl.program_id(2) == 0), other=0.0)
-    weight = tl.load(Weights + pair).to(tl.float32)
-    x_at = X + (pair // TOPK if GATED else pair)[None, :] * stride_x
+    source = tl.load(Gather + row, mask=live, other=0) // TOPK if GATED else row
+    x_at = X + source[None, :] * stride_x
     W += expert * stride_w_e
     S += expert * stride_s_e
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
@@ -144,10 +58,11 @@ def mxfp4_matmul(
         up = tl.minimum(tl.maximum(up, -limit), limit)
         out = gate / (1 + tl.exp(-alpha * gate)) * (up + 1)
         i = n0 // 2 + tl.arange(0, BLOCK_N // 2)
-        y_at = Y + pair[None, :] * stride_y + (twist(i) if TWISTED_Y else i)[:, None]
+        y_at = Y + row[None, :] * stride_y + (twist(i) if TWISTED_Y else i)[:, None]
         tl.store(y_at, out.to(tl.bfloat16), mask=live[None, :] & (i < N // 2)[:, None])
     else:
-        y_at = Y + tl.program_id(2) * stride_y_split + pair[None, :] * stride_y + n[:, None]
+        weight = tl.load(Weights + row, mask=live, other=0.0).to(tl.float32)
+        y_at = Y + tl.program_id(2) * stride_y_split + row[None, :] * stride_y + n[:, None]
         tl.store(y_at, acc * weight[None, :], mask=live[None, :] & (n < N)[:, None])
 
 
@@ -247,7 +162,7 @@ def _widen(codes, near, far):
 
 @triton.jit
 def combine(
-    Parts, Experts, Out, stride_split, hidden, TOPK: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    Parts, Scatter, Out, stride_split, hidden, TOPK: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Add up the parts of a token's experts, in the order of its slots."""
@@ -257,8 +172,8 @@ def combine(
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for slot in tl.static_range(TOPK):
-        here = tl.load(Experts + token * TOPK + slot) >= 0
+        row = tl.load(Scatter + token * TOPK + slot)
         for split in tl.static_range(SPLITS):
-            at = Parts + split * stride_split + (token * TOPK + slot) * hidden + h
-            total += tl.load(at, mask=(h < hidden) & here, other=0.0)
+            at = Parts + split * stride_split + row * hidden + h
+            total += tl.load(at, mask=(h < hidden) & (row >= 0), other=0.0)
     tl.store(Out + token * hidden + h, total.to(tl.bfloat16), mask=h < hidden)

@@ -1,7 +1,8 @@
-"""Triton kernels of `triton_routing`, and the choice of experts that `decode_kernels` shares.
+"""Triton kernels of `triton_routing`.
 
 A "pair" is a token and one of its slots, numbered token * TOPK + slot. A column is an expert, as `Order` has
 them.
+OVERLAP: on Hopper a kernel is launched while the one before it ends, and waits here for what that one wrote.
 """
 
 import triton
@@ -11,9 +12,11 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["tokens"])
 def count(
     Logits, Order, Counts, tokens, experts, local, stride,
-    TOPK: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
+    TOPK: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """How many of a block's tokens chose each column."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     column = tl.arange(0, BLOCK_EXPERTS)
     block = tl.program_id(0)
     chosen = _count(Logits, Order, block, tokens, experts, local, stride, TOPK, BLOCK_TOKENS, BLOCK_EXPERTS)
@@ -22,24 +25,44 @@ def count(
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "stride_schedule"])
 def place(
-    Logits, Order, Counts, Gather, Scatter, Weights, Count, Starts, Schedule,
-    tokens, experts, local, blocks, stride, stride_starts, stride_schedule,
-    TOPK: tl.constexpr, SIZES: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
-    BLOCK_COUNTS: tl.constexpr, BLOCK_SCHEDULE: tl.constexpr,
+    Logits, Order, Counts, Gather, Scatter, Weights, Count, Starts, Schedule, X, Twisted,
+    tokens, experts, local, blocks, stride, stride_starts, stride_schedule, hidden,
+    TOPK: tl.constexpr, SMALLEST: tl.constexpr, SIZES: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr, BLOCK_COUNTS: tl.constexpr, BLOCK_SCHEDULE: tl.constexpr,
+    BLOCK_H: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Place a block's choices among all, and write the block's share of the schedules."""
+    """Place a block's choices among all, and write the block's share of the schedules.
+
+    The workgroups behind those of the blocks, if there are any, twist a token each.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     this = tl.program_id(0)
+    if X is not None:
+        behind = this - blocks
+        if behind >= 0:
+            h = tl.arange(0, BLOCK_H)
+            x = tl.load(X + behind * hidden + h, mask=h < hidden)
+            tl.store(Twisted + behind * hidden + twist(h), x, mask=h < hidden)
+            return
     column = tl.arange(0, BLOCK_EXPERTS)
-    total = tl.zeros((BLOCK_EXPERTS,), tl.int32)
+    token = this * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    key = keys(Logits, Order, token, tokens, experts, stride, BLOCK_EXPERTS)
+    parts, taken = take(key, token, tokens, TOPK)
+    taken = taken & (column < local)[None, :]
+    present = taken.to(tl.int32)
     before = tl.zeros((BLOCK_EXPERTS,), tl.int32)
     if Counts is None:
-        for block in range(blocks):
+        total = tl.sum(present, 0)
+        for other in range(1, blocks):
+            block = (this + other) % blocks
             chosen = _count(
                 Logits, Order, block, tokens, experts, local, stride, TOPK, BLOCK_TOKENS, BLOCK_EXPERTS
             )
             total += chosen
             before += tl.where(block < this, chosen, 0)
     else:
+        total = tl.zeros((BLOCK_EXPERTS,), tl.int32)
         for first in range(0, blocks, BLOCK_COUNTS):
             block = first + tl.arange(0, BLOCK_COUNTS)[:, None]
             chosen = tl.load(Counts + block * BLOCK_EXPERTS + column[None, :], mask=block < blocks, other=0)
@@ -48,11 +71,6 @@ def place(
     begin = tl.cumsum(total, 0) - total
     rows = tl.sum(total, 0)
 
-    token = this * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    key = keys(Logits, Order, token, tokens, experts, stride, BLOCK_EXPERTS)
-    parts, taken = take(key, token, tokens, TOPK)
-    taken = taken & (column < local)[None, :]
-    present = taken.to(tl.int32)
     row = (begin + before)[None, :] + tl.cumsum(present, 0) - present
     pair = (token * TOPK)[:, None] + tl.cumsum(present, 1) - present
     weight = tl.exp(logit(key) - logit(tl.max(key, 1))[:, None]) / parts[:, None]
@@ -71,21 +89,38 @@ def place(
         tl.store(Starts + column, begin, mask=column < local)
         tl.store(Starts + local, rows)
     for size in tl.static_range(SIZES):
-        needed = (total + (16 << size) - 1) // (16 << size)
-        end = tl.cumsum(needed, 0)
-        used = tl.sum(needed, 0)
-        if this == 0:
-            at = Starts + (1 + size) * stride_starts
-            tl.store(at + column, end - needed, mask=column < local)
-            tl.store(at + local, used)
-        # The tile of an expert is the first to end behind it.
-        for first in range(this * BLOCK_SCHEDULE, stride_schedule, blocks * BLOCK_SCHEDULE):
-            tile = first + tl.arange(0, BLOCK_SCHEDULE)
-            passed = end[None, :] <= tile[:, None]
-            expert = tl.sum(passed.to(tl.int32), 1)
-            behind = tile - tl.max(tl.where(passed, end[None, :], 0), 1)
-            entry = tl.where(tile < used, behind << 16 | expert, -1)
-            tl.store(Schedule + size * stride_schedule + tile, entry, mask=tile < stride_schedule)
+        _schedule(
+            total, Starts + (1 + size) * stride_starts, Schedule + size * stride_schedule,
+            this, local, blocks, stride_schedule, SMALLEST << size, BLOCK_EXPERTS, BLOCK_SCHEDULE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _schedule(
+    total, Starts, Schedule, this, local, blocks, tiles,
+    ROWS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_SCHEDULE: tl.constexpr,
+):  # fmt: skip
+    """Write a block's share of the tiles of so many rows, when each column has `total` rows in all."""
+    column = tl.arange(0, BLOCK_EXPERTS)
+    needed = (total + ROWS - 1) // ROWS
+    end = tl.cumsum(needed, 0)
+    used = tl.sum(needed, 0)
+    if this == 0:
+        tl.store(Starts + column, end - needed, mask=column < local)
+        tl.store(Starts + local, used)
+    # The tile of an expert is the first to end behind it.
+    for first in range(this * BLOCK_SCHEDULE, tiles, blocks * BLOCK_SCHEDULE):
+        tile = first + tl.arange(0, BLOCK_SCHEDULE)
+        passed = end[None, :] <= tile[:, None]
+        expert = tl.sum(passed.to(tl.int32), 1)
+        behind = tile - tl.max(tl.where(passed, end[None, :], 0), 1)
+        tl.store(Schedule + tile, tl.where(tile < used, behind << 16 | expert, -1), mask=tile < tiles)
+
+
+@triton.jit
+def twist(k):
+    """Where column k stands among its 64: a thread's codes then belong to columns that stand side by side."""
+    return k // 64 * 64 + k // 32 % 2 * 32 + k // 2 % 4 * 8 + k // 16 % 2 * 4 + k // 8 % 2 * 2 + k % 2
 
 
 @triton.jit

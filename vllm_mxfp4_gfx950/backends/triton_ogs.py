@@ -109,6 +109,7 @@ def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) ->
     w13, w13_precision = _to_kernel_layout(weights.w13, weights.w13_scale)
     w2, w2_precision = _to_kernel_layout(weights.w2, weights.w2_scale)
     swiglu = FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"))
+    order = triton_routing.order_of(weights.expert_map)
     target = triton.runtime.driver.active.get_current_target()
     arch = f"sm{target.arch}" if target.backend == "cuda" else str(target.arch)
     tiles = (ladder(arch, KERNELS, triton.__version__, gemm, tables) for gemm in gemms(shape))
@@ -125,7 +126,7 @@ def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) ->
         w2_precision=w2_precision,
         activation=FusedActivation(swiglu, (shape.alpha, shape.limit), 2),
         topk=shape.topk,
-        order=triton_routing.order_of(weights.expert_map),
+        order=order,
         flags=(w13_flags, w2_flags),
         # Splitting K is right but slow on Hopper; vLLM pins this too, for the whole process.
         constraints={"split_k": 1} if target.backend == "cuda" else {},
@@ -134,7 +135,7 @@ def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) ->
             shape,
             (w13.storage.layout, w13_precision.weight_scale.storage.layout),
             (w13_precision.weight_scale.storage.data, w2_precision.weight_scale.storage.data),
-            weights.expert_map,
+            order,
             tables,
         ),
     )
@@ -153,7 +154,7 @@ def run(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> tor
     """
     from vllm_mxfp4_gfx950.backends import triton_decode
 
-    if prepared.decode is not None and prepared.decode.serves(router_logits):
+    if prepared.decode is not None and prepared.decode.serves(x.shape[0]):
         return triton_decode.run(prepared.decode, x, router_logits, prepared.parts(0), prepared.parts(1))
     return run_matmul_ogs(prepared, x, router_logits)
 

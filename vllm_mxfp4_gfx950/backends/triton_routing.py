@@ -1,4 +1,4 @@
-"""From the router's logits to all that triton_kernels' matmuls need, in one launch or two.
+"""From the router's logits to all that triton_kernels' matmuls and our own need, in one launch or two.
 
 The package's own routing takes four launches, and about ten where a rank has some of the experts. What both
 of its generations want to know is the same.
@@ -14,13 +14,16 @@ import triton
 
 from vllm_mxfp4_gfx950.backends import routing_kernels as kernels
 
-BLOCK_TOKENS = 16
-"""Tokens of a workgroup."""
+BLOCK_TOKENS = (4, 16)
+"""The fewest and the most tokens of a workgroup. With more, CDNA spills scalar registers."""
 
-WARPS = 8
-"""Of a workgroup. With fewer, or more tokens, CDNA spills scalar registers."""
+MIN_WARPS = 4
+"""Of a workgroup; from 8 tokens on, each has two. With fewer, CDNA spills scalar registers, too."""
 
-ONE_LAUNCH = 64
+MIN_COLUMNS = 32
+"""With fewer, or fewer tokens, Triton 3.5 and 3.6 fail to compile for gfx950."""
+
+ONE_LAUNCH = 32
 """Tokens up to which each workgroup counts all choices itself, instead of a launch before it."""
 
 BLOCK_COUNTS = 32
@@ -28,9 +31,6 @@ BLOCK_COUNTS = 32
 
 BLOCK_SCHEDULE = 16
 """Tiles that are written together."""
-
-SMALLEST_TILE = 16
-"""Rows; the next size has twice as many."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Routing:
         block_start: int32[sizes, E + 1], the first of them counted in tiles of 16, 32, ... rows.
         schedule: int32[sizes, tiles], what each tile computes: the expert, and in the upper half of the bits
             which of its tiles it is; -1 behind the last tile.
+        twisted: bf16[T, H], the tokens with their columns in the order of `routing_kernels.twist`, if asked
+            for.
     """
 
     gather: torch.Tensor
@@ -56,6 +58,7 @@ class Routing:
     start: torch.Tensor
     block_start: torch.Tensor
     schedule: torch.Tensor
+    twisted: torch.Tensor | None
 
 
 def order_of(expert_map: torch.Tensor | None) -> torch.Tensor | None:
@@ -70,8 +73,21 @@ def order_of(expert_map: torch.Tensor | None) -> torch.Tensor | None:
     return last.argsort(stable=True).int()
 
 
+def overlap(wanted: bool) -> dict[str, Any]:
+    """Options of a launch: whether on Hopper it begins while the one before it ends."""
+    return {"OVERLAP": wanted} | ({"launch_pdl": True} if wanted else {})
+
+
 def route(
-    router_logits: torch.Tensor, topk: int, experts: int, order: torch.Tensor | None, sizes: int
+    router_logits: torch.Tensor,
+    topk: int,
+    experts: int,
+    order: torch.Tensor | None,
+    sizes: int,
+    *,
+    smallest: int = 16,
+    x: torch.Tensor | None = None,
+    overlaps: bool = False,
 ) -> Routing:
     """Choose experts among all of the model's, weigh them, and sort the choices that live on this rank.
 
@@ -80,11 +96,14 @@ def route(
         topk: experts per token, a power of two.
         experts: of this rank, E.
         order: what `order_of` returned.
-        sizes: how many sizes of tiles to schedule, from 16 rows on.
+        sizes: how many sizes of tiles to schedule, each of twice as many rows as the one before.
+        smallest: rows of the first.
+        x: bf16[T, H], tokens to be twisted by the way.
+        overlaps: as in `overlap`.
     """
     tokens, global_experts = router_logits.shape
     pairs = tokens * topk
-    tiles = pairs if pairs <= experts else experts + (pairs - experts) // SMALLEST_TILE
+    tiles = pairs if pairs <= experts else experts + (pairs - experts) // smallest
     integers: Any = {"dtype": torch.int32, "device": router_logits.device}
     # Triton compiles a kernel anew for a pointer that is not a multiple of 16 bytes: each row begins on one.
     starts = torch.empty(1 + sizes, aligned(experts + 1), **integers)
@@ -95,26 +114,29 @@ def route(
         count=torch.empty(experts, **integers),
         start=starts[0, : experts + 1],
         block_start=starts[1:, : experts + 1],
-        schedule=torch.empty(sizes, aligned(tiles), **integers),
+        schedule=torch.empty(sizes, aligned(tiles), **integers)[:, :tiles],
+        twisted=None if x is None else torch.empty_like(x),
     )
-    blocks = triton.cdiv(tokens, BLOCK_TOKENS)
-    # Triton 3.6 trips over fewer than 8 columns.
-    block_experts = max(8, triton.next_power_of_2(global_experts))
-    sizes_of_blocks = {"TOPK": topk, "BLOCK_TOKENS": BLOCK_TOKENS, "BLOCK_EXPERTS": block_experts}
+    fewest, most = BLOCK_TOKENS
+    block_tokens = min(max(fewest, triton.next_power_of_2(tokens)), most)
+    blocks = triton.cdiv(tokens, block_tokens)
+    block_experts = max(MIN_COLUMNS, triton.next_power_of_2(global_experts))
+    common = {"TOPK": topk, "BLOCK_TOKENS": block_tokens, "BLOCK_EXPERTS": block_experts}
+    common |= {"num_warps": max(MIN_WARPS, block_tokens // 2)} | overlap(overlaps)
     counts = None
     if tokens > ONE_LAUNCH:
         counts = torch.empty(blocks, block_experts, **integers)
         kernels.count[(blocks,)](
-            router_logits, order, counts, tokens, global_experts, experts, router_logits.stride(0),
-            **sizes_of_blocks, num_warps=WARPS,
+            router_logits, order, counts, tokens, global_experts, experts, router_logits.stride(0), **common
         )  # fmt: skip
-    kernels.place[(blocks,)](
+    hidden = 0 if x is None else x.shape[1]
+    kernels.place[(blocks if x is None else blocks + tokens,)](
         router_logits, order, counts, routing.gather, routing.scatter, routing.weights,
-        routing.count, starts, routing.schedule,
+        routing.count, starts, routing.schedule, x, routing.twisted,
         tokens, global_experts, experts, blocks,
-        router_logits.stride(0), starts.stride(0), routing.schedule.stride(0),
-        SIZES=sizes, BLOCK_COUNTS=BLOCK_COUNTS, BLOCK_SCHEDULE=BLOCK_SCHEDULE, **sizes_of_blocks,
-        num_warps=WARPS,
+        router_logits.stride(0), starts.stride(0), routing.schedule.stride(0), hidden,
+        SMALLEST=smallest, SIZES=sizes, BLOCK_COUNTS=BLOCK_COUNTS, BLOCK_SCHEDULE=BLOCK_SCHEDULE,
+        BLOCK_H=triton.next_power_of_2(hidden), **common,
     )  # fmt: skip
     return routing
 
