@@ -883,15 +883,13 @@ KERNELS = {
 """What each kernel of a layer has to plant faults in, by Triton and its kernels."""
 
 HARMLESS = {
-    # The first barrier of a loop that runs once, over 32 counts or two blocks at a time: nothing has been
-    # read yet where what comes behind the barrier writes.
-    ("matmul_ogs-3.6.0", "place, two launches", "barrier"): ["s_barrier"],
-    ("matmul-3.8.0", "place, one launch", "barrier"): ["s_barrier"],
+    # The first barrier of a loop that runs once, over 32 counts at a time: nothing has been read yet where
+    # what comes behind the barrier writes.
     ("matmul-3.8.0", "place, two launches", "barrier"): ["s_barrier"],
-    # Triton waits before a barrier. Outstanding are scalar loads, or a permutation of lanes, which are not
-    # used before another wait, and touch no LDS. The first of the two is for a path without any block.
+    # Outstanding are scalar loads, or a permutation of lanes, which are not used before another wait, and
+    # touch no LDS. The first of two is for the path of a single block.
     ("matmul_ogs-3.6.0", "place, one launch", "lgkmcnt"): ["s_waitcnt lgkmcnt(0)"] * 2,
-    ("matmul-3.8.0", "place, one launch", "lgkmcnt"): ["s_waitcnt lgkmcnt(0)"],
+    ("matmul-3.8.0", "place, one launch", "lgkmcnt"): ["s_waitcnt lgkmcnt(0)"] * 2,
     ("matmul-3.8.0", "place, two launches", "lgkmcnt"): ["s_waitcnt lgkmcnt(0)"],
     # The scales have two places in LDS. Behind this barrier the next tile's are written to one of them,
     # which was last read before the barrier at the head of the loop; since then only the other was.
