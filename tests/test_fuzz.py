@@ -52,7 +52,7 @@ TABLES = {
     arch: json.loads((ROOT / f"vllm_mxfp4_gfx950/tables/{arch}.json").read_text())
     for arch in ("gfx950", "sm90")
 }
-DECODE_ROWS = [row for row in TABLES["sm90"]["rows"] if row[5] == 32 and row[7] <= 2]
+DECODE_ROWS = [row for row in TABLES["sm90"]["rows"] if row[0] == "decode" and row[5] == 32 and row[7] <= 2]
 HOPPER_ROW = ["matmul_ogs", "3.6", "w13", 2880, 5760, 32, 32, 64, 16, 256, 128, 1, 8, 4, 0]
 ROWS = {"gfx950": [*TABLES["gfx950"]["rows"][:3], *DECODE_ROWS], "sm90": [*DECODE_ROWS, HOPPER_ROW]}
 
