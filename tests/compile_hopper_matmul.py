@@ -109,9 +109,11 @@ def main(tiles: list[list[int]]) -> dict[str, Any]:
     with presented(lambda launch: None):
         prepared = triton_ogs.prepare(random_weights(shape, 0), shape)
     pairs = []
+    by_package = Ladder[Any]((1,), (None,))
+    untuned = dataclasses.replace(prepared, flags=(by_package, by_package))
     for tokens in (1, 1024):
         with presented(launched), mock.patch.object(matmul_ogs, "make_opt_flags", noted):
-            triton_ogs.run_matmul_ogs(prepared, *random_tokens(shape, tokens, 0))
+            triton_ogs.run_matmul_ogs(untuned, *random_tokens(shape, tokens, 0))
     for flags in own:
         tile = {field.name: getattr(flags, field.name, 0) for field in dataclasses.fields(TileConfig)}
         ours = triton_ogs.to_opt_flags(TileConfig(**tile), "sm90")
