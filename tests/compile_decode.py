@@ -1,4 +1,4 @@
-"""Compiles the decode path's matmul for Hopper, without a GPU: tiles on stdin, what came out on stdout."""
+"""Compiles our own kernels for Hopper, without a GPU: tiles on stdin, what came out on stdout."""
 
 import json
 import re
@@ -12,19 +12,43 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_mxfp4_gfx950.backends import decode_kernels
+from vllm_mxfp4_gfx950.backends import decode_kernels, routing_kernels
 from vllm_mxfp4_gfx950.tuning import TileConfig
 
 POINTERS = {
-    "X": "bf16",
-    "W": "i32",
-    "S": "i16",
-    "B": "fp32",
-    "Gather": "i32",
-    "Weights": "bf16",
-    "Starts": "i32",
-    "Schedule": "i32",
-}
+    "X": "bf16", "Twisted": "bf16", "W": "i32", "S": "i16", "B": "fp32", "Weights": "bf16", "Logits": "bf16",
+    "Gather": "i32", "Scatter": "i32", "Count": "i32", "Counts": "i32", "Starts": "i32", "Schedule": "i32",
+    "Parts": "fp32", "Out": "bf16",
+}  # fmt: skip
+ROUTING = {"Order": None, "TOPK": 4, "BLOCK_TOKENS": 16, "BLOCK_EXPERTS": 32}
+LAUNCHES: dict[str, dict[str, Any]] = {
+    "count": ROUTING,
+    "place": ROUTING
+    | {"SMALLEST": 8, "SIZES": 1, "BLOCK_COUNTS": 32, "BLOCK_SCHEDULE": 16, "BLOCK_H": 4096},
+    "mxfp4_matmul": {
+        "TOPK": 4, "GATED": False, "LAYOUT": "hopper", "TWISTED_X": True, "TWISTED_Y": False, "SPLIT_K": 1,
+        "BLOCK_T": 8, "BLOCK_N": 64, "BLOCK_K": 256,
+    },
+    "combine": {"TOPK": 4, "SPLITS": 2, "BLOCK": 512},
+}  # fmt: skip
+"""Every kernel that begins while the one before it ends, and its constants."""
+
+
+def hopper(kernel: Any, constants: dict[str, Any], types: dict[str, str], **options: Any) -> Any:
+    """A compiled kernel."""
+    signature, aligned = {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = (
+            f"*{types[name]}" if name in types else "fp32" if name in ("alpha", "limit") else "i32"
+        )
+        if signature[name] != "fp32":
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 def compiled(tile: TileConfig, *, gated: bool) -> dict[str, Any]:
@@ -40,24 +64,11 @@ def compiled(tile: TileConfig, *, gated: bool) -> dict[str, Any]:
         "OVERLAP": True, "SPLIT_K": tile.split_k, "BLOCK_T": tile.block_m, "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
     }  # fmt: skip
-    types = POINTERS | {"Y": "bf16" if gated else "fp32"}
-    kernel = decode_kernels.mxfp4_matmul
-    signature, aligned = {}, {}
-    for index, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        signature[name] = (
-            f"*{types[name]}" if name in types else "fp32" if name in ("alpha", "limit") else "i32"
-        )
-        if signature[name] != "fp32":
-            aligned[(index,)] = [["tt.divisibility", 16]]
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     if tile.waves_per_eu:
         options["maxnreg"] = 512 // tile.waves_per_eu // 8 * 8
-    source = ASTSource(kernel, signature, constants, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    types = POINTERS | {"Y": "bf16" if gated else "fp32"}
+    made = hopper(decode_kernels.mxfp4_matmul, constants, types, **options)
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -71,6 +82,17 @@ def compiled(tile: TileConfig, *, gated: bool) -> dict[str, Any]:
     }
 
 
+def waits(name: str, *, overlaps: bool) -> bool:
+    """Whether a kernel waits for the one before it ahead of whatever it reads and writes."""
+    kernel = getattr(routing_kernels, name, None) or getattr(decode_kernels, name)
+    constants = LAUNCHES[name] | {"OVERLAP": overlaps}
+    text = hopper(kernel, constants, POINTERS | {"Y": "fp32"}, num_warps=4).asm["ptx"]
+    first = re.search(r"griddepcontrol\.wait|\b(?:ld|st|atom|red)\.global|\bcp\.async", text)
+    assert first, text
+    return first[0] == "griddepcontrol.wait"
+
+
 if __name__ == "__main__":
-    cases = json.load(sys.stdin)
-    json.dump([compiled(TileConfig(*tile), gated=gated) for tile, gated in cases], sys.stdout)
+    tiles = [compiled(TileConfig(*tile), gated=gated) for tile, gated in json.load(sys.stdin)]
+    found = {name: [waits(name, overlaps=overlaps) for overlaps in (True, False)] for name in LAUNCHES}
+    json.dump({"tiles": tiles, "waits": found}, sys.stdout)

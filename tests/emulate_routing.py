@@ -30,7 +30,7 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
         execute(one)
 
     order = triton_routing.order_of(expert_map)
-    if case["spoil"]:
+    if case["spoil"] == "order":
         assert order is not None
         order = order.roll(1)
     with presented(launch):
@@ -38,6 +38,12 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
             logits, topk, experts, order, case["sizes"], smallest=case["smallest"], x=x
         )
     reports = [read(one) for one in launches]
+    smallest = case["smallest"]
+    if case["spoil"] == "smallest":
+        smallest *= 2
+    if case["spoil"] == "x":
+        assert x is not None
+        x[-1, 3] += 1
     return {
         "kernels": [one.name for one in launches],
         "misfits": [
@@ -52,7 +58,7 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
             for row in (rows if rows.dim() == 2 else [rows])
             if row.data_ptr() % 16
         ],
-        "miss": miss(routing, logits, topk, experts, expert_map, case["smallest"]) or twist_miss(routing, x),
+        "miss": miss(routing, logits, topk, experts, expert_map, smallest) or twist_miss(routing, x),
     }
 
 

@@ -268,7 +268,7 @@ def test_poisoned_row_notices(spoil: Callable[..., torch.Tensor], case: str, tex
 
 @pytest.mark.gpu
 @NEEDS_GPU
-@pytest.mark.parametrize("tokens", [6, 300])
+@pytest.mark.parametrize("tokens", [6, 600])
 @pytest.mark.parametrize("shape", ON_GPU, ids=str)
 def test_poisoned_row_on_a_gpu(shape: Any, tokens: int) -> None:
     """Likewise, through the decode kernels and through matmul_ogs."""
@@ -280,7 +280,7 @@ def test_poisoned_row_on_a_gpu(shape: Any, tokens: int) -> None:
 
 @pytest.mark.gpu
 @NEEDS_GPU
-@pytest.mark.parametrize(("captured", "tokens"), [(8, 5), (64, 37), (512, 300)])
+@pytest.mark.parametrize(("captured", "tokens"), [(8, 5), (64, 37), (512, 300), (1024, 600)])
 @pytest.mark.parametrize("shape", ON_GPU, ids=str)
 def test_graph_at_another_size(shape: Any, captured: int, tokens: int) -> None:
     """A graph replayed for fewer tokens than it was captured with: what lies behind them does not matter."""

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 Layer = tuple[MoeShape, MoeWeights, backends.Backend, Any]
-TOKENS = (1, 7, 37, 64, 199, 333, 1024)
+TOKENS = (1, 7, 29, 37, 64, 199, 333, 1024)
 SIZES = [
     make_shape(32, 4, 2880, 2880),
     make_shape(128, 4, 2880, 2880),
@@ -99,6 +99,11 @@ def test_run_does_not_wait_for_the_gpu(layer: Layer) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def sums(count: torch.Tensor) -> torch.Tensor:
+    """The sum of those before each, and of all."""
+    return torch.nn.functional.pad(count.cumsum(0), (1, 0)).int()
+
+
 def assert_routing(routing: Routing, logits: torch.Tensor, shape: MoeShape, smallest: int) -> None:
     """Choices, weights, order and tiles are the reference's, bit for bit."""
     topk_ids, topk_weights = reference.route(logits, shape.topk)
@@ -107,11 +112,13 @@ def assert_routing(routing: Routing, logits: torch.Tensor, shape: MoeShape, smal
     sorted_ids, position = topk_ids.flatten().sort(stable=True)
     count = sorted_ids.bincount(minlength=shape.experts)
     assert torch.equal(routing.count, count.int())
+    assert torch.equal(routing.start, sums(count))
     assert torch.equal(routing.gather, position.int())
     assert torch.equal(routing.scatter, position.argsort().int())
     assert torch.equal(routing.weights, topk_weights.gather(1, order).flatten()[position])
     for size, schedule in enumerate(routing.schedule.tolist()):
         tiles = -(-count // (smallest << size))
+        assert torch.equal(routing.block_start[size], sums(tiles))
         want = [tile << 16 | expert for expert, some in enumerate(tiles.tolist()) for tile in range(some)]
         assert schedule == want + [-1] * (len(schedule) - len(want))
 
@@ -126,7 +133,7 @@ def test_route_is_exact(layer: Layer, tokens: int) -> None:
     assert_routing(triton_ogs.route(prepared, logits), logits, shape, 16)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7, 64, 65, 256, 1500], ids=lambda t: f"T{t}")
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 16, 17, 32, 33, 64, 256, 1500], ids=lambda t: f"T{t}")
 def test_decode_route_is_exact(layer: Layer, tokens: int) -> None:
     """As our own matmuls get it: small tiles, and the tokens' columns in their place."""
     shape, _, _, prepared = layer

@@ -94,7 +94,7 @@ def test_right(weights: MoeWeights) -> None:
     outcome = self_check.check(backend("good"), prepared, weights, SHAPE)
     assert outcome.miss == ""
     assert 0 < outcome.row < 1
-    batches = "1, 64, 256, 1024, 2048 tokens against float64: "
+    batches = "1, 8, 32, 64, 256, 1024, 2048 tokens against float64: "
     line = batches + r"worst row at 0\.\d\d of what is allowed \(\d+\.\d\d s\)"
     assert re.fullmatch(line, str(outcome))
     assert torch.equal(weights.w13, before)
@@ -212,10 +212,10 @@ def test_every_rung() -> None:
     tiles = Ladder((1, 2, 256), "xyz")
     assert self_check.sizes(SimpleNamespace()) == self_check.TOKENS
     assert self_check.sizes(SimpleNamespace(flags=(flags,), decode=None)) == (
-        1, 64, 65, 256, 513, 1024, 2048, 4097
+        1, 8, 32, 64, 65, 256, 513, 1024, 2048, 4097
     )  # fmt: skip
     both = SimpleNamespace(flags=(flags,), decode=SimpleNamespace(tiles=(tiles, tiles)))
-    assert self_check.sizes(both) == (1, 2, 3, 64, 65, 256, 513, 1024, 2048, 4097)
+    assert self_check.sizes(both) == (1, 2, 3, 8, 32, 64, 65, 256, 513, 1024, 2048, 4097)
 
 
 def test_rung_of_its_own(weights: MoeWeights) -> None:
@@ -230,6 +230,19 @@ def test_rung_of_its_own(weights: MoeWeights) -> None:
 
     assert check(SimpleNamespace(flags=flags)).startswith("65 tokens: row ")
     assert check(SimpleNamespace()) == ""
+
+
+@pytest.mark.parametrize(("least", "most"), [(1, 4), (5, 8), (17, 32), (33, 64)])
+def test_every_kernel_of_the_routing(weights: MoeWeights, least: int, most: int) -> None:
+    """Our routing is compiled anew for so many tokens: what is wrong for them only is met."""
+
+    def run(prepared: Any, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return reference.run((weights, SHAPE), x, logits) * (1.1 if least <= len(x) <= most else 1)
+
+    miss = self_check.check(backend("some", run), SimpleNamespace(), weights, SHAPE).miss
+    tried, found = miss.split(" tokens: row ")
+    assert least <= int(tried) <= most
+    assert "errs by" in found
 
 
 def test_quiet_layer(weights: MoeWeights) -> None:

@@ -23,7 +23,7 @@ class Case:
         dtype: of the logits.
         smallest, sizes: of the tiles.
         hidden: columns of tokens to be twisted; none when 0.
-        spoil: whether the experts' order is moved by one.
+        spoil: what is not as it should be: the experts' "order", a value of "x", or the "smallest" tile.
     """
 
     tokens: int
@@ -34,12 +34,12 @@ class Case:
     smallest: int = 16
     sizes: int = 5
     hidden: int = 0
-    spoil: bool = False
+    spoil: str = ""
 
     def __str__(self) -> str:
         name = f"E{self.global_experts}-k{self.topk}-T{self.tokens}-{self.dtype}"
         name += f"-tile{self.smallest}" + (f"-twist{self.hidden}" if self.hidden else "")
-        return name + ("-map" if self.expert_map else "") + ("-spoilt" if self.spoil else "")
+        return name + ("-map" if self.expert_map else "") + (f"-spoilt-{self.spoil}" if self.spoil else "")
 
 
 OUT_OF_ORDER = (-1, 0, 3, -1, 2, 1, -1, -1)
@@ -61,8 +61,19 @@ CASES = [
     Case(2, 32, 4, smallest=8, sizes=1, hidden=2880),
     Case(37, 128, 4, SOME, smallest=8, sizes=1, hidden=320),
     Case(150, 32, 4, smallest=64, sizes=1),
-    Case(37, 8, 2, OUT_OF_ORDER, spoil=True),
+    Case(1, 128, 4, None, "float32"),
+    Case(8, 32, 4, None, "float32", smallest=8, sizes=1, hidden=64),
+    Case(29, 128, 4, SOME, "float32"),
+    Case(16, 32, 4),
+    Case(17, 128, 4, smallest=8, sizes=1),
+    Case(32, 128, 4),
+    Case(33, 32, 4),
+    Case(37, 8, 2, OUT_OF_ORDER, spoil="order"),
+    Case(5, 32, 4, smallest=8, sizes=1, hidden=128, spoil="x"),
+    Case(40, 8, 2, smallest=8, sizes=1, spoil="smallest"),
 ]
+
+MISSES = {"": "", "order": "other count", "x": "other twist", "smallest": "other block_start 0"}
 
 
 @functools.cache
@@ -80,7 +91,7 @@ def assert_right(pair: tuple[str, str], case: Case) -> None:
     assert found["kernels"] == (["place"] if case.tokens <= 32 else ["count", "place"])
     assert found["misfits"] == []
     assert found["unaligned"] == []
-    assert found["miss"] == ("other count" if case.spoil else "")
+    assert found["miss"] == MISSES[case.spoil]
 
 
 @pytest.mark.compile

@@ -332,6 +332,18 @@ def test_read_knows_hopper(tmp_path: Path, column: str, value: int, rule: str) -
         tuning.read(file, "sm90")
 
 
+def test_read_knows_our_own_kernels(tmp_path: Path) -> None:
+    """Of 8 warps on Hopper some are wrong; on gfx950 they are not known to be."""
+    for arch, warps in (("sm90", 4), ("gfx950", 8), ("sm90", 8)):
+        tiles = Ladder((64,), (TileConfig(16, 128, 128, 1, warps, 4, 0),))
+        rows = [row for gemm in (W13, W2) for row in encode("decode", "3.6", gemm, tiles)]
+        tuning.write(tmp_path / f"{arch}.json", arch, {}, rows)
+        if (arch, warps) != ("sm90", 8):
+            assert len(tuning.read(tmp_path / f"{arch}.json", arch)["rows"]) == 2
+    with pytest.raises(Mxfp4Error, match=r"rows\[0\]\.num_warps must be one of 1, 2, 4; got 8\. "):
+        tuning.read(tmp_path / "sm90.json", "sm90")
+
+
 @pytest.mark.parametrize("arch", ["gfx950", "sm90"])
 def test_our_tables_keep_to_the_rules(tmp_path: Path, arch: str) -> None:
     """And are written as `write` writes them."""

@@ -16,8 +16,8 @@ from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tolerance import compare
 
-TOKENS = (1, 64, 256, 1024, 2048)
-"""Batches that are always tried: from one row of an expert to full tiles."""
+TOKENS = (1, 8, 32, 64, 256, 1024, 2048)
+"""Batches that are always tried: from one row of an expert to full tiles, and every kernel of the routing."""
 
 FAR = 30.0
 """By so much the logits of experts that are not to be chosen lie below the others."""

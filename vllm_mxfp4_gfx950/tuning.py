@@ -66,6 +66,9 @@ Source: triton_kernels in vLLM 0.26, tensor_details/layout_details/hopper_scale.
 _matmul_ogs.py, routing.py.
 """
 
+HOPPER_DECODE: dict[str, tuple[int, ...]] = {"num_warps": (1, 2, 4)}
+"""And those of our own matmuls there: `vllm-mxfp4 tune` found some of 8 warps wrong with Triton 3.6."""
+
 
 @dataclass(frozen=True)
 class TileConfig:
@@ -291,6 +294,8 @@ def _check_row(arch: str, row: list[Any], at: str) -> None:
     bounds = dict(BOUNDS)
     if (arch, values["kernels"]) == ("sm90", "matmul_ogs"):
         bounds |= HOPPER_MATMUL
+    if (arch, values["kernels"]) == ("sm90", "decode"):
+        bounds |= HOPPER_DECODE
     if values["kernels"] != "decode":
         bounds["tokens"] = bounds["tokens"][1:]
         # Routing schedules no tiles of fewer rows.

@@ -47,8 +47,8 @@ def place(
             return
     column = tl.arange(0, BLOCK_EXPERTS)
     token = this * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    key = keys(Logits, Order, token, tokens, experts, stride, BLOCK_EXPERTS)
-    parts, taken = take(key, token, tokens, TOPK)
+    key = _keys(Logits, Order, token, tokens, experts, stride, BLOCK_EXPERTS)
+    parts, taken = _take(key, token, tokens, TOPK)
     taken = taken & (column < local)[None, :]
     present = taken.to(tl.int32)
     before = tl.zeros((BLOCK_EXPERTS,), tl.int32)
@@ -73,7 +73,7 @@ def place(
 
     row = (begin + before)[None, :] + tl.cumsum(present, 0) - present
     pair = (token * TOPK)[:, None] + tl.cumsum(present, 1) - present
-    weight = tl.exp(logit(key) - logit(tl.max(key, 1))[:, None]) / parts[:, None]
+    weight = tl.exp(_logit(key) - _logit(tl.max(key, 1))[:, None]) / parts[:, None]
     tl.store(Gather + row, pair, mask=taken)
     tl.store(Scatter + pair, row, mask=taken)
     tl.store(Weights + row, weight.to(Weights.dtype.element_ty), mask=taken)
@@ -130,13 +130,13 @@ def _count(
 ):  # fmt: skip
     """int32[BLOCK_EXPERTS], how many of a block's tokens chose each column of this rank."""
     token = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    key = keys(Logits, Order, token, tokens, experts, stride, BLOCK_EXPERTS)
-    _, taken = take(key, token, tokens, TOPK)
+    key = _keys(Logits, Order, token, tokens, experts, stride, BLOCK_EXPERTS)
+    _, taken = _take(key, token, tokens, TOPK)
     return tl.sum((taken & (tl.arange(0, BLOCK_EXPERTS) < local)[None, :]).to(tl.int32), 0)
 
 
 @triton.jit
-def keys(Logits, Order, token, tokens, experts, stride, BLOCK_EXPERTS: tl.constexpr):
+def _keys(Logits, Order, token, tokens, experts, stride, BLOCK_EXPERTS: tl.constexpr):
     """Integers [tokens, columns] in the order of the logits, and among equals of falling experts.
 
     A bf16 leaves 16 bits of 32 for the expert, an fp32 takes 64.
@@ -155,17 +155,17 @@ def keys(Logits, Order, token, tokens, experts, stride, BLOCK_EXPERTS: tl.conste
         key = (bits.to(tl.int64) << 32) | rank
     else:
         key = (bits & -65536) | rank
-    return tl.where(there, key, lowest(key))
+    return tl.where(there, key, _lowest(key))
 
 
 @triton.jit
-def lowest(key):
+def _lowest(key):
     """A key below those of all logits."""
     return -(2**63) if key.dtype == tl.int64 else -(2**31)
 
 
 @triton.jit
-def logit(key):
+def _logit(key):
     """The logit that a key was made of."""
     if key.dtype == tl.int64:
         bits = (key >> 32).to(tl.int32)
@@ -176,13 +176,13 @@ def logit(key):
 
 
 @triton.jit
-def take(key, token, tokens, TOPK: tl.constexpr):
+def _take(key, token, tokens, TOPK: tl.constexpr):
     """The sum over a token's choices that its weights are parts of, and which columns they are."""
-    best = logit(tl.max(key, 1))
+    best = _logit(tl.max(key, 1))
     total = tl.zeros_like(best)
     left = key
     for _ in tl.static_range(TOPK):
         most = tl.max(left, 1)
-        left = tl.where(left == most[:, None], lowest(key), left)
-        total += tl.exp(logit(most) - best)
+        left = tl.where(left == most[:, None], _lowest(key), left)
+        total += tl.exp(_logit(most) - best)
     return total, (left != key) & (token < tokens)[:, None]

@@ -19,7 +19,7 @@ import triton
 
 from vllm_mxfp4_gfx950.backends import decode_kernels as kernels
 from vllm_mxfp4_gfx950.backends import triton_routing
-from vllm_mxfp4_gfx950.backends.triton_package import CDNA4_SCALE_LAYOUTS, hopper_registers
+from vllm_mxfp4_gfx950.backends.triton_package import CDNA4_SCALE_LAYOUTS, hopper_registers, launch_options
 from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, gemms, ladder, releases
 
@@ -62,7 +62,7 @@ class Decode:
 
     def launch(self, num_warps: int) -> dict[str, Any]:
         """Options of every launch."""
-        return {"num_warps": num_warps} | triton_routing.overlap(self.layout == "hopper")
+        return launch_options(num_warps, self.layout == "hopper")
 
     def serves(self, tokens: int) -> bool:
         """Whether the table has tiles for so many tokens."""

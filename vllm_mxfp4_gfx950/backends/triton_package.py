@@ -227,6 +227,16 @@ def opt_flags_fields(tile: TileConfig, arch: str) -> dict[str, Any]:
     }
 
 
+def launch_options(num_warps: int, overlaps: bool) -> dict[str, Any]:
+    """Options of a launch of our own kernels.
+
+    Args:
+        num_warps: of a workgroup.
+        overlaps: whether, on Hopper, it begins while the launch before it ends, and waits there.
+    """
+    return {"num_warps": num_warps, "OVERLAP": overlaps} | ({"launch_pdl": True} if overlaps else {})
+
+
 def hopper_registers(tile: TileConfig) -> int | None:
     """A thread's registers where each scheduler must have room for so many warps; None: any number."""
     return 512 // tile.waves_per_eu // 8 * 8 if tile.waves_per_eu else None

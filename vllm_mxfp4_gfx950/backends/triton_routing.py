@@ -13,6 +13,7 @@ import torch
 import triton
 
 from vllm_mxfp4_gfx950.backends import routing_kernels as kernels
+from vllm_mxfp4_gfx950.backends.triton_package import launch_options
 
 BLOCK_TOKENS = (4, 16)
 """The fewest and the most tokens of a workgroup. With more, CDNA spills scalar registers."""
@@ -44,9 +45,9 @@ class Routing:
         weights: [T * topk] in the logits' dtype, of each row in its token's sum.
         count: int32[E], rows of each expert.
         start: int32[E + 1], the first of them.
-        block_start: int32[sizes, E + 1], the first of them counted in tiles of 16, 32, ... rows.
-        schedule: int32[sizes, tiles], what each tile computes: the expert, and in the upper half of the bits
-            which of its tiles it is; -1 behind the last tile.
+        block_start: int32[sizes, E + 1], the first of them counted in tiles of each size.
+        schedule: int32[sizes, tiles], what each tile of a size computes: the expert, and in the upper half
+            of the bits which of its tiles it is; -1 behind the last tile.
         twisted: bf16[T, H], the tokens with their columns in the order of `routing_kernels.twist`, if asked
             for.
     """
@@ -73,11 +74,6 @@ def order_of(expert_map: torch.Tensor | None) -> torch.Tensor | None:
     return last.argsort(stable=True).int()
 
 
-def overlap(wanted: bool) -> dict[str, Any]:
-    """Options of a launch: whether on Hopper it begins while the one before it ends."""
-    return {"OVERLAP": wanted} | ({"launch_pdl": True} if wanted else {})
-
-
 def route(
     router_logits: torch.Tensor,
     topk: int,
@@ -98,8 +94,8 @@ def route(
         order: what `order_of` returned.
         sizes: how many sizes of tiles to schedule, each of twice as many rows as the one before.
         smallest: rows of the first.
-        x: bf16[T, H], tokens to be twisted by the way.
-        overlaps: as in `overlap`.
+        x: bf16[T, H], contiguous and H a multiple of 64, tokens to be twisted by the way.
+        overlaps: as in `triton_package.launch_options`.
     """
     tokens, global_experts = router_logits.shape
     pairs = tokens * topk
@@ -121,8 +117,8 @@ def route(
     block_tokens = min(max(fewest, triton.next_power_of_2(tokens)), most)
     blocks = triton.cdiv(tokens, block_tokens)
     block_experts = max(MIN_COLUMNS, triton.next_power_of_2(global_experts))
-    common = {"TOPK": topk, "BLOCK_TOKENS": block_tokens, "BLOCK_EXPERTS": block_experts}
-    common |= {"num_warps": max(MIN_WARPS, block_tokens // 2)} | overlap(overlaps)
+    common: Any = {"TOPK": topk, "BLOCK_TOKENS": block_tokens, "BLOCK_EXPERTS": block_experts}
+    common |= launch_options(max(MIN_WARPS, block_tokens // 2), overlaps)
     counts = None
     if tokens > ONE_LAUNCH:
         counts = torch.empty(blocks, block_experts, **integers)

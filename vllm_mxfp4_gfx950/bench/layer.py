@@ -54,7 +54,7 @@ class Row:
         tokens: the batch's size.
         weight_bytes: blocks and scales of the chosen experts, on average over the calls.
         flops: of both matmuls.
-        floor_us: that no layer can undercut.
+        floor_us: that the work takes at the speeds that this device reaches.
         us: of each backend that computed the layer right, every replay's time over its calls.
         frobenius: of each of them, its relative error against float64.
         failed: of every other backend, why it has no time.

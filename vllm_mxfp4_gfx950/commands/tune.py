@@ -59,10 +59,9 @@ GIVE_UP = 1.1
 HOPPER_STEPS = ((128, 4, 0), (128, 3, 0), (128, 3, 4), (128, 2, 4), (64, 4, 0), (64, 4, 4), (256, 2, 0))
 """block_k, num_stages and waves_per_eu of matmul_ogs on Hopper; of the rest, see tuning.HOPPER_MATMUL."""
 
-HOPPER_DECODE = (
+HOPPER_DECODE_TILES = (
     (8, 64, 256, 4), (8, 128, 128, 4), (8, 64, 128, 2), (8, 32, 256, 2),
     (16, 64, 256, 4), (16, 128, 128, 4), (32, 128, 128, 4), (64, 128, 128, 4),
-    (128, 128, 64, 8), (128, 256, 64, 8), (256, 128, 64, 8),
 )  # fmt: skip
 """block_m, block_n, block_k, num_warps of the decode kernels on Hopper."""
 
@@ -249,7 +248,7 @@ def candidates(arch: str, kernels: str) -> list[TileConfig]:
         return [
             TileConfig(block_m, block_n, block_k, 1, warps, stages, waves)
             for (block_m, block_n, block_k, warps), stages, waves in itertools.product(
-                HOPPER_DECODE, (3, 4), (0, 6)
+                HOPPER_DECODE_TILES, (3, 4), (0, 6)
             )
             if block_m <= 16 or not waves
         ]

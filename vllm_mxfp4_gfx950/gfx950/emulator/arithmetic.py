@@ -483,6 +483,7 @@ VECTOR: dict[str, Op] = {
     "v_sub_co_u32": op("u32 mask = u32 u32", lambda a, b: (a - b, a < b)),
     "v_sub_f32": op(F32, np.subtract),
     "v_sub_u32": op(U32, subtract, "clamp"),
+    "v_subrev_f32": op(F32, lambda a, b: b - a),
     "v_subrev_u32": op(U32, lambda a, b: b - a),
     "v_xad_u32": op("u32 = u32 u32 u32", lambda a, b, c: (a ^ b) + c),
     "v_xor_b32": op(U32, np.bitwise_xor),
@@ -566,5 +567,6 @@ SCALAR |= {
 
 SCALAR_IN_PLACE: dict[str, Op] = {
     "s_addk_i32": op("i32 scc = i32 k16", add_overflow),
+    "s_bitset0_b32": op("u32 = u32 u32", lambda d, bit: d & ~shift_left(bit, np.ones_like(d))),
     "s_mulk_i32": op("i32 = i32 k16", np.multiply),
 }
