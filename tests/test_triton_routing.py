@@ -49,6 +49,8 @@ CASES = [
     Case(1, 32, 4),
     Case(3, 8, 2, OUT_OF_ORDER),
     Case(5, 4, 2),
+    Case(6, 128, 4),
+    Case(7, 128, 4, SOME, smallest=8, sizes=1),
     Case(27, 32, 4, OUT_OF_TWO),
     Case(37, 128, 4),
     Case(64, 32, 4),

@@ -15,14 +15,15 @@ import triton
 from vllm_mxfp4_gfx950.backends import routing_kernels as kernels
 from vllm_mxfp4_gfx950.backends.triton_package import launch_options
 
-BLOCK_TOKENS = (4, 16)
-"""The fewest and the most tokens of a workgroup. With more, CDNA spills scalar registers."""
+BLOCK_TOKENS = {torch.bfloat16: (4, 16), torch.float32: (16, 16)}
+"""The fewest and the most tokens of a workgroup, by the logits' dtype. With more, CDNA spills scalar
+registers; with fewer, Triton 3.6 fails to compile some kernels for it."""
 
-MIN_WARPS = 4
-"""Of a workgroup; from 8 tokens on, each has two. With fewer, CDNA spills scalar registers, too."""
+MAX_WARPS = 8
+"""Of a workgroup; one for each token up to there. With fewer, CDNA spills scalar registers, too."""
 
 MIN_COLUMNS = 32
-"""With fewer, or fewer tokens, Triton 3.5 and 3.6 fail to compile for gfx950."""
+"""With fewer, too."""
 
 ONE_LAUNCH = 32
 """Tokens up to which each workgroup counts all choices itself, instead of a launch before it."""
@@ -113,12 +114,12 @@ def route(
         schedule=torch.empty(sizes, aligned(tiles), **integers)[:, :tiles],
         twisted=None if x is None else torch.empty_like(x),
     )
-    fewest, most = BLOCK_TOKENS
+    fewest, most = BLOCK_TOKENS[router_logits.dtype]
     block_tokens = min(max(fewest, triton.next_power_of_2(tokens)), most)
     blocks = triton.cdiv(tokens, block_tokens)
     block_experts = max(MIN_COLUMNS, triton.next_power_of_2(global_experts))
     common: Any = {"TOPK": topk, "BLOCK_TOKENS": block_tokens, "BLOCK_EXPERTS": block_experts}
-    common |= launch_options(max(MIN_WARPS, block_tokens // 2), overlaps)
+    common |= launch_options(min(MAX_WARPS, block_tokens), overlaps)
     counts = None
     if tokens > ONE_LAUNCH:
         counts = torch.empty(blocks, block_experts, **integers)
