@@ -253,7 +253,7 @@ def test_quiet_layer(weights: MoeWeights) -> None:
     w13 = dequantize(quiet.w13, scale, torch.float32)
     assert (x[::2].float() @ w13.mT).abs().max() < SHAPE.limit
     unlimited = reference.prepare(quiet, dataclasses.replace(SHAPE, limit=plant_preparation.UNLIMITED))
-    assert "64 tokens: row " in self_check.check(backend("bad"), unlimited, quiet, SHAPE).miss
+    assert "8 tokens: row " in self_check.check(backend("bad"), unlimited, quiet, SHAPE).miss
 
 
 def test_later_layer(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
