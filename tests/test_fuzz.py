@@ -23,6 +23,7 @@ import transformers
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 from run_python import ROOT
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import TinyGptOss
 
@@ -333,7 +334,15 @@ def test_header(
         spoiled[bytes_[0] : bytes_[0] + len(bytes_[1])] = bytes_[1]
     file.write_bytes(spoiled[:end])
     with served_or_refused():
-        load()
+        try:
+            load()
+        except (KeyError, ValueError) as error:
+            # vLLM refuses what it has no parameter for in words of its own, before any of ours sees it.
+            if not isinstance(error, KeyError) and "There is no module or parameter named" not in str(error):
+                raise
+            with safe_open(file, "pt") as tensors:
+                assert set(tensors.keys()) - set(tiny_checkpoint.tensors(MODEL))
+            event("refused by vLLM")
 
 
 TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
