@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -44,26 +44,17 @@ def test_load(server: Server) -> None:
 
 
 def test_killed_worker(server: Server) -> None:
-    """The request under way is not answered, none after it is, and the server ends with all its processes."""
+    """The request under way ends with an error, none after it is answered, and no process is left."""
     url = f"{server.url}/v1/completions"
-    short = requests.post(url, json=load_server.body([3, 4], 8), timeout=60)
-    assert len(short.json()["choices"][0]["token_ids"]) == 8
     (worker,) = (process for process in server.processes() if "Worker" in process.name())
-    answers: list[requests.Response | requests.RequestException] = []
-
-    def ask() -> None:
-        try:
-            answers.append(requests.post(url, json=load_server.body([3, 4], 250), timeout=120))
-        except requests.RequestException as error:
-            answers.append(error)
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    while not server.metric("vllm:num_requests_running"):
-        assert asking.is_alive(), "answered before the worker could be killed"
-    worker.kill()
-    asking.join()
-    assert isinstance(answers[0], requests.RequestException) or answers[0].status_code == 500
+    body = load_server.body([3, 4], 250, stream=True)
+    with requests.post(url, json=body, timeout=120, stream=True) as reply:
+        events = (line.removeprefix(b"data: ") for line in reply.iter_lines() if line)
+        assert len(json.loads(next(events))["choices"][0]["token_ids"]) == 1
+        worker.kill()
+        *_, last, done = events
+    assert json.loads(last)["error"]["code"] == 500
+    assert done == b"[DONE]"
     server.process.wait(load_server.STOP_SECONDS)
     server.wait_until_gone()
     with pytest.raises(requests.ConnectionError):
