@@ -79,6 +79,17 @@ def score(checkpoint: Path, sequences: list[list[int]], **arguments: Any) -> np.
     return _in_engine_process(_score, checkpoint, sequences, arguments)
 
 
+def fuse(
+    checkpoint: Path, prompts: list[list[int]], tokens: int, **arguments: Any
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Answer prompts greedily through what vLLM's pass makes of all-reduces and norms (allreduce_fusion.py).
+
+    Returns:
+        The tokens of each answer; and for each rank how many it fused, in each graph that it compiled.
+    """
+    return _in_engine_process(_fuse, checkpoint, prompts, tokens, arguments)
+
+
 def outcome(checkpoint: Path, **arguments: Any) -> str:
     """Start an engine: "served by" and its MoE methods, or the error that ended it."""
     return _in_engine_process(_outcome, checkpoint, arguments)
@@ -177,6 +188,24 @@ def _score(checkpoint: Path, sequences: list[list[int]], arguments: dict[str, An
         requests = llm.generate([{"prompt_token_ids": s} for s in sequences], parameters, use_tqdm=False)
     positions = [position for request in requests for position in request.prompt_logprobs[1:]]
     return np.array([[position[i].logprob for i in range(len(position))] for position in positions])
+
+
+def _fuse(
+    checkpoint: Path, prompts: list[list[int]], tokens: int, arguments: dict[str, Any]
+) -> tuple[list[list[int]], list[list[int]]]:
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    compilation = {"mode": 2, "backend": "allreduce_fusion.compile_model", "ir_enable_torch_wrap": True}
+    defaults = {
+        "enforce_eager": False,
+        "worker_extension_cls": "allreduce_fusion.Rank",
+        "compilation_config": compilation,
+    }
+    with _llm(checkpoint, defaults | arguments) as llm:
+        requests = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
+        matches = llm.collective_rpc("fused_matches")
+    return [list(request.outputs[0].token_ids) for request in requests], matches
 
 
 def _bench(job: dict[str, Any]) -> str:

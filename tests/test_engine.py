@@ -144,6 +144,22 @@ def test_two_ranks(expert_parallel: bool, checkpoints: dict[str, Path]) -> None:
     assert served.token_ids == serve_fp32(checkpoints[UNEVEN], compiled=False).token_ids
 
 
+@pytest.mark.parametrize("expert_parallel", [False, True], ids=["TP2", "TP2-EP"])
+def test_allreduce_fusion(expert_parallel: bool, checkpoints: dict[str, Path]) -> None:
+    """vLLM fuses the all-reduce behind each attention and each MoE with the norm that follows."""
+    token_ids, matches = engine.fuse(
+        checkpoints[UNEVEN],
+        PROMPTS,
+        TOKENS,
+        quantization=FLAG,
+        dtype="float32",
+        tensor_parallel_size=2,
+        enable_expert_parallel=expert_parallel,
+    )
+    assert matches == [[2 * SHAPES[UNEVEN].layers]] * 2
+    assert token_ids == serve_fp32(checkpoints[UNEVEN], compiled=False).token_ids
+
+
 def test_streamed_experts(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """A checkpoint with a tensor for each expert, as vLLM streams them since 0.30, sliced by two ranks."""
     whole = checkpoints[UNEVEN]
