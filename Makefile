@@ -69,7 +69,7 @@ test-load: .venv/.plugin
 	$(BIN)/pytest --no-skips -m load -s
 
 fuzz: .venv/.plugin
-	FUZZ_TIMES=75 $(BIN)/pytest --no-skips tests/test_fuzz.py --timeout=3600
+	FUZZ_TIMES=150 $(BIN)/pytest --no-skips tests/test_fuzz.py --timeout=3600
 
 compile-matrix tune: .venv/.plugin $(TRITONS:%=.venv/triton/%)
 	@$(BIN)/python environments/fetch_packages.py .venv/packages
