@@ -16,12 +16,18 @@ from engine import FLAG, OUR_METHOD, Served
 from run_python import ROOT, run_python
 from tiny_checkpoint import TinyGptOss
 
+from vllm_mxfp4_gfx950 import tuning
 from vllm_mxfp4_gfx950.gfx950.layer import MATMULS
+from vllm_mxfp4_gfx950.random_layer import make_shape
+from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, encode
 
 pytestmark = pytest.mark.emulate
 
 MODEL = TinyGptOss(experts=4, topk=2, hidden=288, intermediate=160)
 """The last tiles along each K and N are not full."""
+
+KERNELS = {"triton_matmul": ("matmul", version("triton")), "triton_ogs": ("matmul_ogs", "3.6.0")}
+"""Of each backend, as tile tables name them, and the Triton that runs them."""
 
 TOKENS = 6
 LENGTHS = (1, 3, 18, 33)
@@ -92,19 +98,21 @@ def fixture_serve(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Serve:
     """Serve the prompts with a generation's packages, and see which backend vLLM says it took."""
-    old = ROOT / ".venv/triton/3.6.0"
-    kernels, path, triton = {
-        "triton_matmul": (packages / "tokenspeed-triton-kernels", [], version("triton")),
-        "triton_ogs": (packages / "vllm-0.33.0/vllm/third_party", [old], old.name),
+    triton = KERNELS[backend][1]
+    old = ROOT / ".venv/triton" / triton
+    kernels, path = {
+        "triton_matmul": (packages / "tokenspeed-triton-kernels", []),
+        "triton_ogs": (packages / "vllm-0.33.0/vllm/third_party", [old]),
     }[backend]
     if not all(directory.is_dir() for directory in path):
-        pytest.skip("needs .venv/triton/3.6.0: make .venv/triton/3.6.0")
+        pytest.skip(f"needs .venv/triton/{triton}: make .venv/triton/{triton}")
 
-    def run(kernel: str, self_check: str = "first") -> Emulated:
+    def run(kernel: str, self_check: str = "first", **environment: str) -> Emulated:
         answers = tmp_path_factory.mktemp("emulated") / "answers.json"
         script = str(Path(__file__).with_name("serve_emulated.py"))
         command = [script, str(checkpoint), json.dumps(prompts), str(TOKENS), kernel, str(answers)]
-        result = run_python(command, path=[*path, kernels], timeout=600, VLLM_MXFP4_SELF_CHECK=self_check)
+        environment["VLLM_MXFP4_SELF_CHECK"] = self_check
+        result = run_python(command, path=[*path, kernels], timeout=600, **environment)
         log = result.stdout + result.stderr
         if result.returncode:
             raise RuntimeError(log)
@@ -163,3 +171,13 @@ def test_a_wrong_instruction_is_found_at_load(serve: Serve, backend: str) -> Non
     """With the self-check on, the same kernel never serves."""
     with pytest.raises(RuntimeError, match=rf"{backend}: the self-check: 1 tokens: row 0 errs by "):
         serve("broken")
+
+
+def test_a_kernel_that_does_not_fit(serve: Serve, backend: str, tmp_path: Path) -> None:
+    """With the self-check off, it ends the warm-up: a table's tile that needs more LDS than there is."""
+    shape = make_shape(MODEL.experts, MODEL.topk, MODEL.hidden, MODEL.intermediate)
+    tiles = Ladder((8192,), (TileConfig(256, 256, 256, 1, 8, 2, 0),))
+    rows = [row for gemm in tuning.gemms(shape) for row in encode(*KERNELS[backend], gemm, tiles)]
+    tuning.write(tmp_path / "gfx950.json", "gfx950", {}, rows)
+    with pytest.raises(RuntimeError, match="OutOfResources: out of resource: shared memory"):
+        serve("sound", self_check="off", VLLM_MXFP4_TABLES=str(tmp_path))
