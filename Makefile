@@ -2,7 +2,7 @@
 # make demo    serves a tiny GPT-OSS through the plugin
 # make test    style, types and the test suite
 # make test-emulated  executes layers on the emulated gfx950 with every supported Triton, and serves from it
-# make compile-matrix   compiles every kernel for gfx950 with every supported Triton: a third of an hour
+# make compile-matrix   compiles every matmul for gfx950 with every supported Triton: a third of an hour
 # make test-load  ten thousand requests against a server on the CPU, some of them cut off, and other servers: minutes
 # make fuzz    random configs, environments and checkpoint headers: ten minutes
 # make tune    searches the tiles of gfx950's table anew
