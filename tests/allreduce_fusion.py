@@ -1,8 +1,8 @@
 """What vLLM's pass for AMD's GPUs fuses, all-reduce and RMSNorm, in the graph that a rank on the CPU traces.
 
 Real, from vLLM: the traced model, the passes before the fusion, its patterns. Stood in for: AITER's kernel,
-here the two operators one after the other. And as on a GPU, each all-reduce is one operator of the graph.
-The graph is run as it is, without Inductor.
+here the two operators one after the other. And as on a GPU, each all-reduce is one operator of the graph,
+with a result of its own. The graph is run as it is, without Inductor.
 
 Source: vLLM 0.32, compilation/passes/fusion/allreduce_rms_fusion.py and compilation/backends.py.
 """
@@ -22,6 +22,7 @@ from vllm.compilation.passes.vllm_inductor_pass import VllmFusionPatternMatcherP
 from vllm.config import VllmConfig
 from vllm.config.utils import Range
 from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.platforms.cpu import CpuPlatform
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -42,6 +43,15 @@ EPSILON = 1e-5
 """GPT-OSS's."""
 
 CpuPlatform.use_custom_op_collectives = classmethod(lambda cls: True)
+CpuPlatform.get_device_communicator_cls = classmethod(lambda cls: "allreduce_fusion.Communicator")
+
+
+class Communicator(CpuCommunicator):
+    """vLLM's reduces in place, which an operator of a traced graph must not."""
+
+    def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, in a tensor of its own."""
+        return super().all_reduce(input_.clone())
 
 
 class Rank:
@@ -64,7 +74,7 @@ def fused(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The stand-in for AITER's kernel."""
     assert not gemma_norm
-    reduced = tensor_model_parallel_all_reduce(input_.clone())
+    reduced = tensor_model_parallel_all_reduce(input_)
     return vllm.ir.ops.fused_add_rms_norm(reduced, residual.clone(), weight, epsilon)
 
 
