@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 import vllm.ir.ops
 from torch._dynamo.backends.common import aot_autograd
+from vllm._aiter_ops import _rocm_aiter_fused_allreduce_rmsnorm_fake
 from vllm.compilation.passes.inductor_pass import pass_context
 from vllm.compilation.passes.ir.inplace_functionalization import VllmIRInplaceFunctionalizationPass
 from vllm.compilation.passes.utility.noop_elimination import NoOpEliminationPass
@@ -78,17 +79,9 @@ def fused(
     return vllm.ir.ops.fused_add_rms_norm(reduced, residual.clone(), weight, epsilon)
 
 
-def _fused_meta(
-    input_: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    epsilon: float,
-    gemma_norm: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(input_), torch.empty_like(residual)
-
-
-direct_register_custom_op("rocm_aiter_fused_allreduce_rmsnorm", fused, fake_impl=_fused_meta)
+direct_register_custom_op(
+    "rocm_aiter_fused_allreduce_rmsnorm", fused, fake_impl=_rocm_aiter_fused_allreduce_rmsnorm_fake
+)
 
 
 def compile_model(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

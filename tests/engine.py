@@ -83,11 +83,11 @@ def score(checkpoint: Path, sequences: list[list[int]], **arguments: Any) -> np.
 
 def fuse(
     checkpoint: Path, prompts: list[list[int]], tokens: int, **arguments: Any
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Answer prompts greedily through what vLLM's pass makes of all-reduces and norms (allreduce_fusion.py).
+) -> tuple[Served, list[list[int]]]:
+    """`serve` through what vLLM's pass makes of all-reduces and norms (allreduce_fusion.py).
 
     Returns:
-        The tokens of each answer; and for each rank how many it fused, in each graph that it compiled.
+        What was answered; and for each rank how many it fused, in each graph that it compiled.
     """
     return _in_engine_process(_fuse, checkpoint, prompts, tokens, arguments)
 
@@ -159,12 +159,16 @@ def _llm(checkpoint: Path, arguments: dict[str, Any]) -> Iterator[LLM]:
 
 def serve_here(checkpoint: Path, prompts: list[list[int]], tokens: int, arguments: dict[str, Any]) -> Served:
     """What `serve` does, in this process."""
+    with _llm(checkpoint, arguments) as llm:
+        return _serve(llm, prompts, tokens)
+
+
+def _serve(llm: LLM, prompts: list[list[int]], tokens: int) -> Served:
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=TOP)
-    with _llm(checkpoint, arguments) as llm:
-        methods = llm.apply_model(_moe_methods)
-        requests = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
+    methods = llm.apply_model(_moe_methods)
+    requests = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
     outputs = [request.outputs[0] for request in requests]
     return Served(
         moe_methods=set().union(*methods),
@@ -194,10 +198,7 @@ def _score(checkpoint: Path, sequences: list[list[int]], arguments: dict[str, An
 
 def _fuse(
     checkpoint: Path, prompts: list[list[int]], tokens: int, arguments: dict[str, Any]
-) -> tuple[list[list[int]], list[list[int]]]:
-    from vllm import SamplingParams
-
-    greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+) -> tuple[Served, list[list[int]]]:
     compilation = {"mode": 2, "backend": "allreduce_fusion.compile_model", "ir_enable_torch_wrap": True}
     defaults = {
         "enforce_eager": False,
@@ -205,9 +206,7 @@ def _fuse(
         "compilation_config": compilation,
     }
     with _llm(checkpoint, defaults | arguments) as llm:
-        requests = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
-        matches = llm.collective_rpc("fused_matches")
-    return [list(request.outputs[0].token_ids) for request in requests], matches
+        return _serve(llm, prompts, tokens), llm.collective_rpc("fused_matches")
 
 
 def _bench(job: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import gcn
@@ -17,7 +16,8 @@ import numpy as np
 import plant_faults
 import pytest
 from numpy.typing import NDArray
-from run_python import ROOT, run_python
+from run_python import run_python
+from test_verification import paths_of
 
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import load
 from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault
@@ -907,20 +907,14 @@ Findings = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def findings(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Findings:
+def findings(tmp_path_factory: pytest.TempPathFactory) -> Findings:
     """What became of every planted fault, by Triton and its kernels."""
-    triton = ROOT / ".venv/triton/3.6.0"
-    if not triton.is_dir():
-        pytest.skip("needs .venv/triton/3.6.0: make .venv/triton/3.6.0")
-    paths = {
-        "matmul_ogs-3.6.0": [triton, packages / "vllm-0.33.0/vllm/third_party"],
-        "matmul-3.8.0": [packages / "tokenspeed-triton-kernels"],
-    }
     directory = tmp_path_factory.mktemp("findings")
 
-    def plant(kernels: str) -> dict[str, Any]:
-        out = directory / f"{kernels}.json"
-        result = run_python([plant_faults.__file__, str(out)], path=paths[kernels], timeout=500)
+    def plant(name: str) -> dict[str, Any]:
+        out = directory / f"{name}.json"
+        kernels, _, triton = name.rpartition("-")
+        result = run_python([plant_faults.__file__, str(out)], path=paths_of(triton, kernels), timeout=500)
         assert result.returncode == 0, result.stderr
         found: dict[str, Any] = json.loads(out.read_text())
         return found

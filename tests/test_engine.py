@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import engine
 import numpy as np
@@ -33,6 +34,7 @@ COMPILED = "E8-k2-H128-I128"
 UNEVEN = "E4-k1-H96-I160"
 """Two ranks hold 96 and 64 of its intermediate size; and each token's only expert lives on one of them."""
 
+TWO_RANKS: dict[str, Any] = {"quantization": FLAG, "dtype": "float32", "tensor_parallel_size": 2}
 LOGPROB_TOLERANCE = 1e-3
 BUILT_IN_CONFIG = "vllm.model_executor.layers.quantization.mxfp4.GptOssMxfp4Config"
 OUR_CONFIG = "vllm_mxfp4_gfx950.vllm_plugin.Mxfp4TritonConfig"
@@ -131,33 +133,20 @@ def test_bf16_is_as_accurate_as_vllm_unquantized(
 @pytest.mark.parametrize("expert_parallel", [False, True], ids=["TP2", "TP2-EP"])
 def test_two_ranks(expert_parallel: bool, checkpoints: dict[str, Path]) -> None:
     """Two ranks give the same tokens as one."""
-    served = engine.serve(
-        checkpoints[UNEVEN],
-        PROMPTS,
-        TOKENS,
-        quantization=FLAG,
-        dtype="float32",
-        tensor_parallel_size=2,
-        enable_expert_parallel=expert_parallel,
-    )
+    whole = checkpoints[UNEVEN]
+    served = engine.serve(whole, PROMPTS, TOKENS, **TWO_RANKS, enable_expert_parallel=expert_parallel)
     assert served.moe_methods == {OUR_METHOD}
-    assert served.token_ids == serve_fp32(checkpoints[UNEVEN], compiled=False).token_ids
+    assert served.token_ids == serve_fp32(whole, compiled=False).token_ids
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True], ids=["TP2", "TP2-EP"])
 def test_allreduce_fusion(expert_parallel: bool, checkpoints: dict[str, Path]) -> None:
     """vLLM fuses the all-reduce behind each attention and each MoE with the norm that follows."""
-    token_ids, matches = engine.fuse(
-        checkpoints[UNEVEN],
-        PROMPTS,
-        TOKENS,
-        quantization=FLAG,
-        dtype="float32",
-        tensor_parallel_size=2,
-        enable_expert_parallel=expert_parallel,
-    )
+    whole = checkpoints[UNEVEN]
+    served, matches = engine.fuse(whole, PROMPTS, TOKENS, **TWO_RANKS, enable_expert_parallel=expert_parallel)
     assert matches == [[2 * SHAPES[UNEVEN].layers]] * 2
-    assert token_ids == serve_fp32(checkpoints[UNEVEN], compiled=False).token_ids
+    assert served.moe_methods == {OUR_METHOD}
+    assert served.token_ids == serve_fp32(whole, compiled=False).token_ids
 
 
 def test_streamed_experts(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -181,9 +170,7 @@ def test_streamed_experts(checkpoints: dict[str, Path], tmp_path: Path) -> None:
         else:
             tensors[name] = tensor
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    served = engine.serve(
-        tmp_path, PROMPTS, TOKENS, quantization=FLAG, dtype="float32", tensor_parallel_size=2
-    )
+    served = engine.serve(tmp_path, PROMPTS, TOKENS, **TWO_RANKS)
     assert served.moe_methods == {OUR_METHOD}
     assert served.token_ids == serve_fp32(whole, compiled=False).token_ids
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import pytest
 import tiny_checkpoint
 import torch
 from engine import FLAG, OUR_METHOD, Served
-from run_python import ROOT, run_python
+from run_python import run_python
+from test_verification import OF_BACKEND, paths_of
 from tiny_checkpoint import TinyGptOss
 
 from vllm_mxfp4_gfx950 import tuning
@@ -25,9 +25,6 @@ pytestmark = pytest.mark.emulate
 
 MODEL = TinyGptOss(experts=4, topk=2, hidden=288, intermediate=160)
 """The last tiles along each K and N are not full."""
-
-KERNELS = {"triton_matmul": ("matmul", version("triton")), "triton_ogs": ("matmul_ogs", "3.6.0")}
-"""Of each backend, as tile tables name them, and the Triton that runs them."""
 
 TOKENS = 6
 LENGTHS = (1, 3, 18, 33)
@@ -92,33 +89,26 @@ def fixture_backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module", name="serve")
 def fixture_serve(
     backend: str,
-    packages: Path,
     checkpoint: Path,
     prompts: list[list[int]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Serve:
     """Serve the prompts with a generation's packages, and see which backend vLLM says it took."""
-    triton = KERNELS[backend][1]
-    old = ROOT / ".venv/triton" / triton
-    kernels, path = {
-        "triton_matmul": (packages / "tokenspeed-triton-kernels", []),
-        "triton_ogs": (packages / "vllm-0.33.0/vllm/third_party", [old]),
-    }[backend]
-    if not all(directory.is_dir() for directory in path):
-        pytest.skip(f"needs .venv/triton/{triton}: make .venv/triton/{triton}")
+    triton, kernels = OF_BACKEND[backend]
+    path = paths_of(triton, kernels)
 
     def run(kernel: str, self_check: str = "first", **environment: str) -> Emulated:
         answers = tmp_path_factory.mktemp("emulated") / "answers.json"
         script = str(Path(__file__).with_name("serve_emulated.py"))
         command = [script, str(checkpoint), json.dumps(prompts), str(TOKENS), kernel, str(answers)]
         environment["VLLM_MXFP4_SELF_CHECK"] = self_check
-        result = run_python(command, path=[*path, kernels], timeout=600, **environment)
+        result = run_python(command, path=path, timeout=600, **environment)
         log = result.stdout + result.stderr
         if result.returncode:
             raise RuntimeError(log)
         assert ("Self-check of model.layers.0.mlp.experts" in log) == (self_check == "first")
         assert ("Layers are not checked: VLLM_MXFP4_SELF_CHECK=off." in log) == (self_check == "off")
-        source = f"triton_kernels in {kernels / 'triton_kernels'}, triton {triton}"
+        source = f"triton_kernels in {path[-1] / 'triton_kernels'}, triton {triton}"
         assert f"MoE layers run through {backend} on gfx950 ({source})" in log
         served: Emulated = json.loads(answers.read_text())
         return served
@@ -177,7 +167,8 @@ def test_a_kernel_that_does_not_fit(serve: Serve, backend: str, tmp_path: Path) 
     """With the self-check off, it ends the warm-up: a table's tile that needs more LDS than there is."""
     shape = make_shape(MODEL.experts, MODEL.topk, MODEL.hidden, MODEL.intermediate)
     tiles = Ladder((8192,), (TileConfig(256, 256, 256, 1, 8, 2, 0),))
-    rows = [row for gemm in tuning.gemms(shape) for row in encode(*KERNELS[backend], gemm, tiles)]
+    triton, kernels = OF_BACKEND[backend]
+    rows = [row for gemm in tuning.gemms(shape) for row in encode(kernels, triton, gemm, tiles)]
     tuning.write(tmp_path / "gfx950.json", "gfx950", {}, rows)
     with pytest.raises(RuntimeError, match="OutOfResources: out of resource: shared memory"):
         serve("sound", self_check="off", VLLM_MXFP4_TABLES=str(tmp_path))

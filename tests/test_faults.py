@@ -21,6 +21,7 @@ import torch
 from plant_preparation import BATCHES, FAULTS, SHAPES
 from run_python import ROOT, run_python
 from safetensors.torch import load_file, save_file
+from test_verification import OF_BACKEND, paths_of
 from tiny_checkpoint import TinyGptOss
 
 from vllm_mxfp4_gfx950 import backends, self_check
@@ -80,10 +81,6 @@ def test_table_notices(cell: str, complaint: list[str]) -> None:
 
 # --- in what `prepare` does -------------------------------------------------------------------------
 
-KERNELS = {
-    "triton_ogs": ("3.6.0", "vllm-0.33.0/vllm/third_party"),
-    "triton_matmul": ("", "tokenspeed-triton-kernels"),
-}
 LAYERS = 2
 """Sound layers of every commit; MANY with `-m emulate`."""
 
@@ -99,32 +96,26 @@ def fixture_aiter(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, module)
 
 
-def plant(packages: Path, directory: Path, layers: int) -> dict[str, dict[str, Any]]:
+def plant(directory: Path, layers: int) -> dict[str, dict[str, Any]]:
     """What plant_preparation finds in each Triton backend."""
 
     def run(name: str) -> dict[str, Any]:
-        triton, kernels = KERNELS[name]
-        path = [packages / kernels]
-        if triton:
-            path.insert(0, ROOT / ".venv/triton" / triton)
-        for each in path:
-            if not each.is_dir():
-                pytest.skip(f"needs {each}")
         out = directory / f"{name}.json"
-        result = run_python([plant_preparation.__file__, str(layers), str(out)], path=path, timeout=580)
+        command = [plant_preparation.__file__, str(layers), str(out)]
+        result = run_python(command, path=paths_of(*OF_BACKEND[name]), timeout=580)
         assert result.returncode == 0, result.stderr
         found: dict[str, Any] = json.loads(out.read_text())
         assert found["backend"] == name
         return found
 
     with ThreadPoolExecutor() as pool:
-        return dict(zip(KERNELS, pool.map(run, KERNELS), strict=True))
+        return dict(zip(OF_BACKEND, pool.map(run, OF_BACKEND), strict=True))
 
 
 @pytest.fixture(scope="module", name="planted")
-def fixture_planted(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def fixture_planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The findings of every commit."""
-    return plant(packages, tmp_path_factory.mktemp("planted"), LAYERS)
+    return plant(tmp_path_factory.mktemp("planted"), LAYERS)
 
 
 def check_planted(misses: dict[str, str]) -> None:
@@ -136,7 +127,7 @@ def check_planted(misses: dict[str, str]) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", OF_BACKEND)
 def test_planted_fault(planted: dict[str, dict[str, Any]], name: str) -> None:
     """Each is caught, none where none is."""
     check_planted(planted[name]["misses"])
@@ -150,7 +141,7 @@ def test_planted_fault_in_ck(aiter: None) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", OF_BACKEND)
 @pytest.mark.parametrize(
     ("fault", "text"),
     [
@@ -170,9 +161,9 @@ def test_first_launch(planted: dict[str, dict[str, Any]], name: str, fault: str,
 
 
 @pytest.mark.emulate
-def test_no_false_alarm(packages: Path, tmp_path: Path) -> None:
+def test_no_false_alarm(tmp_path: Path) -> None:
     """In many sound layers."""
-    for name, found in plant(packages, tmp_path, MANY).items():
+    for name, found in plant(tmp_path, MANY).items():
         assert found["alarms"] == [], name
 
 

@@ -23,6 +23,7 @@ KERNELS = {
 }
 BACKENDS = {"matmul_ogs": "triton_ogs", "matmul": "triton_matmul"}
 IN_CI = [("3.6.0", "matmul_ogs"), ("3.8.0", "matmul")]
+OF_BACKEND = {BACKENDS[kernels]: (triton, kernels) for triton, kernels in IN_CI}
 EVERY = [
     *((release, "matmul_ogs") for release in ("3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")),
     *((release, "matmul") for release in ("3.8.0", "3.9.0")),

@@ -8,28 +8,26 @@ from subprocess import CompletedProcess
 
 import pytest
 from run_python import ROOT, run_python
+from test_verification import paths_of
 
 pytestmark = pytest.mark.compile
 
 SIZES = {"num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 288, "intermediate_size": 256}
 
 
-def verify(tmp_path: Path, packages: Path, *arguments: str, ours: Path = ROOT) -> CompletedProcess[str]:
+def verify(tmp_path: Path, *arguments: str, ours: Path = ROOT) -> CompletedProcess[str]:
     """Run the command on a small model, with Triton 3.6.0 and a copy of ours."""
-    triton = ROOT / ".venv/triton/3.6.0"
-    if not triton.is_dir():
-        pytest.skip("needs .venv/triton/3.6.0: make .venv/triton/3.6.0")
     config = tmp_path / "config.json"
     config.write_text(json.dumps(SIZES))
     command = ["-m", "vllm_mxfp4_gfx950.cli", "verify", f"--model={config}", *arguments]
-    path = [ours, triton, packages / "vllm-0.33.0/vllm/third_party"]
+    path = [ours, *paths_of("3.6.0", "matmul_ogs")]
     # Without PYTHONSAFEPATH, the working directory's package would come before the copy.
     return run_python(command, path=path, PYTHONSAFEPATH="1")
 
 
-def test_right(tmp_path: Path, packages: Path) -> None:
+def test_right(tmp_path: Path) -> None:
     """A line for every stage; the layer as a whole where every workgroup was executed."""
-    result = verify(tmp_path, packages, "--tokens", "1", "40", "--sample", "4")
+    result = verify(tmp_path, "--tokens", "1", "40", "--sample", "4")
     assert result.returncode == 0, result.stderr
     first, header, *rows = result.stdout.splitlines()
     assert "triton_ogs" in first
@@ -42,9 +40,9 @@ def test_right(tmp_path: Path, packages: Path) -> None:
     assert rows[1].split()[2].startswith("4/")
 
 
-def test_json(tmp_path: Path, packages: Path) -> None:
+def test_json(tmp_path: Path) -> None:
     """Everything that was counted."""
-    result = verify(tmp_path, packages, "--tokens", "3", "--json")
+    result = verify(tmp_path, "--tokens", "3", "--json")
     facts = json.loads(result.stdout)
     assert result.returncode == 0
     assert facts["right"]
@@ -71,39 +69,39 @@ def test_json(tmp_path: Path, packages: Path) -> None:
         ),
     ],
 )
-def test_wrong(tmp_path: Path, packages: Path, file: str, old: str, new: str, complaint: str) -> None:
+def test_wrong(tmp_path: Path, file: str, old: str, new: str, complaint: str) -> None:
     """A package that computes something else, or reads what is not its own, makes the command fail."""
     shutil.copytree(ROOT / "vllm_mxfp4_gfx950", tmp_path / "vllm_mxfp4_gfx950")
     edited = tmp_path / "vllm_mxfp4_gfx950/backends" / file
     assert edited.read_text().count(old) == 1
     edited.write_text(edited.read_text().replace(old, new))
-    result = verify(tmp_path, packages, "--tokens", "3", ours=tmp_path)
+    result = verify(tmp_path, "--tokens", "3", ours=tmp_path)
     assert result.returncode == 1, result.stderr
     assert re.search(complaint, result.stdout), result.stdout
 
 
-def test_rank_without_rows(tmp_path: Path, packages: Path) -> None:
+def test_rank_without_rows(tmp_path: Path) -> None:
     """Nobody chose this rank's expert: nothing to compare is not a failure."""
-    result = verify(tmp_path, packages, "--tp", "4", "--ep", "4", "--tokens", "1", "3", "--json")
+    result = verify(tmp_path, "--tp", "4", "--ep", "4", "--tokens", "1", "3", "--json")
     assert result.returncode == 0, result.stderr
     notes = {(each["tokens"], each["stage"]): each["note"] for each in json.loads(result.stdout)["checks"]}
     assert (notes[1, "w13"], notes[1, "w2"]) == ("no rows", "no rows")
     assert (notes[3, "w13"], notes[3, "w2"]) == ("", "")
 
 
-def test_split_is_not_sampled(tmp_path: Path, packages: Path) -> None:
+def test_split_is_not_sampled(tmp_path: Path) -> None:
     """Upstream's tiles split K here: whole it shows in the layer, of a sample nothing can be said."""
-    whole = verify(tmp_path, packages, "--upstream", "--tokens", "1")
+    whole = verify(tmp_path, "--upstream", "--tokens", "1")
     assert whole.returncode == 0, whole.stderr
     assert whole.stdout.count("in layer") == 2
-    sample = verify(tmp_path, packages, "--upstream", "--tokens", "1", "--sample", "2")
+    sample = verify(tmp_path, "--upstream", "--tokens", "1", "--sample", "2")
     assert sample.returncode == 1
     assert sample.stdout.count("FAIL what a split K leaves cannot be sampled") == 2
 
 
 @pytest.mark.parametrize("arguments", [("--sample", "-1"), ("--tokens", "0")])
-def test_bad_arguments(tmp_path: Path, packages: Path, arguments: tuple[str, str]) -> None:
+def test_bad_arguments(tmp_path: Path, arguments: tuple[str, str]) -> None:
     """Refused by name."""
-    result = verify(tmp_path, packages, *arguments)
+    result = verify(tmp_path, *arguments)
     assert result.returncode == 2
     assert f"{arguments[0]} must be" in result.stderr
