@@ -97,6 +97,11 @@ def outcome(checkpoint: Path, **arguments: Any) -> str:
     return _in_engine_process(_outcome, checkpoint, arguments)
 
 
+def load_again(checkpoint: Path, **arguments: Any) -> tuple[str, str]:
+    """The error of loading weights into an engine that has them, and that of the next request."""
+    return _in_engine_process(_load_again, checkpoint, arguments)
+
+
 def quantization_class(checkpoint: Path, quantization: str | None) -> str:
     """The class of vLLM's quantization config for a checkpoint and a flag, without building the model."""
     return _in_engine_process(create_config, checkpoint, quantization)
@@ -221,6 +226,19 @@ def _bench(job: dict[str, Any]) -> str:
     cleanup_dist_env_and_memory()
     gc.freeze()
     return printed.getvalue()
+
+
+def _load_again(checkpoint: Path, arguments: dict[str, Any]) -> tuple[str, str]:
+    errors = []
+    with _llm(checkpoint, arguments) as llm:
+        for call in (lambda: llm.collective_rpc("reload_weights"), lambda: _serve(llm, [[1, 2, 3]], 1)):
+            try:
+                call()
+                errors.append("")
+            except Exception as error:
+                errors.append(f"{type(error).__name__}: {error}")
+    loaded, served = errors
+    return loaded, served
 
 
 def _outcome(checkpoint: Path, arguments: dict[str, Any]) -> str:

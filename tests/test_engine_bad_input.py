@@ -268,15 +268,40 @@ def test_moe_backend(tmp_path: Path) -> None:
     assert "--moe-backend must be auto with --quantization mxfp4-triton; got triton. Leave it out" in outcome
 
 
+@pytest.mark.parametrize(
+    ("argument", "flag", "value"),
+    [("cpu_offload_gb", "--cpu-offload-gb", "1.0"), ("offload_group_size", "--offload-group-size", "1")],
+)
+def test_offload(argument: str, flag: str, value: str, tmp_path: Path) -> None:
+    """Weights in the host's memory, where prepared experts would not be."""
+    checkpoint = tiny_checkpoint.write(TinyGptOss(), tmp_path)
+    outcome = engine.outcome(checkpoint, quantization=FLAG, dtype="bfloat16", **{argument: 1})
+    assert f"{flag} must be 0; got {value}. Leave it out: prepared experts stay where they are." in outcome
+
+
+def test_loaded_twice(tmp_path: Path) -> None:
+    """Weights that are loaded into a server that has served, and the request behind that."""
+    checkpoint = tiny_checkpoint.write(TinyGptOss(), tmp_path)
+    loaded, served = engine.load_again(checkpoint, quantization=FLAG, dtype="bfloat16")
+    fix = "Start the server anew: reload_weights and sleep level 2 are not served"
+    text = f"model.layers.0.mlp.experts's weights must be loaded once; got a second time. {fix}."
+    assert loaded == f"Mxfp4Error: {text}"
+    assert served == "NotImplementedError: Cannot copy out of meta tensor; no data!"
+
+
 PARALLELISM = """
-import copy, json
+import json
 from types import SimpleNamespace as Object
 from vllm_mxfp4_gfx950 import backends, vllm_plugin
 
 parallel = Object(ep_size=1, enable_eplb=False)
 moe = Object(hidden_dim=128, intermediate_size=128, num_experts=8, moe_parallel_config=parallel,
              is_lora_enabled=False, moe_backend="auto")
-config = Object(parallel_config=Object(data_parallel_size=1))
+config = Object(
+    parallel_config=Object(data_parallel_size=1),
+    offload_config=Object(uva=Object(cpu_offload_gb=0), prefetch=Object(offload_group_size=0)),
+    model_config=Object(enable_return_routed_experts=False),
+)
 
 def refusal(function, *arguments):
     try:
@@ -286,14 +311,15 @@ def refusal(function, *arguments):
 
 texts = {}
 for name, holder, attribute, value in (
-    ("ranks", "moe", "ep_size", 3),
-    ("eplb", "moe", "enable_eplb", True),
-    ("dp", "config", "data_parallel_size", 2),
+    ("ranks", moe.moe_parallel_config, "ep_size", 3),
+    ("eplb", moe.moe_parallel_config, "enable_eplb", True),
+    ("dp", config.parallel_config, "data_parallel_size", 2),
+    ("routed experts of vLLM 0.24 to 0.30", config.model_config, "enable_return_routed_experts", True),
 ):
-    case = copy.deepcopy({"moe": moe, "config": config})
-    target = case["moe"].moe_parallel_config if holder == "moe" else case["config"].parallel_config
-    setattr(target, attribute, value)
-    texts[name] = refusal(vllm_plugin.check_servable, case["config"], case["moe"])
+    usual = getattr(holder, attribute)
+    setattr(holder, attribute, value)
+    texts[name] = refusal(vllm_plugin.check_servable, config, moe)
+    setattr(holder, attribute, usual)
 for arch, eager in (("gfx950", False), ("gfx950", True), ("cpu", False)):
     selection = backends.Selection(backends.reference, arch, ())
     texts[f"{arch} {eager}"] = refusal(
@@ -311,6 +337,10 @@ def test_parallelism_and_capture() -> None:
         "ranks": "the number of expert-parallel ranks must be a divisor of 8; got 3. Change it.",
         "eplb": "--enable-eplb must be off; got on. Leave it out: experts cannot be moved between ranks.",
         "dp": "--data-parallel-size must be 1; got 2. Start one server for each replica instead.",
+        "routed experts of vLLM 0.24 to 0.30": (
+            "--enable-return-routed-experts must be off; got on. "
+            "Leave it out: the routing is inside of the layer."
+        ),
         "gfx950 False": (
             "--enforce-eager must be given for the reference backend on a GPU; got nothing. "
             "Add --enforce-eager, or choose another with VLLM_MXFP4_BACKEND."

@@ -192,16 +192,16 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Register the six parameters, zeroed: zero blocks and biases add nothing where a rank is short."""
+        self.local_expert = layer.expert_map_manager.map_global_to_local
         tensors = tensor_shapes(num_experts, hidden_size, intermediate_size_per_partition)
         for name, (field, _) in PARAMETERS.items():
             dtype, size = tensors[field]
             parameter = torch.nn.Parameter(torch.zeros(size, dtype=dtype), requires_grad=False)
-            parameter.weight_loader = functools.partial(self.load_weight, layer)  # type: ignore[attr-defined]
+            parameter.weight_loader = self.load_weight  # type: ignore[attr-defined]
             layer.register_parameter(name, parameter)
 
     def load_weight(
         self,
-        layer: RoutedExperts,
         parameter: torch.nn.Parameter,
         loaded: torch.Tensor,
         weight_name: str,
@@ -212,7 +212,6 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         """Copy a tensor of the checkpoint into a parameter.
 
         Args:
-            layer: the parameter's owner.
             parameter: one of the six.
             loaded: all of this rank's experts, which vLLM's GPT-OSS model has sliced for this rank;
                 or, with `expert_id`, one whole expert of the model.
@@ -222,8 +221,11 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
             return_success: whether the caller wants to know if the expert lives here.
 
         Raises:
-            Mxfp4Error: the tensor has the wrong dtype or shape.
+            Mxfp4Error: the tensor has the wrong dtype or shape, or the layer is prepared already.
         """
+        if self.prepared is not None:
+            fix = "Start the server anew: reload_weights and sleep level 2 are not served"
+            raise Mxfp4Error(f"{self.prefix}'s weights", "loaded once", "a second time", fix)
         name = weight_name.rpartition(".")[2]
         field, checkpoint_name = PARAMETERS[name]
         start = self.moe.moe_parallel_config.tp_rank * self.shape.intermediate
@@ -231,7 +233,7 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         target = parameter.data
         experts = set(range(self.shape.experts))
         if expert_id is not None:
-            local_id = layer.expert_map_manager.map_global_to_local(expert_id)
+            local_id = self.local_expert(expert_id)
             if local_id == -1:
                 return False if return_success else None
             target = target[local_id : local_id + 1]
@@ -305,6 +307,17 @@ def check_servable(config: VllmConfig, moe: FusedMoEConfig) -> None:
     if moe.moe_backend != "auto":
         fix = f"Leave it out, or choose a backend with {settings.BACKEND_VAR}"
         raise Mxfp4Error("--moe-backend", f"auto with --quantization {NAME}", moe.moe_backend, fix)
+    offload = config.offload_config
+    for name, amount in (
+        ("--cpu-offload-gb", offload.uva.cpu_offload_gb),
+        ("--offload-group-size", offload.prefetch.offload_group_size),
+    ):
+        if amount:
+            raise Mxfp4Error(name, "0", amount, "Leave it out: prepared experts stay where they are")
+    # vLLM 0.32 has it elsewhere, and refuses it itself.
+    if getattr(config.model_config, "enable_return_routed_experts", False):
+        fix = "Leave it out: the routing is inside of the layer"
+        raise Mxfp4Error("--enable-return-routed-experts", "off", "on", fix)
     data_parallel_size = config.parallel_config.data_parallel_size
     if data_parallel_size != 1:
         raise Mxfp4Error(
