@@ -94,10 +94,15 @@ def check(
 
 
 def sizes(prepared: Any) -> tuple[int, ...]:
-    """TOKENS, and the smallest batch of every rung that the layer has tiles for, so that each kernel runs."""
+    """TOKENS, and the smallest batches of every rung that the layer has tiles for, so that each kernel runs.
+
+    A rung of matmul_ogs may begin where the decode kernels still serve, and end behind them.
+    """
     decode = getattr(prepared, "decode", None)
     ladders = (*getattr(prepared, "flags", ()), *(decode.tiles if decode else ()))
-    return tuple(sorted({*TOKENS, *(bound + 1 for ladder in ladders for bound in ladder.bounds[:-1])}))
+    lasts = [bound for ladder in ladders for bound in ladder.bounds[:-1]]
+    lasts += [decode.tiles[0].bounds[-1]] if decode else []
+    return tuple(sorted({*TOKENS, *(last + 1 for last in lasts)}))
 
 
 def batch(weights: MoeWeights, shape: MoeShape, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

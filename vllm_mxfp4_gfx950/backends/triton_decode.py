@@ -28,7 +28,7 @@ logger = logging.getLogger("vllm.mxfp4_triton.decode")
 
 MAX_SCALE = 128
 """The largest E8M0 scale, 2^1: on Hopper a code is widened to itself times 2^-126, and the rest of its scale
-must be a bf16. GPT-OSS's largest is far below."""
+must be a bf16. The weights of such a block reach 12."""
 
 HOPPER_WARPS = 8
 """What Hopper's scale layout is laid out for."""
