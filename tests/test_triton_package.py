@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -176,3 +177,16 @@ def test_source(install: Install) -> None:
     directory = install("triton_kernels", GENUINE)
     install("triton", {"__init__.py": "__version__ = '9.8.7'"})
     assert triton_package.source() == f"triton_kernels in {directory}, triton 9.8.7"
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "name"),
+    [("cuda", 90, "sm90"), ("hip", "gfx950", "gfx950"), ("hip", "gfx942", "gfx942")],
+)
+def test_arch_of_target(backend: str, arch: object, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arch by which `backends.select` reads a table is that by which `prepare` does."""
+    target = SimpleNamespace(backend=backend, arch=arch)
+    active = SimpleNamespace(get_current_target=lambda: target)
+    triton = SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active)))
+    monkeypatch.setitem(sys.modules, "triton", triton)  # type: ignore[arg-type]
+    assert triton_package.arch_of_target() == name

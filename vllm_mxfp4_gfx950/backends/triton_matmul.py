@@ -109,7 +109,7 @@ def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) ->
     w13, w13_precision = _to_kernel_layout(weights.w13, weights.w13_scale)
     w2, w2_precision = _to_kernel_layout(weights.w2, weights.w2_scale)
     swiglu = FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"), reduction_n=2)
-    arch = str(triton.runtime.driver.active.get_current_target().arch)
+    arch = triton_package.arch_of_target()
     tiles = (ladder(arch, KERNELS, triton.__version__, gemm, tables) for gemm in gemms(shape))
     w13_flags, w2_flags = (
         rungs.map(lambda tile: to_opt_flags(tile, arch)) if rungs else Ladder((1,), (None,))

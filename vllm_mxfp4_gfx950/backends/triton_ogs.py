@@ -110,8 +110,7 @@ def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) ->
     w2, w2_precision = _to_kernel_layout(weights.w2, weights.w2_scale)
     swiglu = FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"))
     order = triton_routing.order_of(weights.expert_map)
-    target = triton.runtime.driver.active.get_current_target()
-    arch = f"sm{target.arch}" if target.backend == "cuda" else str(target.arch)
+    arch = triton_package.arch_of_target()
     tiles = (ladder(arch, KERNELS, triton.__version__, gemm, tables) for gemm in gemms(shape))
     w13_flags, w2_flags = (
         rungs.map(lambda tile: to_opt_flags(tile, arch)) if rungs else Ladder((1,), (None,))
@@ -129,7 +128,7 @@ def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) ->
         order=order,
         flags=(w13_flags, w2_flags),
         # Splitting K is right but slow on Hopper; vLLM pins this too, for the whole process.
-        constraints={"split_k": 1} if target.backend == "cuda" else {},
+        constraints={"split_k": 1} if arch == "sm90" else {},
         decode=triton_decode.decode_for(
             arch,
             shape,

@@ -166,6 +166,12 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"triton_kernels.{name}")
 
 
+def arch_of_target() -> str:
+    """What Triton compiles for, as `backends.arch_of` names it."""
+    target = importlib.import_module("triton").runtime.driver.active.get_current_target()
+    return f"sm{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
 def source() -> str:
     """Where the package lies, and under which Triton it runs."""
     return f"triton_kernels in {locate()}, triton {importlib.import_module('triton').__version__}"
