@@ -70,6 +70,22 @@ def test_error_of_a_command(
             cli.main(["doctor"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["compile", "--tokens", "16", "0"], "--tokens must be at least 1; got 0. Correct it."),
+        (["compile", "--model", "gpt-oss"], "got gpt-oss (No such file or directory). Correct the name."),
+        (["compile", "--model", "o" * 300], "(File name too long). Correct the name."),
+        (["compile", "--model", str(ROOT)], f"got {ROOT} (Is a directory). Correct the name."),
+    ],
+    ids=["tokens", "name", "long-name", "directory"],
+)
+def test_wrong_value(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Told before anything is compiled."""
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err.strip().endswith(text)
+
+
 def test_installed_script_is_this_one() -> None:
     """What the package's metadata calls `vllm-mxfp4`."""
     lines = (ROOT / "entry_points.cfg").read_text().splitlines()

@@ -168,7 +168,7 @@ def test_plugin_that_is_not_registered(tmp_path: Path, monkeypatch: pytest.Monke
     (check,) = check_plugin()
     assert not check.ok
     assert check.found == "not registered"
-    assert check.fix == "pip install vllm-mxfp4-gfx950"
+    assert check.fix == "pip install this package's checkout"
 
 
 @pytest.mark.parametrize(

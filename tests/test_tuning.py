@@ -114,10 +114,21 @@ def test_ranking_keeps_what_was_measured(tmp_path: Path) -> None:
     measured = [[*row, 9.5] for row in content["rows"]]
     tuning.write(file, "gfx950", content["provenance"], content["rows"], measured)
     ranked = encode("matmul_ogs", "3.6", W2, Ladder((64,), (TILE,)))
-    ranking.update(file, "matmul_ogs", ranked, "3.6.0", 1, 1)
+    ranking.update(file, tuning.read(file, "gfx950"), "matmul_ogs", ranked, "3.6.0", 1, 1)
     found = tuning.read(file, "gfx950")
     assert found["measured"] == measured
     assert found["rows"] == [*content["rows"][:2], *ranked]
+
+
+def test_ranking_reads_its_table_first(tmp_path: Path) -> None:
+    """A file that is no table is told before hours of compiling, for which there is nothing here."""
+    file = tmp_path / "new" / "gfx950.json"
+    with pytest.raises(Mxfp4Error, match="triton_kernels is not installed"):
+        ranking.rank(file, print)
+    assert file.parent.is_dir()
+    file.write_text("[]")
+    with pytest.raises(Mxfp4Error, match=r"gfx950\.json must be "):
+        ranking.rank(file, print)
 
 
 @pytest.mark.parametrize(("tokens", "block_m"), [(1, 16), (7, 4), (40, 16), (400, 16)])

@@ -57,13 +57,7 @@ def layer_shape(model: str, tp: int = 1, ep: int = 1) -> MoeShape:
             raise Mxfp4Error(name, "at least 1", ranks, "Correct it")
     if ep not in (1, tp):
         raise Mxfp4Error("--ep", f"1 or the tensor-parallel ranks, {tp}, as in vLLM", ep, "Correct it")
-    config = GPT_OSS.get(model)
-    if config is None:
-        if not Path(model).is_file():
-            raise Mxfp4Error(
-                "--model", f"{', '.join(GPT_OSS)} or the path of a config.json", model, "Correct the name"
-            )
-        config = _read(Path(model))
+    config = GPT_OSS.get(model) or _read(Path(model))
     whole = whole_layer(SimpleNamespace(**config))
     sharing = tp if ep == 1 else 1
     return dataclasses.replace(
@@ -77,6 +71,9 @@ def _read(file: Path) -> dict[str, Any]:
     """A config.json that has what a layer needs."""
     try:
         config: dict[str, Any] = json.loads(file.read_text())
+    except OSError as error:
+        rule = f"{', '.join(GPT_OSS)} or the path of a config.json"
+        raise Mxfp4Error("--model", rule, f"{file} ({error.strerror})", "Correct the name") from error
     except (ValueError, RecursionError) as error:
         raise Mxfp4Error(str(file), "JSON", str(error), "Correct it") from error
     if not isinstance(config, dict):

@@ -30,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table; the exit code is 1 when a kernel of ours does not fit."""
     shape = layer_shape(args.model, args.tp, args.ep)
+    if min(args.tokens) < 1:
+        raise Mxfp4Error("--tokens", "at least 1", min(args.tokens), "Correct it")
     if importlib.util.find_spec("triton") is None:
         raise Mxfp4Error("triton", "installed", "nothing", "Run where Triton and triton_kernels are")
     import triton

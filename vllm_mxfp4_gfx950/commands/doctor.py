@@ -163,7 +163,7 @@ def check_plugin() -> list[Check]:
     if allowed is not None:
         found += f", VLLM_PLUGINS={allowed}"
     ok = bool(points) and (allowed is None or PLUGIN in allowed.split(","))
-    fix = f"Unset VLLM_PLUGINS or add {PLUGIN} to it" if points else f"pip install {DISTRIBUTION}"
+    fix = f"Unset VLLM_PLUGINS or add {PLUGIN} to it" if points else "pip install this package's checkout"
     return [Check(ok, "plugin", found, f"{PLUGIN} in {PLUGIN_GROUP}", fix)]
 
 

@@ -59,7 +59,12 @@ def rank(table: Path, progress: Callable[[int, int], None]) -> None:
     Args:
         table: the JSON file to bring up to date.
         progress: told how many tiles of how many are done.
+
+    Raises:
+        Mxfp4Error: the file is not a table.
     """
+    table.parent.mkdir(parents=True, exist_ok=True)
+    content = read(table, "gfx950") if table.exists() else {"provenance": {}, "rows": [], "measured": []}
     import triton
     from triton.runtime.errors import OutOfResources
 
@@ -99,7 +104,7 @@ def rank(table: Path, progress: Callable[[int, int], None]) -> None:
             keep = best and cost.get(best[-1], math.inf) * WORTH_A_CHANGE <= cost[least]
             best.append(best[-1] if keep else least)
         rows += encode(kernels, triton.__version__, gemm, Ladder(TOKENS, tuple(best)).merged())
-    update(table, kernels, rows, triton.__version__, len(tiles), len(work))
+    update(table, content, kernels, rows, triton.__version__, len(tiles), len(work))
 
 
 def candidates(kernels: str) -> Iterator[TileConfig]:
@@ -207,17 +212,25 @@ def expected_tiles(tokens: int, chance: float, block_m: int) -> tuple[float, flo
     return tiles, active
 
 
-def update(table: Path, kernels: str, rows: list[list[Any]], triton: str, tried: int, usable: int) -> None:
+def update(
+    table: Path,
+    content: dict[str, Any],
+    kernels: str,
+    rows: list[list[Any]],
+    triton: str,
+    tried: int,
+    usable: int,
+) -> None:
     """Replace the rows of this Triton in a table, and say where they come from.
 
     Args:
-        table: the file; made where it is missing.
+        table: the file.
+        content: what it has so far, as `read` gives it.
         kernels: whose rows these are.
         rows: as `encode` gives them.
         triton: the Triton that compiled them.
         tried, usable: how many tiles were compiled, and how many kernels fit, two to a compute unit.
     """
-    content = read(table, "gfx950") if table.exists() else {"provenance": {}, "rows": [], "measured": []}
     release = rows[0][1]
     provenance = content["provenance"] | {
         f"{kernels} {release}": {
