@@ -22,6 +22,9 @@ CI_TRITON := 3.6.0
 TRITONS := 3.5.1 3.6.0 3.7.1 3.8.0 3.9.0
 PLUGIN := pyproject.toml entry_points.cfg vllm_mxfp4_gfx950/__init__.py
 
+# Servers on this machine are asked without a proxy.
+export no_proxy := $(or $(no_proxy),$(NO_PROXY)),127.0.0.1
+
 # pip does not byte-compile what it installs (--no-compile: half of the time it would take); the first import does.
 unexport PYTHONDONTWRITEBYTECODE
 

@@ -437,6 +437,16 @@ def test_endpoint(tmp_path: Path) -> None:
             choose_endpoint(wanted, server, choice)
 
 
+def test_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that could be asked through a proxy only is not started."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "example.org")
+    error = r"^no_proxy must be a list with 127\.0\.0\.1, where there is a proxy; got example\.org\. "
+    with pytest.raises(Mxfp4Error, match=error), serving(parse("model"), tmp_path, []):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

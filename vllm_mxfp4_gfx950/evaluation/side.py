@@ -154,12 +154,18 @@ def serving(side: Side, directory: Path, more: list[str]) -> Iterator[Server]:
         more: arguments of `vllm serve` for one that is started.
 
     Raises:
-        Mxfp4Error: the server did not start or does not answer as vLLM does.
+        Mxfp4Error: the server did not start or does not answer as vLLM does, or a proxy stands before it.
     """
     if side.url:
         yield describe(side.url, side.log)
         return
+    from requests.utils import get_environ_proxies, select_proxy
+
     port, log = free_port(), directory / "server.log"
+    url = f"http://127.0.0.1:{port}"
+    if select_proxy(url, get_environ_proxies(url)):
+        listed = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "nothing"
+        raise Mxfp4Error("no_proxy", "a list with 127.0.0.1, where there is a proxy", listed, "Add it")
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *side.command, *more]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     print(f"starting {shlex.join(side.command)}: {log}", flush=True)
@@ -176,7 +182,6 @@ def serving(side: Side, directory: Path, more: list[str]) -> Iterator[Server]:
             start_new_session=True,
         )
     try:
-        url = f"http://127.0.0.1:{port}"
         wait_until_healthy(process, url, log)
         server = describe(url, log)
         seconds = time.monotonic() - began
