@@ -9,6 +9,9 @@ import torch
 
 PACKAGES = Path(__file__).parents[1] / ".venv/packages"
 
+# What the caller has set for servers of their own. Tests start others, and read logs.
+for name in [name for name in os.environ if name.startswith(("VLLM_", "AITER_"))]:
+    del os.environ[name]
 # Before anything imports vLLM or huggingface_hub, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"

@@ -48,6 +48,9 @@ KINDS = {"whole": 50, "stream": 20, "abort": 10, "timeout": 10, "cancel": 10}
 """How requests go, of a hundred: until their end, streamed until their end, streamed and cut off by closing
 the connection, given up by the client after a few milliseconds, and cancelled while they are sent or wait."""
 
+CONTEXT = 4096
+"""The longest request, in tokens."""
+
 START_SECONDS = 240
 STOP_SECONDS = 60
 GROWTH_BYTES = 48 * 2**20
@@ -117,7 +120,7 @@ class Server:
             "--port",
             str(port),
         ]
-        command += ["--max-model-len", "256", "--kv-cache-memory-bytes", str(2**26)]
+        command += ["--max-model-len", str(CONTEXT), "--kv-cache-memory-bytes", str(2**26)]
         environment = {
             **os.environ,
             **engine.ENVIRONMENT,

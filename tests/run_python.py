@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-OURS = ("PYTHONPATH", "VLLM_PLUGINS", "VLLM_MXFP4_BACKEND", "VLLM_MXFP4_STRICT")
+OURS = ("PYTHONPATH", "VLLM_PLUGINS", "VLLM_MXFP4_")
+"""How the variables begin that a test sets itself."""
 
 
 def run_python(
@@ -26,7 +27,7 @@ def run_python(
         timeout: in seconds.
         environment: variables to set.
     """
-    inherited = {name: value for name, value in os.environ.items() if name not in OURS}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
     return subprocess.run(
         [sys.executable, *arguments],
         env=inherited

@@ -236,7 +236,8 @@ def test_vllm_serve(change: dict[str, Any], text: str, tmp_path: Path) -> None:
     try:
         with log.open("w") as output:
             server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-            assert processes_with(mark)
+            while not processes_with(mark):  # Its environment shows a moment after it has begun.
+                assert server.poll() is None
             assert server.wait(timeout=240) != 0
         assert text in log.read_text()
         assert "Application startup complete" not in log.read_text()

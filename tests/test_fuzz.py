@@ -1,6 +1,7 @@
 """Whatever a config.json, a table, an environment or a checkpoint says, it is served or refused in our words.
 
-The same few examples each time; `make fuzz` tries others, for ten minutes.
+Few examples, the same each time but for constants that Hypothesis finds in the modules that are imported;
+`make fuzz` tries others, for ten minutes.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from vllm_mxfp4_gfx950.settings import (
 )
 
 TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
-"""So many times the examples of every commit, and then other ones each time."""
+"""So many times the examples of `make test`, and then random ones."""
 
 OUR_WORDS = re.compile(r"(?s).*\S must be \S.*; got .*\. \S.*\.")
 
@@ -268,6 +269,7 @@ CHANGES = st.fixed_dictionaries(
 @example(changes={"intermediate_size": 160})
 def test_config_in_vllm(load: Load, checkpoint: Path, changes: dict[str, Any]) -> None:
     """Every field that the plugin reads, as far as transformers takes it."""
+    write_sound(checkpoint)
     file = checkpoint / "config.json"
     sound = tiny_checkpoint.config(MODEL)
     del sound["layer_types"]  # Which would have to have as many layers.
