@@ -215,7 +215,7 @@ def test_every_rung() -> None:
         1, 8, 32, 64, 65, 256, 513, 1024, 2048, 4097
     )  # fmt: skip
     both = SimpleNamespace(flags=(flags,), decode=SimpleNamespace(tiles=(tiles, tiles)))
-    # The last: the rung of 65 to 512 tokens begins where the decode kernels serve, and ends behind them.
+    # 257, as the rung of 65 to 512 tokens begins where the decode kernels serve, and ends behind them.
     assert self_check.sizes(both) == (1, 2, 3, 8, 32, 64, 65, 256, 257, 513, 1024, 2048, 4097)
 
 
