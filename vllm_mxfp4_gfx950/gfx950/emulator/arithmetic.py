@@ -536,6 +536,7 @@ SCALAR: dict[str, Op] = {
     "s_lshl_b32": op("u32 scc = u32 u32", nonzero(lambda a, b: shift_left(b, a))),
     "s_lshl_b64": op("u64 scc = u64 u32", nonzero(lambda a, b: shift_left(b, a))),
     "s_lshr_b32": op("u32 scc = u32 u32", nonzero(lambda a, b: shift_right(b, a))),
+    "s_max_i32": op("i32 scc = i32 i32", lambda a, b: (np.maximum(a, b), a >= b)),
     "s_min_i32": op("i32 scc = i32 i32", lambda a, b: (np.minimum(a, b), a < b)),
     "s_mov_b32": op("u32 = u32", identity),
     "s_mov_b64": op("u64 = u64", identity),
