@@ -22,7 +22,8 @@ import torch
 if TYPE_CHECKING:
     from vllm import LLM
 
-sys.path.append(str(Path(__file__).parents[1] / "demo"))  # For tiny_checkpoint, which the tests share.
+for folder in ("demo", "accuracy"):  # For tiny_checkpoint and questions, which the tests share.
+    sys.path.append(str(Path(__file__).parents[1] / folder))
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,6 +32,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_DISABLE_COMPILE_CACHE": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # For a GPU without flashinfer: what is asked here is greedy.
     # One thread, bound to no core: several wait for each other for seconds where other work runs beside them.
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -2,23 +2,20 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import engine
 import pytest
+import questions
 import tiny_checkpoint
 import torch
+import train
+from questions import SKILLS
 from safetensors.torch import load_file, save_file
 
 from vllm_mxfp4_gfx950.mxfp4 import dequantize
-
-sys.path.append(str(Path(__file__).parents[1] / "accuracy"))
-import questions
-import train
-from questions import SKILLS
 
 CHECKPOINT = Path(train.__file__).parent / "model"
 ASKED_OF_VLLM = 60
