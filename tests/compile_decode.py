@@ -12,26 +12,27 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_mxfp4_gfx950.backends import decode_kernels, routing_kernels
+from vllm_mxfp4_gfx950.backends import decode_kernels, routing_kernels, triton_decode
 from vllm_mxfp4_gfx950.tuning import TileConfig
 
 POINTERS = {
-    "X": "bf16", "Twisted": "bf16", "W": "i32", "S": "i16", "B": "fp32", "Weights": "bf16", "Logits": "bf16",
+    "X": "bf16", "W": "i32", "S": "u8", "B": "fp32", "Weights": "bf16", "Logits": "bf16",
     "Gather": "i32", "Scatter": "i32", "Count": "i32", "Counts": "i32", "Starts": "i32", "Schedule": "i32",
     "Parts": "fp32", "Out": "bf16",
 }  # fmt: skip
 ROUTING = {"Order": None, "TOPK": 4, "BLOCK_TOKENS": 16, "BLOCK_EXPERTS": 32}
+PLACES = ROUTING | {"SMALLEST": 8, "SIZES": 1}
 LAUNCHES: dict[str, dict[str, Any]] = {
+    "few": PLACES | {"BLOCK_TOKENS": 8, "BLOCK_TILES": 32},
     "count": ROUTING,
-    "place": ROUTING
-    | {"SMALLEST": 8, "SIZES": 1, "BLOCK_COUNTS": 32, "BLOCK_SCHEDULE": 16, "BLOCK_H": 4096},
+    "place": PLACES | {"BLOCK_COUNTS": 32, "BLOCK_SCHEDULE": 16},
     "mxfp4_matmul": {
-        "TOPK": 4, "GATED": False, "LAYOUT": "hopper", "TWISTED_X": True, "TWISTED_Y": False, "SPLIT_K": 1,
-        "BLOCK_T": 8, "BLOCK_N": 64, "BLOCK_K": 256,
+        "TOPK": 4, "GATED": False, "LAYOUT": "hopper", "SPLIT_K": 1, "BLOCK_T": 8, "BLOCK_N": 64,
+        "BLOCK_K": 256, "STAGES": 3, "WARPS": 4,
     },
     "combine": {"TOPK": 4, "SPLITS": 2, "BLOCK": 512},
 }  # fmt: skip
-"""Every kernel that begins while the one before it ends, and its constants."""
+"""Every kernel that may begin, and wait, while the one before it runs, and its constants."""
 
 
 def hopper(kernel: Any, constants: dict[str, Any], types: dict[str, str], **options: Any) -> Any:
@@ -58,16 +59,17 @@ def compiled(tile: TileConfig, *, gated: bool) -> dict[str, Any]:
         how many instructions load from or store to local memory, which are spills; and how many are matrix
         instructions of a warp and of a warp group.
     """
-    twisted = tile.block_m < 16 or tile.num_warps < 4
     constants = {
-        "TOPK": 4, "GATED": gated, "LAYOUT": "hopper", "TWISTED_X": twisted, "TWISTED_Y": gated and twisted,
-        "OVERLAP": True, "SPLIT_K": tile.split_k, "BLOCK_T": tile.block_m, "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
+        "TOPK": 4, "GATED": gated, "LAYOUT": "hopper", "OVERLAP": True, "SPLIT_K": tile.split_k,
+        "BLOCK_T": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+        "STAGES": tile.num_stages, "WARPS": tile.num_warps,
     }  # fmt: skip
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = {"num_warps": tile.num_warps}
     if tile.waves_per_eu:
         options["maxnreg"] = 512 // tile.waves_per_eu // 8 * 8
     types = POINTERS | {"Y": "bf16" if gated else "fp32"}
+    if triton_decode.scales_codes(tile):
+        types["S"] = "i16"
     made = hopper(decode_kernels.mxfp4_matmul, constants, types, **options)
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -83,13 +85,12 @@ def compiled(tile: TileConfig, *, gated: bool) -> dict[str, Any]:
 
 
 def waits(name: str, *, overlaps: bool) -> bool:
-    """Whether a kernel waits for the one before it ahead of whatever it reads and writes."""
+    """Whether a kernel waits for the one before it, then lets in the one behind, then reads and writes."""
     kernel = getattr(routing_kernels, name, None) or getattr(decode_kernels, name)
     constants = LAUNCHES[name] | {"OVERLAP": overlaps}
     text = hopper(kernel, constants, POINTERS | {"Y": "fp32"}, num_warps=4).asm["ptx"]
-    first = re.search(r"griddepcontrol\.wait|\b(?:ld|st|atom|red)\.global|\bcp\.async", text)
-    assert first, text
-    return first[0] == "griddepcontrol.wait"
+    steps = r"griddepcontrol\.\w+|\b(?:ld|st|atom|red)\.global|\bcp\.async"
+    return re.findall(steps, text)[:2] == ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
 
 
 if __name__ == "__main__":

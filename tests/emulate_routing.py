@@ -22,7 +22,6 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
     logits = (torch.randn(tokens, global_experts, generator=generator) * 4).round() / 4
     logits[0] = torch.tensor([-0.0, 0.0]).repeat(global_experts // 2)
     logits = logits.to(getattr(torch, case["dtype"]))
-    x = torch.randn(tokens, case["hidden"], generator=generator).bfloat16() if case["hidden"] else None
     launches: list[Launch] = []
 
     def launch(one: Launch) -> None:
@@ -34,16 +33,11 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
         assert order is not None
         order = order.roll(1)
     with presented(launch):
-        routing = triton_routing.route(
-            logits, topk, experts, order, case["sizes"], smallest=case["smallest"], x=x
-        )
+        routing = triton_routing.route(logits, topk, experts, order, case["sizes"], smallest=case["smallest"])
     reports = [read(one) for one in launches]
     smallest = case["smallest"]
     if case["spoil"] == "smallest":
         smallest *= 2
-    if case["spoil"] == "x":
-        assert x is not None
-        x[-1, 3] += 1
     return {
         "kernels": [one.name for one in launches],
         "misfits": [
@@ -54,11 +48,10 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
         "unaligned": [
             name
             for name, rows in vars(routing).items()
-            if rows is not None
             for row in (rows if rows.dim() == 2 else [rows])
             if row.data_ptr() % 16
         ],
-        "miss": miss(routing, logits, topk, experts, expert_map, smallest) or twist_miss(routing, x),
+        "miss": miss(routing, logits, topk, experts, expert_map, smallest),
     }
 
 
@@ -95,16 +88,6 @@ def miss(
     allowed = 0.0 if logits.dtype == torch.bfloat16 else 1e-6
     want = weights.gather(1, order).flatten()[pairs[:rows]]
     return "" if torch.allclose(routing.weights[:rows], want, rtol=allowed, atol=0) else "other weights"
-
-
-def twist_miss(routing: triton_routing.Routing, x: torch.Tensor | None) -> str:
-    """Why the tokens are not twisted as asked."""
-    if x is None:
-        return "" if routing.twisted is None else "twisted tokens that nobody asked for"
-    # The bits of a column's number among its 64, the highest first, in the order of twist's result.
-    columns = torch.arange(64).view(2, 2, 2, 2, 2, 2).permute(0, 3, 4, 1, 2, 5).flatten()
-    want = x.view(len(x), -1, 64)[:, :, columns].view_as(x)
-    return "" if routing.twisted is not None and torch.equal(routing.twisted, want) else "other twist"
 
 
 def sums(count: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,11 @@ that the sum of the experts needs its loop. One tile of K does not; a third come
 STORE_LAYERS = ((576, 96, 37), (2880, 96, 3))
 """37 tokens fill more than half of a tile's 32 rows."""
 
-ROUTINGS = {"one launch": (29, None), "two launches": (100, (-1, 0, 3, -1, 2, 1, -1, -1))}
+ROUTINGS = {
+    "few tokens": (7, None),
+    "one launch": (29, None),
+    "two launches": (100, (-1, 0, 3, -1, 2, 1, -1, -1)),
+}
 """Tokens and expert_map, for 8 experts and 2 choices."""
 
 SAMPLE = 4
@@ -341,7 +345,7 @@ class Planter:
     def open(self, launch: Launch, stores: bool) -> list[Planted]:
         """The faults of this kind in a kernel that have not been found; none if a launch has other code."""
         stage = stage_of(launch)
-        if (stage in ("count", "place")) != self.routing:
+        if (stage in ("few", "count", "place")) != self.routing:
             return []
         if stage not in self.planted:
             program = parse(launch.name, launch.assembly)

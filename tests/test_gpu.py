@@ -133,20 +133,14 @@ def test_route_is_exact(layer: Layer, tokens: int) -> None:
     assert_routing(triton_ogs.route(prepared, logits), logits, shape, 16)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 16, 17, 32, 33, 64, 256, 1500], ids=lambda t: f"T{t}")
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16, 17, 32, 33, 64, 256, 1500], ids=lambda t: f"T{t}")
 def test_decode_route_is_exact(layer: Layer, tokens: int) -> None:
-    """As our own matmuls get it: small tiles, and the tokens' columns in their place."""
+    """As our own matmuls get it: small tiles."""
     shape, _, _, prepared = layer
-    x, logits = random_tokens(shape, tokens, seed=tokens, device="cuda")
+    _, logits = random_tokens(shape, tokens, seed=tokens, device="cuda")
     block = prepared.decode.tiles[0].at(tokens).block_m
-    routing = triton_routing.route(
-        logits, shape.topk, shape.experts, None, 1, smallest=block, x=x, overlaps=True
-    )
+    routing = triton_routing.route(logits, shape.topk, shape.experts, None, 1, smallest=block, overlaps=True)
     assert_routing(routing, logits, shape, block)
-    k = torch.arange(shape.hidden, device="cuda")
-    twist = k // 32 * 32 + k // 2 % 4 * 8 + k // 16 % 2 * 4 + k // 8 % 2 * 2 + k % 2
-    assert routing.twisted is not None
-    assert torch.equal(routing.twisted[:, twist], x)
 
 
 def test_decode_declines_what_it_cannot_scale(layer: Layer) -> None:

@@ -343,16 +343,25 @@ def test_read_knows_hopper(tmp_path: Path, column: str, value: int, rule: str) -
         tuning.read(file, "sm90")
 
 
-def test_read_knows_our_own_kernels(tmp_path: Path) -> None:
-    """Of 8 warps on Hopper some are wrong; on gfx950 they are not known to be."""
-    for arch, warps in (("sm90", 4), ("gfx950", 8), ("sm90", 8)):
-        tiles = Ladder((64,), (TileConfig(16, 128, 128, 1, warps, 4, 0),))
-        rows = [row for gemm in (W13, W2) for row in encode("decode", "3.6", gemm, tiles)]
+@pytest.mark.parametrize(
+    ("tile", "rule"),
+    [
+        (TileConfig(16, 128, 128, 1, 8, 4, 0), "num_warps must be one of 1, 2, 4; got 8. "),
+        (TileConfig(16, 128, 32, 1, 4, 4, 0), "block_k must be one of 64, 128, 256; got 32. "),
+    ],
+)
+def test_read_knows_our_own_kernels(tmp_path: Path, tile: TileConfig, rule: str) -> None:
+    """What does not run on Hopper, or not right, may on gfx950."""
+
+    def table(arch: str, tile: TileConfig) -> Path:
+        rows = [row for gemm in (W13, W2) for row in encode("decode", "3.6", gemm, Ladder((64,), (tile,)))]
         tuning.write(tmp_path / f"{arch}.json", arch, {}, rows)
-        if (arch, warps) != ("sm90", 8):
-            assert len(tuning.read(tmp_path / f"{arch}.json", arch)["rows"]) == 2
-    with pytest.raises(Mxfp4Error, match=r"rows\[0\]\.num_warps must be one of 1, 2, 4; got 8\. "):
-        tuning.read(tmp_path / "sm90.json", "sm90")
+        return tmp_path / f"{arch}.json"
+
+    for arch, some in (("sm90", TileConfig(16, 128, 128, 1, 4, 4, 0)), ("gfx950", tile)):
+        assert len(tuning.read(table(arch, some), arch)["rows"]) == 2
+    with pytest.raises(Mxfp4Error, match=re.escape(f"rows[0].{rule}")):
+        tuning.read(table("sm90", tile), "sm90")
 
 
 @pytest.mark.parametrize("arch", ["gfx950", "sm90"])

@@ -66,8 +66,9 @@ Source: triton_kernels in vLLM 0.26, tensor_details/layout_details/hopper_scale.
 _matmul_ogs.py, routing.py.
 """
 
-HOPPER_DECODE: dict[str, tuple[int, ...]] = {"num_warps": (1, 2, 4)}
-"""And those of our own matmuls there: `vllm-mxfp4 tune` found some of 8 warps wrong with Triton 3.6."""
+HOPPER_DECODE: dict[str, tuple[int, ...]] = {"block_k": (64, 128, 256), "num_warps": (1, 2, 4)}
+"""And those of our own matmuls there: a line of the values is 64 columns, and `vllm-mxfp4 tune` found some of
+8 warps wrong with Triton 3.6."""
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,86 @@
 
 A "pair" is a token and one of its slots, numbered token * TOPK + slot. A column is an expert, as `Order` has
 them.
-OVERLAP: on Hopper a kernel is launched while the one before it ends, and waits here for what that one wrote.
+OVERLAP: see `await_previous`.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def await_previous(OVERLAP: tl.constexpr):
+    """Where a kernel of ours begins while the one before it still runs, on Hopper: wait for that one's end.
+
+    The one behind is let in then, so that only one is ever ahead, and waits here in its turn.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit(do_not_specialize=["tokens", "stride_schedule"])
+def few(
+    Logits, Order, Gather, Scatter, Weights, Count, Starts, Schedule,
+    tokens, experts, local, stride, stride_starts, stride_schedule,
+    TOPK: tl.constexpr, SMALLEST: tl.constexpr, SIZES: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr, BLOCK_TILES: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Place all choices of a few tokens, by one workgroup: each is compared with each."""
+    await_previous(OVERLAP)
+    column = tl.arange(0, BLOCK_EXPERTS)
+    token = tl.arange(0, BLOCK_TOKENS)
+    key = _keys(Logits, Order, token, tokens, experts, stride, BLOCK_EXPERTS)
+    best = _logit(tl.max(key, 1))
+    total = tl.zeros_like(best)
+    slot = tl.arange(0, TOPK)[None, :]
+    chosen = tl.zeros((BLOCK_TOKENS, TOPK), tl.int32)
+    weight = tl.zeros((BLOCK_TOKENS, TOPK), tl.float32)
+    for each in tl.static_range(TOPK):
+        most = tl.max(key, 1)
+        taken = key == most[:, None]
+        key = tl.where(taken, _lowest(key), key)
+        part = tl.exp(_logit(most) - best)
+        total += part
+        at = tl.sum(tl.where(taken, column[None, :], 0), 1)
+        # Choices of other ranks' experts come behind, then those of no token; no two of a token are equal.
+        at = tl.where(at < local, at, BLOCK_EXPERTS + each)
+        at = tl.where(token < tokens, at, BLOCK_EXPERTS + TOPK + each)
+        chosen = tl.where(slot == each, at[:, None], chosen)
+        weight = tl.where(slot == each, part[:, None], weight)
+    weight = weight / total[:, None]
+    before = (chosen[:, None, :] < chosen[:, :, None]).to(tl.int32)
+    P: tl.constexpr = BLOCK_TOKENS * TOPK
+    pair = (token[:, None] * TOPK + tl.sum(before, 2)).reshape(P)
+    chosen = chosen.reshape(P)
+    rank = chosen * P + pair
+    row = tl.sum((rank[None, :] < rank[:, None]).to(tl.int32), 1)
+    present = chosen < BLOCK_EXPERTS
+    there = pair < tokens * TOPK
+    tl.store(Gather + row, tl.where(present, pair, -1), mask=there)
+    tl.store(Scatter + pair, tl.where(present, row, -1), mask=there)
+    tl.store(Weights + row, weight.reshape(P).to(Weights.dtype.element_ty), mask=present)
+
+    same = chosen[:, None] == column[None, :]
+    tl.store(Count + column, tl.sum(same.to(tl.int32), 0), mask=column < local)
+    smaller = chosen[:, None] < column[None, :]
+    tl.store(Starts + column, tl.sum(smaller.to(tl.int32), 0), mask=column < local)
+    # The largest, as Triton 3.6 counts elements of a vector twice where threads share them.
+    tl.store(Starts + local, tl.max(tl.where(present, row + 1, 0), 0))
+    earlier = (chosen[None, :] == chosen[:, None]) & (pair[None, :] < pair[:, None])
+    within = tl.sum(earlier.to(tl.int32), 1)
+    slots = tl.arange(0, BLOCK_TILES)
+    for size in tl.static_range(SIZES):
+        begins = present & (within % (SMALLEST << size) == 0)
+        first = Starts + (1 + size) * stride_starts
+        tl.store(first + column, tl.sum((begins[:, None] & smaller).to(tl.int32), 0), mask=column < local)
+        tile = tl.sum((begins[None, :] & (rank[None, :] < rank[:, None])).to(tl.int32), 1)
+        used = tl.max(tl.where(begins, tile + 1, 0), 0)
+        tl.store(first + local, used)
+        entry = within // (SMALLEST << size) << 16 | chosen
+        schedule = Schedule + size * stride_schedule
+        tl.store(schedule + tile, entry, mask=begins)
+        tl.store(schedule + slots, -1, mask=(slots >= used) & (slots < stride_schedule))
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -15,8 +90,7 @@ def count(
     TOPK: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """How many of a block's tokens chose each column."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
+    await_previous(OVERLAP)
     column = tl.arange(0, BLOCK_EXPERTS)
     block = tl.program_id(0)
     chosen = _count(Logits, Order, block, tokens, experts, local, stride, TOPK, BLOCK_TOKENS, BLOCK_EXPERTS)
@@ -25,26 +99,15 @@ def count(
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "stride_schedule"])
 def place(
-    Logits, Order, Counts, Gather, Scatter, Weights, Count, Starts, Schedule, X, Twisted,
-    tokens, experts, local, blocks, stride, stride_starts, stride_schedule, hidden,
+    Logits, Order, Counts, Gather, Scatter, Weights, Count, Starts, Schedule,
+    tokens, experts, local, blocks, stride, stride_starts, stride_schedule,
     TOPK: tl.constexpr, SMALLEST: tl.constexpr, SIZES: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr, BLOCK_COUNTS: tl.constexpr, BLOCK_SCHEDULE: tl.constexpr,
-    BLOCK_H: tl.constexpr, OVERLAP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Place a block's choices among all, and write the block's share of the schedules.
-
-    The workgroups behind those of the blocks, if there are any, twist a token each.
-    """
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
+    """Place a block's choices among all, and write the block's share of the schedules."""
+    await_previous(OVERLAP)
     this = tl.program_id(0)
-    if X is not None:
-        behind = this - blocks
-        if behind >= 0:
-            h = tl.arange(0, BLOCK_H)
-            x = tl.load(X + behind * hidden + h, mask=h < hidden)
-            tl.store(Twisted + behind * hidden + twist(h), x, mask=h < hidden)
-            return
     column = tl.arange(0, BLOCK_EXPERTS)
     token = this * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     key = _keys(Logits, Order, token, tokens, experts, stride, BLOCK_EXPERTS)
@@ -68,8 +131,8 @@ def place(
             chosen = tl.load(Counts + block * BLOCK_EXPERTS + column[None, :], mask=block < blocks, other=0)
             total += tl.sum(chosen, 0)
             before += tl.sum(tl.where(block < this, chosen, 0), 0)
-    begin = tl.cumsum(total, 0) - total
-    rows = tl.sum(total, 0)
+    end = tl.cumsum(total, 0)
+    begin, rows = end - total, tl.max(end, 0)
 
     row = (begin + before)[None, :] + tl.cumsum(present, 0) - present
     pair = (token * TOPK)[:, None] + tl.cumsum(present, 1) - present
@@ -104,7 +167,7 @@ def _schedule(
     column = tl.arange(0, BLOCK_EXPERTS)
     needed = (total + ROWS - 1) // ROWS
     end = tl.cumsum(needed, 0)
-    used = tl.sum(needed, 0)
+    used = tl.max(end, 0)
     if this == 0:
         tl.store(Starts + column, end - needed, mask=column < local)
         tl.store(Starts + local, used)
@@ -115,12 +178,6 @@ def _schedule(
         expert = tl.sum(passed.to(tl.int32), 1)
         behind = tile - tl.max(tl.where(passed, end[None, :], 0), 1)
         tl.store(Schedule + tile, tl.where(tile < used, behind << 16 | expert, -1), mask=tile < tiles)
-
-
-@triton.jit
-def twist(k):
-    """Where column k stands among its 64: a thread's codes then belong to columns that stand side by side."""
-    return k // 64 * 64 + k // 32 % 2 * 32 + k // 2 % 4 * 8 + k // 16 % 2 * 4 + k // 8 % 2 * 2 + k % 2
 
 
 @triton.jit
@@ -154,6 +211,7 @@ def _keys(Logits, Order, token, tokens, experts, stride, BLOCK_EXPERTS: tl.const
     if Logits.dtype.element_ty == tl.float32:
         key = (bits.to(tl.int64) << 32) | rank
     else:
+        tl.static_assert(Logits.dtype.element_ty == tl.bfloat16)
         key = (bits & -65536) | rank
     return tl.where(there, key, _lowest(key))
 

@@ -27,8 +27,8 @@ from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, gemms, ladder, releases
 logger = logging.getLogger("vllm.mxfp4_triton.decode")
 
 MAX_SCALE = 128
-"""The largest E8M0 scale, 2^1: on Hopper a code is widened to itself times 2^-126, and the rest of its scale
-must be a bf16. The weights of such a block reach 12."""
+"""The largest E8M0 scale, 2^1: on Hopper a code is widened to itself times 2^-126, and where codes are scaled
+the rest of its scale must be a bf16. The weights of such a block reach 12."""
 
 HOPPER_WARPS = 8
 """What Hopper's scale layout is laid out for."""
@@ -55,10 +55,6 @@ class Decode:
     shape: MoeShape
     tiles: tuple[Ladder[TileConfig], Ladder[TileConfig]]
     order: torch.Tensor | None
-
-    def twists(self, tile: TileConfig) -> bool:
-        """Whether the columns of a matmul's input are in the order of `routing_kernels.twist`."""
-        return self.layout == "hopper" and (tile.block_m < 16 or tile.num_warps < 4)
 
     def launch(self, num_warps: int) -> dict[str, Any]:
         """Options of every launch."""
@@ -117,6 +113,11 @@ def _log_once(text: str) -> None:
     logger.info(text)
 
 
+def scales_codes(tile: TileConfig) -> bool:
+    """Whether a tile on Hopper scales codes, which pays where many rows share them, and not sums."""
+    return tile.block_m >= 16 and tile.num_warps >= 4
+
+
 def run(
     decode: Decode,
     x: torch.Tensor,
@@ -141,13 +142,12 @@ def run(
     up, down = (ladder.at(tokens) for ladder in decode.tiles)
     routing = triton_routing.route(
         router_logits, topk, decode.shape.experts, decode.order, sizes=1, smallest=up.block_m,
-        x=x if decode.twists(up) else None, overlaps=decode.layout == "hopper",
+        overlaps=decode.layout == "hopper",
     )  # fmt: skip
     rows = x.new_empty(tokens * topk, w13[2].shape[1] // 2)
-    first = x if routing.twisted is None else routing.twisted
-    multiply(decode, up, first, routing, w13, rows, gated=True, twisted=decode.twists(down))
+    multiply(decode, up, x, routing, w13, rows, gated=True)
     parts = x.new_empty(down.split_k, tokens * topk, hidden, dtype=torch.float32)
-    multiply(decode, down, rows, routing, w2, parts, gated=False, twisted=False)
+    multiply(decode, down, rows, routing, w2, parts, gated=False)
     out = torch.empty_like(x)
     kernels.combine[(tokens, triton.cdiv(hidden, COMBINE_BLOCK))](
         parts, routing.scatter, out, tokens * topk * hidden, hidden, TOPK=topk, SPLITS=down.split_k,
@@ -165,7 +165,6 @@ def multiply(
     y: torch.Tensor,
     *,
     gated: bool,
-    twisted: bool,
 ) -> None:
     """One matmul over the tiles of a routing whose smallest are this tile's.
 
@@ -177,22 +176,25 @@ def multiply(
         weights: as in `run`.
         y: bf16[T * topk, I] for w13, fp32[split_k, T * topk, H] for w2.
         gated: whether it is w13, with the SwiGLU.
-        twisted: whether to write columns in the order of `routing_kernels.twist`.
     """
     values, scales, bias = weights
-    options = decode.launch(tile.num_warps) | {"num_stages": tile.num_stages}
+    depth, columns = x.shape[1], bias.shape[1]
+    options = decode.launch(tile.num_warps) | {"WARPS": tile.num_warps, "STAGES": tile.num_stages}
+    block_k = tile.block_k
     if decode.layout == "hopper":
-        values, scales = values.view(torch.int32), scales.view(torch.int16)
+        values = values.view(torch.int32)
+        # By the type of the scales the kernel knows which of the two it is to do.
+        if scales_codes(tile):
+            scales = scales.view(torch.int16)
         options |= {"maxnreg": hopper_registers(tile)}
+        block_k = min(block_k, 1 << depth.bit_length() - 1)
     else:
         options |= {"waves_per_eu": tile.waves_per_eu, "matrix_instr_nonkdim": 16}
-    columns = bias.shape[1]
     kernels.mxfp4_matmul[(triton.cdiv(columns, tile.block_n), routing.schedule.shape[1], tile.split_k)](
         x, values, scales, bias, y, routing.gather, routing.weights, routing.start, routing.schedule,
-        x.shape[1], columns, x.stride(0),
+        depth, columns, x.stride(0),
         values.stride(0), values.stride(1), scales.stride(0), scales.stride(1),
         y.stride(-2), y.stride(0), decode.shape.alpha, decode.shape.limit,
-        TOPK=decode.shape.topk, GATED=gated, LAYOUT=decode.layout, TWISTED_X=decode.twists(tile),
-        TWISTED_Y=twisted, SPLIT_K=tile.split_k,
-        BLOCK_T=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, **options,
+        TOPK=decode.shape.topk, GATED=gated, LAYOUT=decode.layout, SPLIT_K=tile.split_k,
+        BLOCK_T=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=block_k, **options,
     )  # fmt: skip

@@ -15,15 +15,21 @@ import triton
 from vllm_mxfp4_gfx950.backends import routing_kernels as kernels
 from vllm_mxfp4_gfx950.backends.triton_package import launch_options
 
-BLOCK_TOKENS = {torch.bfloat16: (4, 16), torch.float32: (16, 16)}
-"""The fewest and the most tokens of a workgroup, by the logits' dtype. With more, CDNA spills scalar
-registers; with fewer, Triton 3.6 fails to compile some kernels for it."""
+BLOCK_TOKENS = 16
+"""Of a workgroup that shares the work. With more, CDNA spills scalar registers."""
 
 MAX_WARPS = 8
-"""Of a workgroup; one for each token up to there. With fewer, CDNA spills scalar registers, too."""
+"""Of a workgroup. With fewer than one for each token, CDNA spills scalar registers, too."""
 
 MIN_COLUMNS = 32
-"""Experts, made up ones included. With fewer, Triton 3.6 fails likewise."""
+"""Experts, made up ones included. With fewer, Triton 3.6 makes CDNA spill them."""
+
+FEW = 8
+"""Tokens up to which one workgroup does it all, from bf16 logits. With more, or from fp32, CDNA spills scalar
+registers; and with one choice for a token, Triton 3.6 fails."""
+
+MIN_PAIRS = 4
+"""Choices of that workgroup, made up ones included. With fewer, Triton 3.5 makes CDNA spill them."""
 
 ONE_LAUNCH = 32
 """Tokens up to which each workgroup counts all choices itself, instead of a launch before it."""
@@ -49,8 +55,6 @@ class Routing:
         block_start: int32[sizes, E + 1], the first of them counted in tiles of each size.
         schedule: int32[sizes, tiles], what each tile of a size computes: the expert, and in the upper half
             of the bits which of its tiles it is; -1 behind the last tile.
-        twisted: bf16[T, H], the tokens with their columns in the order of `routing_kernels.twist`, if asked
-            for.
     """
 
     gather: torch.Tensor
@@ -60,7 +64,6 @@ class Routing:
     start: torch.Tensor
     block_start: torch.Tensor
     schedule: torch.Tensor
-    twisted: torch.Tensor | None
 
 
 def order_of(expert_map: torch.Tensor | None) -> torch.Tensor | None:
@@ -83,7 +86,6 @@ def route(
     sizes: int,
     *,
     smallest: int = 16,
-    x: torch.Tensor | None = None,
     overlaps: bool = False,
 ) -> Routing:
     """Choose experts among all of the model's, weigh them, and sort the choices that live on this rank.
@@ -95,7 +97,6 @@ def route(
         order: what `order_of` returned.
         sizes: how many sizes of tiles to schedule, each of twice as many rows as the one before.
         smallest: rows of the first.
-        x: bf16[T, H], contiguous and H a multiple of 64, tokens to be twisted by the way.
         overlaps: as in `triton_package.launch_options`.
     """
     tokens, global_experts = router_logits.shape
@@ -112,28 +113,31 @@ def route(
         start=starts[0, : experts + 1],
         block_start=starts[1:, : experts + 1],
         schedule=torch.empty(sizes, aligned(tiles), **integers)[:, :tiles],
-        twisted=None if x is None else torch.empty_like(x),
     )
-    fewest, most = BLOCK_TOKENS[router_logits.dtype]
-    block_tokens = min(max(fewest, triton.next_power_of_2(tokens)), most)
-    blocks = triton.cdiv(tokens, block_tokens)
     block_experts = max(MIN_COLUMNS, triton.next_power_of_2(global_experts))
-    common: Any = {"TOPK": topk, "BLOCK_TOKENS": block_tokens, "BLOCK_EXPERTS": block_experts}
-    common |= launch_options(min(MAX_WARPS, block_tokens), overlaps)
+    into = routing.gather, routing.scatter, routing.weights, routing.count, starts, routing.schedule
+    sizes_of: Any = {"TOPK": topk, "BLOCK_EXPERTS": block_experts, "SMALLEST": smallest, "SIZES": sizes}
+    strides = router_logits.stride(0), starts.stride(0), routing.schedule.stride(0)
+    if tokens <= FEW and topk > 1 and router_logits.dtype == torch.bfloat16:
+        block_tokens = max(MIN_PAIRS // topk, triton.next_power_of_2(tokens))
+        kernels.few[(1,)](
+            router_logits, order, *into, tokens, global_experts, experts, *strides,
+            BLOCK_TOKENS=block_tokens, BLOCK_TILES=triton.next_power_of_2(strides[2]),
+            **sizes_of, **launch_options(min(MAX_WARPS, block_tokens), overlaps),
+        )  # fmt: skip
+        return routing
+    blocks = triton.cdiv(tokens, BLOCK_TOKENS)
+    options = launch_options(MAX_WARPS, overlaps) | {"BLOCK_TOKENS": BLOCK_TOKENS}
     counts = None
     if tokens > ONE_LAUNCH:
         counts = torch.empty(blocks, block_experts, **integers)
         kernels.count[(blocks,)](
-            router_logits, order, counts, tokens, global_experts, experts, router_logits.stride(0), **common
+            router_logits, order, counts, tokens, global_experts, experts, strides[0],
+            TOPK=topk, BLOCK_EXPERTS=block_experts, **options,
         )  # fmt: skip
-    hidden = 0 if x is None else x.shape[1]
-    kernels.place[(blocks if x is None else blocks + tokens,)](
-        router_logits, order, counts, routing.gather, routing.scatter, routing.weights,
-        routing.count, starts, routing.schedule, x, routing.twisted,
-        tokens, global_experts, experts, blocks,
-        router_logits.stride(0), starts.stride(0), routing.schedule.stride(0), hidden,
-        SMALLEST=smallest, SIZES=sizes, BLOCK_COUNTS=BLOCK_COUNTS, BLOCK_SCHEDULE=BLOCK_SCHEDULE,
-        BLOCK_H=triton.next_power_of_2(hidden), **common,
+    kernels.place[(blocks,)](
+        router_logits, order, counts, *into, tokens, global_experts, experts, blocks, *strides,
+        BLOCK_COUNTS=BLOCK_COUNTS, BLOCK_SCHEDULE=BLOCK_SCHEDULE, **sizes_of, **options,
     )  # fmt: skip
     return routing
 

@@ -60,10 +60,11 @@ HOPPER_STEPS = ((128, 4, 0), (128, 3, 0), (128, 3, 4), (128, 2, 4), (64, 4, 0), 
 """block_k, num_stages and waves_per_eu of matmul_ogs on Hopper; of the rest, see tuning.HOPPER_MATMUL."""
 
 HOPPER_DECODE_TILES = (
-    (8, 64, 256, 4), (8, 128, 128, 4), (8, 64, 128, 2), (8, 32, 256, 2),
-    (16, 64, 256, 4), (16, 128, 128, 4), (32, 128, 128, 4), (64, 128, 128, 4),
+    (8, 64, 64, 1, 0), (8, 64, 128, 2, 0), (8, 32, 128, 1, 0), (8, 32, 128, 1, 5), (8, 32, 256, 2, 0),
+    (8, 32, 256, 2, 5), (8, 64, 256, 4, 0), (16, 64, 64, 1, 0), (16, 64, 128, 2, 0), (16, 128, 128, 4, 0),
+    (16, 128, 128, 4, 5), (32, 128, 128, 4, 0), (64, 128, 128, 4, 0),
 )  # fmt: skip
-"""block_m, block_n, block_k, num_warps of the decode kernels on Hopper."""
+"""block_m, block_n, block_k, num_warps and waves_per_eu of the decode kernels on Hopper."""
 
 DECODE_SPLITS = (1, 2, 3)
 SPLIT_TOKENS = 64
@@ -247,10 +248,9 @@ def candidates(arch: str, kernels: str) -> list[TileConfig]:
     if (arch, kernels) == ("sm90", "decode"):
         return [
             TileConfig(block_m, block_n, block_k, 1, warps, stages, waves)
-            for (block_m, block_n, block_k, warps), stages, waves in itertools.product(
-                HOPPER_DECODE_TILES, (3, 4), (0, 6)
+            for (block_m, block_n, block_k, warps, waves), stages in itertools.product(
+                HOPPER_DECODE_TILES, (3, 4)
             )
-            if block_m <= 16 or not waves
         ]
     if arch == "gfx950" and kernels == "decode":
         return [
