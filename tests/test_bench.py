@@ -35,6 +35,8 @@ CPU = torch.device("cpu")
 SHAPE = make_shape(4, 2, 64, 32)
 REACHED = layer.Speeds(copy=1e9, multiply=1e12)
 SERVED = {"enforce_eager": True, "kv_cache_memory_bytes": 2**26}
+DUMMY = SERVED | {"load_format": "dummy"}
+LOADS = [(1, 8, 4)]
 
 
 def without_w2_bias(weights: MoeWeights, shape: MoeShape) -> Layer:
@@ -182,7 +184,7 @@ def test_plots_show_the_medians(tmp_path: Path) -> None:
     assert [panel.get_title() for panel in figure.axes] == ["E=8 H=64", "E=8 H=32"]
 
     figure = Figure()
-    load = {"model": "m", "batch": 1, "input": 2, "output": 3}
+    load = {"model": "m", "routing": "spread", "batch": 1, "input": 2, "output": 3}
     rows = [
         load | {"engine": name, "tokens_per_s": [2.0, 4.0, rate]} for name, rate in (("a", 9.0), ("b", 3.0))
     ]
@@ -215,17 +217,37 @@ def test_plot_of_two_machines(
     assert "the reports must be all of one device and the same versions; got " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("fault", ["bench", "device", "versions", "rows", "layer", "us"])
-def test_incomplete_report(fault: str, tmp_path: Path) -> None:
-    """Refused when it is read, and whole it is taken."""
-    row = {"layer": "E=8", "tokens": 1, "floor_us": 1.0, "us": {"ours": [2.0]}}
-    whole: dict[str, Any] = {"bench": "layer", "device": "CPU", "versions": {}, "rows": [row]}
+ROWS: dict[str, dict[str, Any]] = {
+    "layer": {"layer": "E=8", "tokens": 1, "floor_us": 1.0, "us": {"ours": [2.0]}},
+    "serve": {
+        "engine": "ours", "model": "m", "routing": "alike", "batch": 1, "input": 2, "output": 3,
+        "tokens_per_s": [4.0],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault", "got"),
+    [
+        ("layer", "bench", "another JSON"),
+        ("layer", "device", "one without device or versions"),
+        ("layer", "versions", "one without device or versions"),
+        ("layer", "rows", "one without rows"),
+        ("layer", "layer", "one with a row without layer"),
+        ("layer", "us", "one with a row without us"),
+        ("serve", "routing", "one with a row without routing"),
+    ],
+)
+def test_incomplete_report(kind: str, fault: str, got: str, tmp_path: Path) -> None:
+    """Refused when it is read, with what it lacks, and whole it is taken."""
+    row = dict(ROWS[kind])
+    whole: dict[str, Any] = {"bench": kind, "device": "CPU", "versions": {}, "rows": [row]}
     file = tmp_path / "report.json"
     report.write(file, whole)
     assert report.read(file) == whole
     del (whole if fault in whole else row)[fault]
     report.write(file, whole)
-    with pytest.raises(Mxfp4Error, match="must be a report of `bench`; got another JSON"):
+    with pytest.raises(Mxfp4Error, match=f"must be a report of `bench`; got {got}\\. "):
         report.read(file)
 
 
@@ -272,6 +294,7 @@ def test_ours_has_the_users_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("serve --load 1/2", "--load must be short, 1k1k, 1k8k, 8k1k or BATCH/INPUT/OUTPUT; got 1/2."),
         ("serve --load 1/0/2", "--load must be short, "),
         ("serve --load 1k1k --concurrency 4 0", "--concurrency must be at least 1; got 0."),
+        ("serve --model x --routing alike", "--routing must be left out with a checkpoint; got alike."),
         ("serve --rounds 0", "--rounds must be at least 1; got 0."),
         ("serve --engine-args [1]", "--engine-args must be a JSON object; got [1]."),
     ],
@@ -321,8 +344,8 @@ def test_bench_serve(
     assert list(done["failed"]) == ["NOPE"]
     first, second = (statistics.median(row["tokens_per_s"]) for row in done["rows"])
     assert lines[-2:] == [
-        f"    2 8/4               FAIL{first:10.1f}",
-        f"    3 16/1              FAIL{second:10.1f}",
+        f"checkpoint     2 8/4               FAIL{first:10.1f}",
+        f"checkpoint     3 16/1              FAIL{second:10.1f}",
     ]
     for row, (batch, inputs, outputs) in zip(done["rows"], ((2, 8, 4), (3, 16, 1)), strict=True):
         assert (row["batch"], row["input"], row["output"]) == (batch, inputs, outputs)
@@ -335,16 +358,72 @@ def test_bench_serve(
             assert rate == pytest.approx(1e3 * batch * (outputs if outputs > 1 else inputs) / milliseconds)
 
 
+def test_routings() -> None:
+    """In the order in which they can be measured, each once; a checkpoint has its own."""
+    asked = ["spread", "alike", "spread"]
+    assert serve.routings("gpt-oss-20b", asked) == ["alike", "spread"]
+    assert serve.routings("gpt-oss-120b", None) == ["spread"]
+    assert serve.routings("openai/gpt-oss-20b", None) == ["checkpoint"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_spread(seed: int) -> None:
+    """Tokens of dummy weights choose the same experts, and other ones each once they are spread."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        model = torch.nn.ModuleDict(
+            {
+                "embedding": torch.nn.Embedding(64, 256),
+                "norm": torch.nn.RMSNorm(256),
+                "router": torch.nn.Linear(256, 32),
+            }
+        )
+
+        def chosen() -> int:
+            logits = model["router"](model["norm"](model["embedding"](torch.arange(64))))
+            return len(reference.route(logits, 4)[0].sort().values.unique(dim=0))
+
+        for parameter in model.parameters():
+            parameter.uniform_(-1e-3, 1e-3, generator=generator)  # vLLM's dummy weights.
+        model["router"].bias.copy_(torch.arange(32) * 1e-4)
+        assert chosen() == 1
+        serve.spread(model)
+        assert chosen() > 32
+
+
+def test_spread_refuses_other_names() -> None:
+    """Negative control: a model whose router it would not find."""
+    model = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(4, 4), "norm": torch.nn.RMSNorm(4)})
+    with pytest.raises(Mxfp4Error, match=r"got none of router\. "):
+        serve.spread(model)
+
+
+@pytest.mark.engine
+def test_spread_refuses_a_packed_router(checkpoint: Path, tmp_path: Path) -> None:
+    """An engine is measured with its dummy weights as they are, and on a CPU that is all."""
+    job = {
+        "engine": "ours",
+        "arguments": serve.arguments(str(checkpoint), "ours", LOADS, tmp_path, DUMMY),
+        "routings": list(serve.ROUTINGS),
+        "loads": LOADS,
+        "rounds": 1,
+    }
+    row, failed = engine.bench(job).splitlines()
+    assert json.loads(row.removeprefix("ROW "))["routing"] == "alike"
+    assert "FAILED" in failed
+    assert "got none of router." in failed
+
+
 @pytest.mark.engine
 def test_bench_serve_refuses_another_path(checkpoint: Path, tmp_path: Path) -> None:
     """Negative control: the flag is lost, vLLM serves the model all the same, and nothing is reported."""
     content = json.loads((checkpoint / "config.json").read_text())
     del content["quantization_config"]  # vLLM's own MXFP4 does not run on every CPU.
     (tmp_path / "config.json").write_text(json.dumps(content))
-    lost = SERVED | {"quantization": None, "load_format": "dummy"}
-    loads = [(1, 2, 2)]
-    arguments = serve.arguments(str(tmp_path), "ours", loads, tmp_path, lost)
-    printed = engine.bench({"engine": "ours", "arguments": arguments, "loads": loads, "rounds": 1})
+    arguments = serve.arguments(str(tmp_path), "ours", LOADS, tmp_path, DUMMY | {"quantization": None})
+    printed = engine.bench(
+        {"engine": "ours", "arguments": arguments, "routings": ["checkpoint"], "loads": LOADS, "rounds": 1}
+    )
     assert re.fullmatch(
         r"FAILED \"Mxfp4Error: the path of ours's MoE layers must be Mxfp4TritonMoEMethod; "
         r"got UnquantizedFusedMoEMethod\b.*\"\n",

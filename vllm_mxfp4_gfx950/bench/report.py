@@ -17,7 +17,7 @@ COLORS = {"ours": "C0", "TRITON": "C1", "MARLIN": "C2"}
 OTHERS = "C7"
 DRAWN = {
     "layer": {"layer", "tokens", "floor_us", "us"},
-    "serve": {"engine", "model", "batch", "input", "output", "tokens_per_s"},
+    "serve": {"engine", "model", "routing", "batch", "input", "output", "tokens_per_s"},
 }
 """For each kind of benchmark, what a row has to have."""
 
@@ -53,22 +53,23 @@ def read(file: Path) -> dict[str, Any]:
         report: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise Mxfp4Error(str(file), "a report of `bench`", str(error), "Name a file of --json") from error
-    if not _is_report(report):
-        raise Mxfp4Error(str(file), "a report of `bench`", "another JSON", "Name a file of --json")
+    miss = _miss(report)
+    if miss:
+        raise Mxfp4Error(str(file), "a report of `bench`", miss, "Name a file of --json, or measure again")
     return report
 
 
-def _is_report(content: Any) -> bool:
-    """Whether there is what `draw` takes."""
+def _miss(content: Any) -> str:
+    """Why this is not what `draw` takes; "" when it is."""
     if not isinstance(content, dict) or content.get("bench") not in list(DRAWN):
-        return False
-    rows, drawn = content.get("rows"), DRAWN[content["bench"]]
-    return (
-        isinstance(content.get("device"), str)
-        and isinstance(content.get("versions"), dict)
-        and isinstance(rows, list)
-        and all(isinstance(row, dict) and drawn <= row.keys() for row in rows)
-    )
+        return "another JSON"
+    rows = content.get("rows")
+    if not isinstance(content.get("device"), str) or not isinstance(content.get("versions"), dict):
+        return "one without device or versions"
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return "one without rows"
+    absent = sorted(set().union(*(DRAWN[content["bench"]] - row.keys() for row in rows)))
+    return f"one with a row without {', '.join(absent)}" if absent else ""
 
 
 def check_place(option: str, file: Path) -> None:
@@ -145,15 +146,15 @@ def draw_layers(figure: Any, rows: list[dict[str, Any]]) -> None:
 
 def draw_serving(figure: Any, rows: list[dict[str, Any]]) -> None:
     """Tokens a second: a panel for each load, a bar for each engine with its slowest and fastest round."""
-    loads = list(dict.fromkeys(_load(row) for row in rows))
-    width = min(PANELS, len(loads))
-    height = -(-len(loads) // width)
+    titles = list(dict.fromkeys(_title(row) for row in rows))
+    width = min(PANELS, len(titles))
+    height = -(-len(titles) // width)
     figure.set_size_inches(2.4 * width, 3 * height)
     panels = list(figure.subplots(height, width, squeeze=False).flat)
-    for panel in panels[len(loads) :]:
+    for panel in panels[len(titles) :]:
         panel.set_axis_off()
-    for panel, load in zip(panels, loads, strict=False):
-        some = [row for row in rows if _load(row) == load]
+    for panel, title in zip(panels, titles, strict=False):
+        some = [row for row in rows if _title(row) == title]
         names = [row["engine"] for row in some]
         middle = [statistics.median(row["tokens_per_s"]) for row in some]
         below = [m - min(row["tokens_per_s"]) for m, row in zip(middle, some, strict=True)]
@@ -162,11 +163,17 @@ def draw_serving(figure: Any, rows: list[dict[str, Any]]) -> None:
             names, middle, yerr=(below, above), color=[COLORS.get(name, OTHERS) for name in names]
         )
         panel.bar_label(bars, fmt="{:.0f}", label_type="center", fontsize="x-small")
-        panel.set_title(load, fontsize="small")
+        panel.set_title(title, fontsize="small")
         panel.tick_params(labelsize="x-small")
     figure.supylabel("tokens/s", fontsize="small")
 
 
-def _load(row: dict[str, Any]) -> str:
-    """A panel's title, the same for all engines."""
-    return f"{Path(row['model']).name}\nbatch {row['batch']}, {row['input']}/{row['output']}"
+def load(row: dict[str, Any]) -> tuple[str, int, int, int]:
+    """What an engine was asked for, the same for all engines."""
+    return row["routing"], row["batch"], row["input"], row["output"]
+
+
+def _title(row: dict[str, Any]) -> str:
+    """A panel's, the same for all engines."""
+    routing, batch, inputs, outputs = load(row)
+    return f"{Path(row['model']).name}, {routing}\nbatch {batch}, {inputs}/{outputs}"

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
+
 from vllm_mxfp4_gfx950.models import GPT_OSS
 from vllm_mxfp4_gfx950.moe import Mxfp4Error
 
@@ -21,6 +23,13 @@ Load: TypeAlias = tuple[int, int, int]
 SHORT: list[Load] = [(1, 128, 128), (16, 128, 128), (64, 128, 128), (256, 128, 64), (16, 2048, 1)]
 LENGTHS = {"1k1k": (1024, 1024), "1k8k": (1024, 8192), "8k1k": (8192, 1024)}
 """InferenceMax's."""
+
+ROUTINGS = ("alike", "spread")
+"""Of dummy weights, in the order in which an engine can be measured with them: all tokens have the same
+experts, as vLLM makes such weights; or each has experts of its own, once `spread` has changed them."""
+
+SPREAD = ("norm", "embedding", "router")
+"""The last name of the modules whose weights it changes."""
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -51,6 +60,24 @@ def loads(name: str, concurrency: list[int]) -> list[Load]:
         raise Mxfp4Error("--load", rule, name, "Correct it, as in 16/128/64")
     batch, inputs, outputs = map(int, parts)
     return [(batch, inputs, outputs)]
+
+
+def routings(model: str, asked: list[str] | None) -> list[str]:
+    """With which experts a model is measured.
+
+    Args:
+        model: as in `arguments`.
+        asked: of ROUTINGS; None for the default.
+
+    Raises:
+        Mxfp4Error: the model is a checkpoint, whose tokens choose what they choose.
+    """
+    if model in LAYERS:
+        return [routing for routing in ROUTINGS if routing in (asked or ["spread"])]
+    if asked:
+        fix = f"Leave it out, or measure {' or '.join(LAYERS)}"
+        raise Mxfp4Error("--routing", "left out with a checkpoint", " ".join(asked), fix)
+    return ["checkpoint"]
 
 
 def config(model: str) -> dict[str, Any]:
@@ -116,6 +143,33 @@ def arguments(
         **({"quantization": "mxfp4-triton"} if engine == "ours" else {"moe_backend": engine.lower()}),
         **extra,
     }
+
+
+def spread(model: torch.nn.Module) -> None:
+    """Let tokens choose experts of their own, which vLLM's dummy weights do not.
+
+    Those of a norm and of a router are so small that the router's bias decides, for all tokens alike.
+
+    Raises:
+        Mxfp4Error: the model has no such weights, as on a CPU, where vLLM packs those of the router.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found = set()
+    for name, parameter in model.named_parameters():
+        kind = next((kind for kind in SPREAD if name.endswith(f"{kind}.weight") and parameter.numel()), "")
+        found.add(kind)
+        if kind == "norm":
+            parameter.data.fill_(1)
+        elif kind:
+            size = 1.0 if kind == "embedding" else parameter.shape[1] ** -0.5
+            values = torch.randn(parameter.shape, generator=generator) * size
+            parameter.data.copy_(values.to(parameter.dtype))
+    absent = sorted(set(SPREAD) - found)
+    if absent:
+        rule = f"one with weights of {', '.join(SPREAD)}"
+        raise Mxfp4Error(
+            "the model", rule, f"none of {' or '.join(absent)}", "Measure it as it is: --routing alike"
+        )
 
 
 def measure(engine: str, job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> str:

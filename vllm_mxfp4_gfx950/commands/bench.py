@@ -67,6 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["ours", *peers],
         help="ours, or names of vLLM's --moe-backend",
     )
+    serving.add_argument(
+        "--routing",
+        nargs="+",
+        choices=serve.ROUTINGS,
+        help="of dummy weights: alike, all tokens choose the same experts, as vLLM makes them; spread (the "
+        "default), each token has its own, as in a trained model; or both, measured in turn",
+    )
     serving.add_argument("--engine-args", default="{}", help="more arguments of vllm.LLM, a JSON object")
     plot = kinds.add_parser("plot", help=PLOT, description=PLOT)
     plot.add_argument("files", type=Path, nargs="+", help="what --json wrote; more than one are drawn as one")
@@ -158,6 +165,7 @@ def run_serve(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     if min(args.concurrency) < 1:
         raise Mxfp4Error("--concurrency", "at least 1", min(args.concurrency), "Correct it")
     loads = list(dict.fromkeys(load for name in args.load for load in serve.loads(name, args.concurrency)))
+    routings = serve.routings(args.model, args.routing)
     extra = engine_arguments(args.engine_args)
     engines = ["ours" if name.lower() == "ours" else name.upper() for name in args.engines]
     done: dict[str, Any] = {
@@ -182,7 +190,7 @@ def run_serve(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     for engine in engines:
         with tempfile.TemporaryDirectory() as directory:
             arguments = serve.arguments(args.model, engine, loads, Path(directory), extra)
-            job = {"arguments": arguments, "loads": loads, "rounds": args.rounds}
+            job = {"arguments": arguments, "routings": routings, "loads": loads, "rounds": args.rounds}
             failure = serve.measure(engine, job, keep)
         if failure:
             done["failed"][engine] = failure
@@ -210,7 +218,7 @@ def serve_line(row: dict[str, Any]) -> str:
     rates, following = row["tokens_per_s"], row["next_token_ms"]
     kind = "output" if following else "input"
     line = (
-        f"{row['engine']:8} batch {row['batch']:4} {row['input']:5}/{row['output']:<5}"
+        f"{row['engine']:8} {row['routing']:10} batch {row['batch']:4} {row['input']:5}/{row['output']:<5}"
         f"{statistics.median(rates):10.1f} {kind} tokens/s ({min(rates):.1f} to {max(rates):.1f}), "
         f"first token of all after {statistics.median(row['first_token_ms']):.1f} ms"
     )
@@ -219,14 +227,14 @@ def serve_line(row: dict[str, Any]) -> str:
 
 def comparison(rows: list[dict[str, Any]], engines: list[str]) -> list[str]:
     """A line for each load: every engine's tokens/s, and ours over the best of the others."""
-    lines = [f"{'batch in/out':18}" + "".join(f"{name:>10}" for name in engines) + "  ours/best peer"]
-    for load in dict.fromkeys((row["batch"], row["input"], row["output"]) for row in rows):
+    title = f"{'routing':10} {'batch in/out':18}"
+    lines = [title + "".join(f"{name:>10}" for name in engines) + "  ours/best peer"]
+    for load in dict.fromkeys(report.load(row) for row in rows):
         rates = {
-            row["engine"]: statistics.median(row["tokens_per_s"])
-            for row in rows
-            if (row["batch"], row["input"], row["output"]) == load
+            row["engine"]: statistics.median(row["tokens_per_s"]) for row in rows if report.load(row) == load
         }
-        line = f"{load[0]:5} {f'{load[1]}/{load[2]}':12}"
+        routing, batch, inputs, outputs = load
+        line = f"{routing:10} {batch:5} {f'{inputs}/{outputs}':12}"
         line += "".join(f"{rates[name]:10.1f}" if name in rates else f"{'FAIL':>10}" for name in engines)
         peers = [rate for name, rate in rates.items() if name != "ours"]
         lines.append(line + (f"{rates['ours'] / max(peers):16.3f}" if "ours" in rates and peers else ""))
