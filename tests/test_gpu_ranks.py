@@ -1,0 +1,130 @@
+"""Two GPUs of one host answer as one does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import engine
+import pytest
+import questions
+import torch
+from engine import FLAG, OUR_METHOD, Served
+from run_python import ROOT
+from safetensors.torch import load_file, save_file
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+Tensors: TypeAlias = dict[str, torch.Tensor]
+
+SERVED: dict[str, Any] = {
+    "quantization": FLAG,
+    "dtype": "bfloat16",
+    "attention_backend": "FLASH_ATTN",
+    "enforce_eager": False,
+    "cudagraph_capture_sizes": [1, 8, 32, 120],
+}
+ASKED = 40
+"""Questions of each skill, all in one batch."""
+
+TOKENS = 12
+WIDER = 8
+"""Hopper's layouts are for more than the 64 channels that half of the model's experts have."""
+
+NEARNESS = 0.005
+"""Mean difference of the likeliest token's logprob, which rounding to bf16 at other places may make."""
+
+TIE = 0.07
+"""How much likelier than the next one a token may be and yet not be chosen: a step of a logit in bf16."""
+
+
+def changed(directory: Path, change: Callable[[Tensors], Tensors], **config: Any) -> Path:
+    """The small trained model with other tensors in its experts."""
+    shutil.copytree(ROOT / "accuracy/model", directory)
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    tensors = load_file(directory / "model.safetensors")
+    save_file(change(tensors), directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def widen(tensors: Tensors) -> Tensors:
+    """The same function of more channels: each block of 32 WIDER times, and w2's so much smaller."""
+    new = dict(tensors)
+    for name, tensor in tensors.items():
+        if ".gate_up_proj_" in name:
+            pairs = tensor.unflatten(1, (-1, 64)).repeat_interleave(WIDER, 1)
+            new[name] = pairs.flatten(1, 2)
+        elif ".down_proj_blocks" in name:
+            new[name] = tensor.repeat_interleave(WIDER, 2)
+        elif ".down_proj_scales" in name:
+            new[name] = tensor.repeat_interleave(WIDER, 2) - (WIDER.bit_length() - 1)
+    return new
+
+
+def double_bias(tensors: Tensors) -> Tensors:
+    """What two ranks compute that both add w2's bias."""
+    return {
+        name: 2 * tensor if name.endswith("down_proj_bias") else tensor
+        for name, tensor in widen(tensors).items()
+    }
+
+
+def answers(checkpoint: Path, **arguments: Any) -> Served:
+    """To questions of all skills."""
+    numbers = {token: number for number, token in enumerate(questions.VOCABULARY)}
+    prompts = [
+        [numbers[token] for token in asked["question"]]
+        for skill in questions.SKILLS
+        for asked in questions.read(skill)[:ASKED]
+    ]
+    served = engine.serve(checkpoint, prompts, TOKENS, **SERVED | arguments)
+    assert served.moe_methods == {OUR_METHOD}
+    return served
+
+
+@pytest.fixture(scope="module", name="checkpoint")
+def fixture_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its experts are wide enough for two GPUs."""
+    return changed(tmp_path_factory.mktemp("ranks") / "model", widen, intermediate_size=128 * WIDER)
+
+
+@pytest.fixture(scope="module", name="alone")
+def fixture_alone(checkpoint: Path) -> Served:
+    """The answers of one GPU."""
+    return answers(checkpoint)
+
+
+def is_near(one: Served, other: Served) -> bool:
+    """Whether answers differ by rounding only, up to the first token of each that is another."""
+    differences, parted = [], []
+    for mine, theirs, steps, others in zip(
+        one.token_ids, other.token_ids, one.logprobs, other.logprobs, strict=True
+    ):
+        for token, chosen, step, answered in zip(mine, theirs, steps, others, strict=True):
+            differences.append(abs(step[token] - answered.get(token, float("-inf"))))
+            if token != chosen:
+                parted.append(step[token] - step.get(chosen, float("-inf")))
+                break
+    mean = sum(differences) / len(differences)
+    print(f"{len(parted)} answers part, at {sorted(parted)}; of {len(differences)} tokens, {mean:.4f}")
+    return mean <= NEARNESS and all(margin <= TIE for margin in parted)
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True], ids=["TP2", "TP2-EP"])
+def test_two_gpus_answer_as_one(checkpoint: Path, alone: Served, expert_parallel: bool) -> None:
+    """With graphs and torch.compile."""
+    two = answers(checkpoint, tensor_parallel_size=2, enable_expert_parallel=expert_parallel)
+    assert is_near(alone, two)
+
+
+def test_a_bias_twice_is_seen(alone: Served, tmp_path: Path) -> None:
+    """Negative control."""
+    wrong = changed(tmp_path / "model", double_bias, intermediate_size=128 * WIDER)
+    assert not is_near(alone, answers(wrong))
