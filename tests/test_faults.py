@@ -233,11 +233,16 @@ def test_poisoned_row(planted: dict[str, dict[str, Any]], name: str) -> None:
     assert not any(found.values()), found
 
 
+def poisoned_on_the_cpu(run: plant_preparation.Run) -> dict[str, str]:
+    """Within a step of bf16: torch's matmul rounds a row otherwise where its expert gets others beside it."""
+    return plant_preparation.poisoned(run, SHAPES[0], "cpu", step=2**-7)
+
+
 @pytest.mark.parametrize("backend", [reference, ck], ids=lambda backend: backend.NAME)
 def test_poisoned_row_on_the_cpu(aiter: None, backend: Any) -> None:
     """Likewise."""
     prepared = backend.prepare(random_weights(SHAPES[0], seed=0), SHAPES[0])
-    found = plant_preparation.poisoned(lambda *batch: backend.run(prepared, *batch), SHAPES[0], "cpu")
+    found = poisoned_on_the_cpu(lambda *batch: backend.run(prepared, *batch))
     assert not any(found.values()), found
 
 
@@ -254,7 +259,7 @@ def test_poisoned_row_notices(spoil: Callable[..., torch.Tensor], case: str, tex
     """Negative control."""
     prepared = reference.prepare(random_weights(SHAPES[0], seed=0), SHAPES[0])
     run = lambda x, logits: spoil(reference.run(prepared, x, logits), x)  # noqa: E731
-    assert plant_preparation.poisoned(run, SHAPES[0], "cpu")[case] == text
+    assert poisoned_on_the_cpu(run)[case] == text
 
 
 @pytest.mark.gpu
@@ -266,6 +271,7 @@ def test_poisoned_row_on_a_gpu(shape: Any, tokens: int) -> None:
     backend = backends.select(shape, backends.arch_of(torch.device("cuda")), Settings()).backend
     prepared = backend.prepare(random_weights(shape, 0, "cuda"), shape)
     found = plant_preparation.poisoned(lambda *batch: backend.run(prepared, *batch), shape, "cuda", tokens)
+    torch.cuda.synchronize()
     assert not any(found.values()), found
 
 
