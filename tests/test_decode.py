@@ -190,7 +190,7 @@ def test_other_tritons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton: 
     decode = triton_decode.decode_for("sm90", shape, layouts, scales(124), None)
     assert (decode is not None) == (triton == "3.6.0")
     if decode is not None:
-        assert [tokens for tokens in (0, 1, 128, 129) if decode.serves(tokens)] == [1, 128]
+        assert [tokens for tokens in (1, 128, 129) if decode.serves(tokens)] == [1, 128]
     assert triton_decode.decode_for("gfx950", shape, layouts, scales(124), None) is None
     too_large = triton_decode.decode_for("sm90", shape, layouts, scales(triton_decode.MAX_SCALE + 1), None)
     assert too_large is None

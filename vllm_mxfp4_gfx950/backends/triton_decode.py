@@ -62,7 +62,7 @@ class Decode:
 
     def serves(self, tokens: int) -> bool:
         """Whether the table has tiles for so many tokens."""
-        return 0 < tokens <= self.tiles[0].bounds[-1]
+        return tokens <= self.tiles[0].bounds[-1]
 
 
 def decode_for(

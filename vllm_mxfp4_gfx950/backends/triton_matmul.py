@@ -145,6 +145,8 @@ def run(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> tor
     from triton_kernels.reduce import reduce
     from triton_kernels.tensor import RaggedTensorMetadata
 
+    if not len(x):
+        return torch.empty_like(x)
     routing = route(prepared, router_logits)
     experts = RaggedTensorMetadata(routing.count, routing.start, routing.block_start, routing.schedule)
     w13_flags, w2_flags = (flags.at(x.shape[0]) for flags in prepared.flags)

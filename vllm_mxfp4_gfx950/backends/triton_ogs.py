@@ -153,6 +153,8 @@ def run(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> tor
     """
     from vllm_mxfp4_gfx950.backends import triton_decode
 
+    if not len(x):
+        return torch.empty_like(x)
     if prepared.decode is not None and prepared.decode.serves(x.shape[0]):
         return triton_decode.run(prepared.decode, x, router_logits, prepared.parts(0), prepared.parts(1))
     return run_matmul_ogs(prepared, x, router_logits)
