@@ -3,6 +3,7 @@
 import json
 import sys
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -32,7 +33,8 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
     if case["spoil"] == "order":
         assert order is not None
         order = order.roll(1)
-    with presented(launch):
+    groups = case["groups"] or triton_routing.MAX_GROUPS
+    with presented(launch), mock.patch.object(triton_routing, "MAX_GROUPS", groups):
         routing = triton_routing.route(logits, topk, experts, order, case["sizes"], smallest=case["smallest"])
     reports = [read(one) for one in launches]
     smallest = case["smallest"]

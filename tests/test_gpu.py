@@ -19,6 +19,7 @@ pytestmark = [
 ]
 Layer = tuple[MoeShape, MoeWeights, backends.Backend, Any]
 TOKENS = (1, 7, 29, 37, 64, 199, 333, 1024)
+ROUTED = (1, 2, 7, 8, 9, 16, 17, 32, 33, 64, 256, 1500, 5000, 16384)
 SIZES = [
     make_shape(32, 4, 2880, 2880),
     make_shape(128, 4, 2880, 2880),
@@ -133,7 +134,9 @@ def test_route_is_exact(layer: Layer, tokens: int) -> None:
     assert_routing(triton_ogs.route(prepared, logits), logits, shape, 16)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16, 17, 32, 33, 64, 256, 1500], ids=lambda t: f"T{t}")
+@pytest.mark.parametrize(
+    "tokens", [1, 2, 7, 8, 9, 16, 17, 32, 33, 64, 256, 1500, 5000, 16384], ids=lambda t: f"T{t}"
+)
 def test_decode_route_is_exact(layer: Layer, tokens: int) -> None:
     """As our own matmuls get it: small tiles."""
     shape, _, _, prepared = layer

@@ -22,6 +22,7 @@ class Case:
         expert_map: as in MoeWeights.
         dtype: of the logits.
         smallest, sizes: of the tiles.
+        groups: of blocks of tokens at most, where it is not MAX_GROUPS.
         spoil: what is not as it should be: the experts' "order", or the "smallest" tile.
     """
 
@@ -32,11 +33,12 @@ class Case:
     dtype: str = "bfloat16"
     smallest: int = 16
     sizes: int = 5
+    groups: int | None = None
     spoil: str = ""
 
     def __str__(self) -> str:
         name = f"E{self.global_experts}-k{self.topk}-T{self.tokens}-{self.dtype}"
-        name += f"-tile{self.smallest}"
+        name += f"-tile{self.smallest}" + (f"-groups{self.groups}" if self.groups else "")
         return name + ("-map" if self.expert_map else "") + (f"-spoilt-{self.spoil}" if self.spoil else "")
 
 
@@ -62,6 +64,9 @@ CASES = [
     Case(2, 32, 4, smallest=8, sizes=1),
     Case(37, 128, 4, SOME, smallest=8, sizes=1),
     Case(150, 32, 4, smallest=64, sizes=1),
+    Case(150, 32, 4, groups=4),
+    Case(199, 128, 4, SOME, "float32", groups=3),
+    Case(97, 8, 2, OUT_OF_ORDER, smallest=8, sizes=1, groups=1),
     Case(1, 128, 4, None, "float32"),
     Case(8, 32, 4, None, "float32", smallest=8, sizes=1),
     Case(29, 128, 4, SOME, "float32"),

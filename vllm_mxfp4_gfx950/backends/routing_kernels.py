@@ -84,23 +84,28 @@ def few(
         tl.store(schedule + slots, -1, mask=(slots >= used) & (slots < stride_schedule))
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "groups", "members"])
 def count(
-    Logits, Order, Counts, tokens, experts, local, stride,
+    Logits, Order, Counts, tokens, experts, local, groups, members, stride,
     TOPK: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """How many of a block's tokens chose each column."""
+    """How many of a group's tokens chose each column, and of its blocks before each of them."""
     await_previous(OVERLAP)
     column = tl.arange(0, BLOCK_EXPERTS)
-    block = tl.program_id(0)
-    chosen = _count(Logits, Order, block, tokens, experts, local, stride, TOPK, BLOCK_TOKENS, BLOCK_EXPERTS)
-    tl.store(Counts + block * BLOCK_EXPERTS + column, chosen)
+    group = tl.program_id(0)
+    total = tl.zeros((BLOCK_EXPERTS,), tl.int32)
+    for block in range(group * members, group * members + members):
+        tl.store(Counts + (groups + block) * BLOCK_EXPERTS + column, total)
+        total += _count(
+            Logits, Order, block, tokens, experts, local, stride, TOPK, BLOCK_TOKENS, BLOCK_EXPERTS
+        )
+    tl.store(Counts + group * BLOCK_EXPERTS + column, total)
 
 
-@triton.jit(do_not_specialize=["tokens", "blocks", "stride_schedule"])
+@triton.jit(do_not_specialize=["tokens", "blocks", "groups", "members", "stride_schedule"])
 def place(
     Logits, Order, Counts, Gather, Scatter, Weights, Count, Starts, Schedule,
-    tokens, experts, local, blocks, stride, stride_starts, stride_schedule,
+    tokens, experts, local, blocks, groups, members, stride, stride_starts, stride_schedule,
     TOPK: tl.constexpr, SMALLEST: tl.constexpr, SIZES: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr, BLOCK_COUNTS: tl.constexpr, BLOCK_SCHEDULE: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -126,11 +131,12 @@ def place(
             before += tl.where(block < this, chosen, 0)
     else:
         total = tl.zeros((BLOCK_EXPERTS,), tl.int32)
-        for first in range(0, blocks, BLOCK_COUNTS):
-            block = first + tl.arange(0, BLOCK_COUNTS)[:, None]
-            chosen = tl.load(Counts + block * BLOCK_EXPERTS + column[None, :], mask=block < blocks, other=0)
+        before += tl.load(Counts + (groups + this) * BLOCK_EXPERTS + column)
+        for first in range(0, groups, BLOCK_COUNTS):
+            group = first + tl.arange(0, BLOCK_COUNTS)[:, None]
+            chosen = tl.load(Counts + group * BLOCK_EXPERTS + column[None, :], mask=group < groups, other=0)
             total += tl.sum(chosen, 0)
-            before += tl.sum(tl.where(block < this, chosen, 0), 0)
+            before += tl.sum(tl.where(group < this // members, chosen, 0), 0)
     end = tl.cumsum(total, 0)
     begin, rows = end - total, tl.max(end, 0)
 

@@ -16,7 +16,7 @@ from vllm_mxfp4_gfx950.backends import routing_kernels as kernels
 from vllm_mxfp4_gfx950.backends.triton_package import launch_options
 
 BLOCK_TOKENS = 16
-"""Of a workgroup that shares the work. With more, CDNA spills scalar registers."""
+"""That a workgroup which shares the work takes at once: a block. With more, CDNA spills scalar registers."""
 
 MAX_WARPS = 8
 """Of a workgroup. With fewer than one for each token, CDNA spills scalar registers, too."""
@@ -34,8 +34,12 @@ MIN_PAIRS = 4
 ONE_LAUNCH = 32
 """Tokens up to which each workgroup counts all choices itself, instead of a launch before it."""
 
+MAX_GROUPS = 128
+"""Of blocks, each group counted by one workgroup. Each block is placed by a workgroup of its own, which reads
+the counts of all groups."""
+
 BLOCK_COUNTS = 32
-"""Workgroups whose counts are read together."""
+"""Groups whose counts are read together."""
 
 BLOCK_SCHEDULE = 16
 """Tiles that are written together."""
@@ -128,16 +132,18 @@ def route(
         return routing
     blocks = triton.cdiv(tokens, BLOCK_TOKENS)
     options = launch_options(MAX_WARPS, overlaps) | {"BLOCK_TOKENS": BLOCK_TOKENS}
+    members = triton.cdiv(blocks, MAX_GROUPS)
+    groups = triton.cdiv(blocks, members)
     counts = None
     if tokens > ONE_LAUNCH:
-        counts = torch.empty(blocks, block_experts, **integers)
-        kernels.count[(blocks,)](
-            router_logits, order, counts, tokens, global_experts, experts, strides[0],
+        counts = torch.empty(groups + groups * members, block_experts, **integers)
+        kernels.count[(groups,)](
+            router_logits, order, counts, tokens, global_experts, experts, groups, members, strides[0],
             TOPK=topk, BLOCK_EXPERTS=block_experts, **options,
         )  # fmt: skip
     kernels.place[(blocks,)](
-        router_logits, order, counts, *into, tokens, global_experts, experts, blocks, *strides,
-        BLOCK_COUNTS=BLOCK_COUNTS, BLOCK_SCHEDULE=BLOCK_SCHEDULE, **sizes_of, **options,
+        router_logits, order, counts, *into, tokens, global_experts, experts, blocks, groups, members,
+        *strides, BLOCK_COUNTS=BLOCK_COUNTS, BLOCK_SCHEDULE=BLOCK_SCHEDULE, **sizes_of, **options,
     )  # fmt: skip
     return routing
 
