@@ -190,7 +190,7 @@ def test_other_tritons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton: 
     decode = triton_decode.decode_for("sm90", shape, layouts, scales(124), None)
     assert (decode is not None) == (triton == "3.6.0")
     if decode is not None:
-        assert [tokens for tokens in (1, 128, 129) if decode.serves(tokens)] == [1, 128]
+        assert [tokens for tokens in (1, 256, 257) if decode.serves(tokens)] == [1, 256]
     assert triton_decode.decode_for("gfx950", shape, layouts, scales(124), None) is None
     too_large = triton_decode.decode_for("sm90", shape, layouts, scales(triton_decode.MAX_SCALE + 1), None)
     assert too_large is None
@@ -203,7 +203,7 @@ def test_other_tritons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton: 
         tuning.write(tmp_path / str(bound) / "sm90.json", "sm90", {}, rows)
     decode = triton_decode.decode_for("sm90", shape, layouts, scales(124), None, tmp_path / "16")
     assert (decode and decode.tiles[0].bounds) == {
-        "3.6.0": (1, 2, 4, 8, 16, 32, 64, 128),
+        "3.6.0": (1, 2, 4, 8, 16, 32, 64, 128, 256),
         "3.8.0": (16,),
     }.get(triton)
     decode = triton_decode.decode_for("sm90", shape, layouts, scales(124), None, tmp_path / "0")
