@@ -53,6 +53,9 @@ ROUTINGS = {
 }
 """Tokens and expert_map, for 8 experts and 2 choices."""
 
+GROUPS = 3
+"""Of blocks of tokens at most, so that one group has several."""
+
 SAMPLE = 4
 """Workgroups of each matmul, where only some are executed and compared."""
 
@@ -461,6 +464,7 @@ def main(findings: str) -> None:
     torch.set_num_threads(1)
     # Memory that is allocated and not written holds NaN, or the largest integer.
     torch.use_deterministic_algorithms(True)
+    triton_routing.MAX_GROUPS = GROUPS
 
     layer = Layer(*INPUT_LAYER)
     inputs = {name: layer.serve(**keywords) for name, keywords in INPUTS.items()}

@@ -125,7 +125,7 @@ def poisoned(run: Run, shape: MoeShape, device: str, tokens: int = 6, step: floa
         shape: the layer's.
         device: where it runs.
         tokens: of the batch.
-        step: by how much the other rows may change, relative and absolute; 0 for not in a bit.
+        step: by how much an element of the other rows may change, over their largest; 0 for not in a bit.
 
     Returns:
         by case, "" where the others are what they are without it, and a NaN stays one.
@@ -140,7 +140,8 @@ def poisoned(run: Run, shape: MoeShape, device: str, tokens: int = 6, step: floa
             for part in what.split(" and "):
                 changed[part][2] = value
             out = run(changed["x"], changed["logits"])
-            wrong = int((~out[others].isclose(sound[others], rtol=step, atol=step)).sum())
+            near = out[others].isclose(sound[others], rtol=0, atol=step * float(sound[others].abs().max()))
+            wrong = int((~near).sum())
             found[f"{name} in {what}"] = f"{wrong} elements of other rows differ" if wrong else ""
             if (name, what) == ("nan", "x and logits") and out[2].isfinite().any():
                 found[f"{name} in {what}"] += "the row itself has numbers"

@@ -233,6 +233,11 @@ def test_poisoned_row(planted: dict[str, dict[str, Any]], name: str) -> None:
     assert not any(found.values()), found
 
 
+def nudged(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What a small leak would make."""
+    return out + x.isnan().any() * out[0].abs().max() / 16
+
+
 def poisoned_on_the_cpu(run: plant_preparation.Run) -> dict[str, str]:
     """Within a step of bf16: torch's matmul rounds a row otherwise where its expert gets others beside it."""
     return plant_preparation.poisoned(run, SHAPES[0], "cpu", step=2**-7)
@@ -250,10 +255,11 @@ def test_poisoned_row_on_the_cpu(aiter: None, backend: Any) -> None:
     ("spoil", "case", "text"),
     [
         (lambda out, x: out + x.sum(), "nan in x", "1600 elements of other rows differ"),
+        (nudged, "nan in x", "1600 elements of other rows differ"),
         (lambda out, x: out.nan_to_num(), "nan in x and logits", "the row itself has numbers"),
         (lambda out, x: out[:, :-1], "no tokens", "[0, 319] of no tokens"),
     ],
-    ids=["leak", "swallowed", "shape"],
+    ids=["leak", "nudge", "swallowed", "shape"],
 )
 def test_poisoned_row_notices(spoil: Callable[..., torch.Tensor], case: str, text: str) -> None:
     """Negative control."""

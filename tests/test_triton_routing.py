@@ -65,6 +65,7 @@ CASES = [
     Case(37, 128, 4, SOME, smallest=8, sizes=1),
     Case(150, 32, 4, smallest=64, sizes=1),
     Case(150, 32, 4, groups=4),
+    Case(1100, 8, 2, smallest=8, sizes=1, groups=40),
     Case(199, 128, 4, SOME, "float32", groups=3),
     Case(97, 8, 2, OUT_OF_ORDER, smallest=8, sizes=1, groups=1),
     Case(1, 128, 4, None, "float32"),

@@ -238,7 +238,8 @@ def launch_options(num_warps: int, overlaps: bool) -> dict[str, Any]:
 
     Args:
         num_warps: of a workgroup.
-        overlaps: whether, on Hopper, it begins while the launch before it ends, and waits there.
+        overlaps: whether, on Hopper, it begins while the launch before it runs, and waits there: see
+            `routing_kernels.await_previous`.
     """
     return {"num_warps": num_warps, "OVERLAP": overlaps} | ({"launch_pdl": True} if overlaps else {})
 

@@ -19,7 +19,7 @@ BLOCK_TOKENS = 16
 """That a workgroup which shares the work takes at once: a block. With more, CDNA spills scalar registers."""
 
 MAX_WARPS = 8
-"""Of a workgroup. With fewer than one for each token, CDNA spills scalar registers, too."""
+"""Of a workgroup; one for each token up to there. With fewer, CDNA spills scalar registers, too."""
 
 MIN_COLUMNS = 32
 """Experts, made up ones included. With fewer, Triton 3.6 makes CDNA spill them."""

@@ -29,7 +29,7 @@ ROUTINGS = ("alike", "spread")
 experts, as vLLM makes such weights; or each has experts of its own, once `spread` has changed them."""
 
 SPREAD = ("norm", "embedding", "router")
-"""The last name of the modules whose weights it changes."""
+"""How the names of the modules end whose weights it changes."""
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
