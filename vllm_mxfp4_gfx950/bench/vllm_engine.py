@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from vllm import LLM, SamplingParams
 
-from vllm_mxfp4_gfx950.bench.serve import spread
+from vllm_mxfp4_gfx950.bench.serve import Load, spread
 from vllm_mxfp4_gfx950.errors import brief
 from vllm_mxfp4_gfx950.moe import Mxfp4Error
 
@@ -46,37 +46,44 @@ def run(job: dict[str, Any]) -> None:
     paths = sorted(set().union(*llm.apply_model(moe_paths)))
     check_path(job["engine"], paths)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    vocabulary = llm.llm_engine.model_config.get_vocab_size()
     for routing in job["routings"]:
         if routing == "spread":
             llm.apply_model(spread)
-        for batch, inputs, outputs in job["loads"]:
-            prompts: list[Any] = [
-                {"prompt_token_ids": [(7 * i + j) % vocabulary for j in range(inputs)]} for i in range(batch)
-            ]
-            generate(llm, prompts, outputs)
-            whole, first = [], []
-            for _ in range(job["rounds"]):
-                whole.append(generate(llm, prompts, outputs))
-                first.append(generate(llm, prompts, 1) if outputs > 1 else whole[-1])
-            row = {
-                "engine": job["engine"],
-                "path": paths[0],
-                "device": device,
-                "start_s": started,
-                "routing": routing,
-                "batch": batch,
-                "input": inputs,
-                "output": outputs,
-                "tokens_per_s": [batch * (outputs if outputs > 1 else inputs) / seconds for seconds in whole],
-                "first_token_ms": [1e3 * seconds for seconds in first],
-                "next_token_ms": [
-                    1e3 * (seconds - until) / (outputs - 1)
-                    for seconds, until in zip(whole, first, strict=True)
-                    if outputs > 1
-                ],
-            }
-            print("ROW " + json.dumps(row), flush=True)
+        facts = {
+            "engine": job["engine"],
+            "path": paths[0],
+            "device": device,
+            "start_s": started,
+            "routing": routing,
+        }
+        for load in job["loads"]:
+            print("ROW " + json.dumps(facts | measure(llm, load, job["rounds"])), flush=True)
+
+
+def measure(llm: LLM, load: Load, rounds: int) -> dict[str, Any]:
+    """One load's figures, of each round after one that warms up."""
+    batch, inputs, outputs = load
+    vocabulary = llm.llm_engine.model_config.get_vocab_size()
+    prompts: list[Any] = [
+        {"prompt_token_ids": [(7 * i + j) % vocabulary for j in range(inputs)]} for i in range(batch)
+    ]
+    generate(llm, prompts, outputs)
+    whole, first = [], []
+    for _ in range(rounds):
+        whole.append(generate(llm, prompts, outputs))
+        first.append(generate(llm, prompts, 1) if outputs > 1 else whole[-1])
+    return {
+        "batch": batch,
+        "input": inputs,
+        "output": outputs,
+        "tokens_per_s": [batch * (outputs if outputs > 1 else inputs) / seconds for seconds in whole],
+        "first_token_ms": [1e3 * seconds for seconds in first],
+        "next_token_ms": [
+            1e3 * (seconds - until) / (outputs - 1)
+            for seconds, until in zip(whole, first, strict=True)
+            if outputs > 1
+        ],
+    }
 
 
 def generate(llm: LLM, prompts: list[Any], outputs: int) -> float:
