@@ -1,7 +1,6 @@
 """The small trained GPT-OSS of accuracy/model, and the questions that it is asked."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,11 +12,11 @@ import tiny_checkpoint
 import torch
 import train
 from questions import SKILLS
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from small_model import CHECKPOINT, changed
 
 from vllm_mxfp4_gfx950.mxfp4 import dequantize
 
-CHECKPOINT = Path(train.__file__).parent / "model"
 ASKED_OF_VLLM = 60
 RECORD = json.loads((CHECKPOINT / "scores.json").read_text())
 
@@ -97,17 +96,6 @@ def test_accuracy(skill: str) -> None:
     assert RECORD["accuracy"][skill] > 0.8  # Chance is nil.
 
 
-def broken(directory: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
-    """The model with its experts' tensors changed."""
-    shutil.copytree(CHECKPOINT, directory)
-    tensors = {
-        name: change(name, tensor).contiguous() if ".experts." in name else tensor
-        for name, tensor in load_file(CHECKPOINT / "model.safetensors").items()
-    }
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
-
-
 def shuffle_scales(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The right scales at wrong places."""
     order = torch.randperm(tensor.numel(), generator=torch.Generator().manual_seed(0))
@@ -129,7 +117,7 @@ def test_broken_experts_answer_nothing(
     change: Callable[[str, torch.Tensor], torch.Tensor], tmp_path: Path
 ) -> None:
     """No skill lives beside the experts: none is left where their layout is read wrongly."""
-    model = tiny_checkpoint.transformers_model(broken(tmp_path / "broken", change)).float()
+    model = tiny_checkpoint.transformers_model(changed(tmp_path / "broken", change)).float()
     for skill in SKILLS:
         assert accuracy(model, skill) < 0.02
 

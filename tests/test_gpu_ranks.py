@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import engine
 import pytest
 import questions
 import torch
 from engine import FLAG, OUR_METHOD, Served
-from run_python import ROOT
-from safetensors.torch import load_file, save_file
+from small_model import changed
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
-
-Tensors: TypeAlias = dict[str, torch.Tensor]
 
 SERVED: dict[str, Any] = {
     "dtype": "bfloat16",
@@ -44,36 +40,28 @@ NEARNESS = 0.005
 """Mean difference of the likeliest token's logprob, which rounding to bf16 at other places may make."""
 
 
-def changed(directory: Path, change: Callable[[Tensors], Tensors], **config: Any) -> Path:
-    """The small trained model with other tensors in its experts."""
-    shutil.copytree(ROOT / "accuracy/model", directory)
-    file = directory / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | config))
-    tensors = load_file(directory / "model.safetensors")
-    save_file(change(tensors), directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
-
-
-def widen(tensors: Tensors) -> Tensors:
+def widen(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The same function of more channels: each block of 32 WIDER times, and w2's so much smaller."""
-    new = dict(tensors)
-    for name, tensor in tensors.items():
-        if ".gate_up_proj_" in name:
-            pairs = tensor.unflatten(1, (-1, 64)).repeat_interleave(WIDER, 1)
-            new[name] = pairs.flatten(1, 2)
-        elif ".down_proj_blocks" in name:
-            new[name] = tensor.repeat_interleave(WIDER, 2)
-        elif ".down_proj_scales" in name:
-            new[name] = tensor.repeat_interleave(WIDER, 2) - (WIDER.bit_length() - 1)
-    return new
+    if "gate_up_proj_" in name:
+        return tensor.unflatten(1, (-1, 64)).repeat_interleave(WIDER, 1).flatten(1, 2)
+    if name.endswith("down_proj_blocks"):
+        return tensor.repeat_interleave(WIDER, 2)
+    if name.endswith("down_proj_scales"):
+        return tensor.repeat_interleave(WIDER, 2) - (WIDER.bit_length() - 1)
+    return tensor
 
 
-def double_bias(tensors: Tensors) -> Tensors:
+def double_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """What two ranks compute that both add w2's bias."""
-    return {
-        name: 2 * tensor if name.endswith("down_proj_bias") else tensor
-        for name, tensor in widen(tensors).items()
-    }
+    return widen(name, tensor) * (2 if name.endswith("down_proj_bias") else 1)
+
+
+def write(directory: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
+    """The small trained model with wider experts."""
+    file = changed(directory, change) / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"intermediate_size": WIDER * content["intermediate_size"]}))
+    return directory
 
 
 def answers(checkpoint: Path, path: str, **arguments: Any) -> Served:
@@ -92,7 +80,7 @@ def answers(checkpoint: Path, path: str, **arguments: Any) -> Served:
 @pytest.fixture(scope="module", name="checkpoint")
 def fixture_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its experts are wide enough for two GPUs."""
-    return changed(tmp_path_factory.mktemp("ranks") / "model", widen, intermediate_size=128 * WIDER)
+    return write(tmp_path_factory.mktemp("ranks") / "model", widen)
 
 
 @functools.cache
@@ -133,5 +121,5 @@ def test_two_gpus_answer_as_one(checkpoint: Path, path: str, expert_parallel: bo
 
 def test_a_bias_twice_is_seen(checkpoint: Path, tmp_path: Path) -> None:
     """Negative control."""
-    wrong = changed(tmp_path / "model", double_bias, intermediate_size=128 * WIDER)
+    wrong = write(tmp_path / "model", double_bias)
     assert not is_near(alone(checkpoint, "ours"), answers(wrong, "ours"))
