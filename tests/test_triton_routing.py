@@ -123,3 +123,19 @@ def test_route(pair: tuple[str, str], case: Case) -> None:
 def test_every_triton(pair: tuple[str, str], case: Case) -> None:
     """The same with every Triton."""
     assert_right(pair, case)
+
+
+@pytest.mark.compile
+def test_other_logits() -> None:
+    """An fp16 would lose the bits that a bf16 leaves to the expert, so it does not compile."""
+    route = "triton_routing.route(torch.zeros({}, 8, dtype=torch.{}), 2, 8, None, 1)"
+    script = (
+        "import torch; from vllm_mxfp4_gfx950.backends import triton_routing\n"
+        "from vllm_mxfp4_gfx950.gfx950.driver import presented\n"
+        f"with presented(lambda _: None): {route}"
+    )
+    for tokens in (3, 40):
+        sound = run_python(["-c", script.format(tokens, "bfloat16")], path=paths_of(*IN_CI[0]))
+        assert sound.returncode == 0, sound.stderr
+        refused = run_python(["-c", script.format(tokens, "float16")], path=paths_of(*IN_CI[0]))
+        assert "static_assert(Logits.dtype.element_ty == tl.bfloat16)" in refused.stderr
