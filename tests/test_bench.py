@@ -24,8 +24,9 @@ from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.bench import layer, report, serve, vllm_layers
 from vllm_mxfp4_gfx950.bench.layer import Layer
 from vllm_mxfp4_gfx950.commands import bench
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.models import layer_shape
-from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, Mxfp4Error
+from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.settings import TABLES_VAR
 

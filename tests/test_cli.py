@@ -9,7 +9,7 @@ from run_python import ROOT, run_python
 
 from vllm_mxfp4_gfx950 import cli, commands
 from vllm_mxfp4_gfx950.commands import doctor
-from vllm_mxfp4_gfx950.moe import Mxfp4Error
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
 
 
 def test_every_command_is_named() -> None:

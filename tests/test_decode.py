@@ -10,7 +10,7 @@ from subprocess import CompletedProcess
 
 import pytest
 import torch
-from run_python import ROOT, run_python
+from run_python import ROOT, SUPPORT, run_python
 from test_triton_routing import launches
 from test_verification import EVERY, IN_CI, TRITONS, ids, paths_of
 
@@ -67,7 +67,7 @@ CASES = [
 def emulated(triton: str, kernels: str) -> CompletedProcess[str]:
     """Execute the cases in a process that has this Triton and these kernels."""
     paths = paths_of(triton, kernels)
-    script, cases = ROOT / "tests/emulate_decode.py", json.dumps([asdict(case) for case in CASES])
+    script, cases = SUPPORT / "emulate_decode.py", json.dumps([asdict(case) for case in CASES])
     return run_python([str(script)], path=paths, stdin=cases, timeout=900)
 
 
@@ -157,7 +157,7 @@ def test_tiles_of_the_table() -> None:
     table = json.loads((ROOT / "vllm_mxfp4_gfx950/tables/sm90.json").read_text())
     tiles = sorted({(tuple(row[8:]), row[2] == "w13") for row in table["rows"] if row[0] == "decode"})
     result = run_python(
-        [str(ROOT / "tests/compile_decode.py")], path=[triton], stdin=json.dumps(tiles), timeout=300
+        [str(SUPPORT / "compile_decode.py")], path=[triton], stdin=json.dumps(tiles), timeout=300
     )
     assert result.returncode == 0, result.stderr
     made = json.loads(result.stdout)
@@ -173,7 +173,7 @@ def test_tiles_of_the_table() -> None:
 @pytest.mark.parametrize("triton", ["3.5.1", "3.6.0", "3.8.0"])
 def test_other_tritons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton: str) -> None:
     """Tiles serve with the release that they were timed with, and no other."""
-    from vllm_mxfp4_gfx950.backends import triton_decode
+    from vllm_mxfp4_gfx950.backends.triton import own as triton_decode
 
     class HopperMXValueLayout:
         pass

@@ -200,7 +200,7 @@ def test_which_path_without_the_plugin(checkpoints: dict[str, Path]) -> None:
     """The same with the flag right and the plugin shut out."""
     code = "import engine, pathlib, sys; print(engine.create_config(pathlib.Path(sys.argv[1]), sys.argv[2]))"
     arguments = ["-c", code, str(checkpoints[COMPILED]), FLAG]
-    result = run_python(arguments, path=[Path(__file__).parent], VLLM_PLUGINS="", VLLM_LOGGING_LEVEL="ERROR")
+    result = run_python(arguments, VLLM_PLUGINS="", VLLM_LOGGING_LEVEL="ERROR")
     assert result.stdout.split()[-1:] == [BUILT_IN_CONFIG], result.stderr
 
 

@@ -12,7 +12,7 @@ import pytest
 import tiny_checkpoint
 import torch
 from engine import FLAG, OUR_METHOD, Served
-from run_python import run_python
+from run_python import SUPPORT, run_python
 from test_verification import OF_BACKEND, paths_of
 from tiny_checkpoint import TinyGptOss
 
@@ -99,7 +99,7 @@ def fixture_serve(
 
     def run(kernel: str, self_check: str = "first", **environment: str) -> Emulated:
         answers = tmp_path_factory.mktemp("emulated") / "answers.json"
-        script = str(Path(__file__).with_name("serve_emulated.py"))
+        script = str(SUPPORT / "serve_emulated.py")
         command = [script, str(checkpoint), json.dumps(prompts), str(TOKENS), kernel, str(answers)]
         environment["VLLM_MXFP4_SELF_CHECK"] = self_check
         result = run_python(command, path=path, timeout=600, **environment)

@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 
 from vllm_mxfp4_gfx950 import cli
 from vllm_mxfp4_gfx950.commands.eval import Measured
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.evaluation.compare import Position, divergence, kl, paired
 from vllm_mxfp4_gfx950.evaluation.measure import Question, Tasks, ask, choose_endpoint
 from vllm_mxfp4_gfx950.evaluation.side import (
@@ -43,7 +44,6 @@ from vllm_mxfp4_gfx950.evaluation.side import (
     stop,
     wait_until_healthy,
 )
-from vllm_mxfp4_gfx950.moe import Mxfp4Error
 
 
 def outcomes(both: int, lost: int, won: int, neither: int) -> tuple[list[bool], list[bool]]:

@@ -26,7 +26,7 @@ from tiny_checkpoint import TinyGptOss
 
 from vllm_mxfp4_gfx950 import backends, self_check
 from vllm_mxfp4_gfx950.backends import ck, reference
-from vllm_mxfp4_gfx950.moe import Mxfp4Error
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tolerance import assert_rows_close
@@ -206,7 +206,7 @@ def test_changed_call_of_aiter(aiter: None, monkeypatch: pytest.MonkeyPatch) -> 
 @NEEDS_GPU
 def test_no_memory_on_a_gpu() -> None:
     """There is room for the layer, and none to prepare it; with more, it is prepared."""
-    vllm_plugin = pytest.importorskip("vllm_mxfp4_gfx950.vllm_plugin")
+    serving = pytest.importorskip("vllm_mxfp4_gfx950.serving")
     shape = ON_GPU[1]
     arch = backends.arch_of(torch.device("cuda"))
     weights = random_weights(shape, 0, "cuda")
@@ -215,10 +215,10 @@ def test_no_memory_on_a_gpu() -> None:
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**24) / total)
     try:
         with pytest.raises(Mxfp4Error, match="the GPU's free memory must be enough to prepare"):
-            vllm_plugin.Choice(shape, arch, Settings()).prepare(weights, "layers.0")
+            serving.Choice(shape, arch, Settings()).prepare(weights, "layers.0")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    vllm_plugin.Choice(shape, arch, Settings()).prepare(weights, "layers.0")
+    serving.Choice(shape, arch, Settings()).prepare(weights, "layers.0")
 
 
 # --- activations that are not finite, and none at all -----------------------------------------------

@@ -219,14 +219,14 @@ def fixture_load(checkpoint: Path) -> Iterator[Load]:
         from vllm.model_executor.model_loader import get_model_loader
         from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 
-        from vllm_mxfp4_gfx950 import vllm_plugin
+        from vllm_mxfp4_gfx950 import checkpoint
 
         def create_config() -> Any:
             arguments = {"dtype": "float32", "max_model_len": 256, "use_tqdm_on_load": False}
             return EngineArgs(str(checkpoint), quantization=engine.FLAG, **arguments).create_engine_config()
 
         def load() -> None:
-            vllm_plugin.check_files.cache_clear()
+            checkpoint.check_files.cache_clear()
             config = create_config()
             with set_current_vllm_config(config):
                 model = initialize_model(config)

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from vllm_mxfp4_gfx950 import backends, settings
-from vllm_mxfp4_gfx950.backends import reference, triton_decode, triton_ogs, triton_routing
-from vllm_mxfp4_gfx950.backends.triton_routing import Routing
+from vllm_mxfp4_gfx950.backends import reference
+from vllm_mxfp4_gfx950.backends.triton import matmul_ogs as triton_ogs
+from vllm_mxfp4_gfx950.backends.triton import own as triton_decode
+from vllm_mxfp4_gfx950.backends.triton import routing as triton_routing
+from vllm_mxfp4_gfx950.backends.triton.routing import Routing
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.tolerance import assert_rows_close

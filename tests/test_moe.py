@@ -9,14 +9,8 @@ import pytest
 import torch
 
 from vllm_mxfp4_gfx950.backends import reference
-from vllm_mxfp4_gfx950.moe import (
-    MoeShape,
-    Mxfp4Error,
-    check_tensor,
-    check_weights,
-    pad_intermediate,
-    tensor_shapes,
-)
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
+from vllm_mxfp4_gfx950.moe import MoeShape, check_tensor, check_weights, pad_intermediate, tensor_shapes
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 
 GPT_OSS_20B: dict[str, Any] = {

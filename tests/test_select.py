@@ -15,7 +15,8 @@ import pytest
 import torch
 from run_python import run_python
 
-from vllm_mxfp4_gfx950.backends import triton_matmul, triton_ogs
+from vllm_mxfp4_gfx950.backends.triton import matmul as triton_matmul
+from vllm_mxfp4_gfx950.backends.triton import matmul_ogs as triton_ogs
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ BACKENDS = ("auto", "triton", "ck", "reference")
 ASK = """
 import json, sys
 from vllm_mxfp4_gfx950.backends import select
-from vllm_mxfp4_gfx950.moe import MoeShape, Mxfp4Error
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
+from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.settings import Settings
 
 for case in json.loads(sys.argv[1]):

@@ -14,7 +14,8 @@ import torch
 
 from vllm_mxfp4_gfx950 import backends, self_check
 from vllm_mxfp4_gfx950.backends import reference
-from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, Mxfp4Error
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
+from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.mxfp4 import dequantize
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_weights
 from vllm_mxfp4_gfx950.settings import Settings
@@ -180,7 +181,7 @@ def test_without_decode(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) ->
 @pytest.mark.parametrize(("when", "times"), [("first", 1), ("all", 3), ("off", 0)])
 def test_which_layers(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights, when: str, times: int) -> None:
     """The first layer, each one or none; what replaced a wrong backend stays for the layers behind."""
-    vllm_plugin = pytest.importorskip("vllm_mxfp4_gfx950.vllm_plugin")
+    serving = pytest.importorskip("vllm_mxfp4_gfx950.serving")
     choose_from(monkeypatch, BROKEN["swapped"][0], backend("good"))
     checks: list[str] = []
     check = self_check.check
@@ -190,7 +191,7 @@ def test_which_layers(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights, when
         return check(some, *arguments)
 
     monkeypatch.setattr(self_check, "check", counted)
-    choice = vllm_plugin.Choice(SHAPE, "gfx950", Settings(self_check=when))
+    choice = serving.Choice(SHAPE, "gfx950", Settings(self_check=when))
     served = [choice.prepare(weights, f"layers.{i}")[0].NAME for i in range(3)]
     assert served == (["bad"] * 3 if when == "off" else ["good"] * 3)
     assert checks == (["bad"] if times else []) + ["good"] * times
@@ -198,10 +199,10 @@ def test_which_layers(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights, when
 
 def test_layer_without_decode_kernels(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
     """Where a backend serves without them, a layer that never had any serves as it is."""
-    vllm_plugin = pytest.importorskip("vllm_mxfp4_gfx950.vllm_plugin")
+    serving = pytest.importorskip("vllm_mxfp4_gfx950.serving")
     some = backend("some")
     choose_from(monkeypatch, some)
-    choice = vllm_plugin.Choice(SHAPE, "gfx950", Settings(self_check="off"))
+    choice = serving.Choice(SHAPE, "gfx950", Settings(self_check="off"))
     choice.narrow = True
     assert choice.prepare(weights, "layers.0") == (some, (weights, SHAPE))
 
@@ -259,7 +260,7 @@ def test_quiet_layer(weights: MoeWeights) -> None:
 
 def test_later_layer(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
     """Where one cannot be prepared, loading ends: it is not skipped, nor given to another backend."""
-    vllm_plugin = pytest.importorskip("vllm_mxfp4_gfx950.vllm_plugin")
+    serving = pytest.importorskip("vllm_mxfp4_gfx950.serving")
     prepared: list[MoeWeights] = []
 
     def prepare(weights: MoeWeights, shape: MoeShape, *_: Any) -> Any:
@@ -267,7 +268,7 @@ def test_later_layer(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> No
         return raises() if len(prepared) == 3 else reference.prepare(weights, shape)
 
     choose_from(monkeypatch, backend("some", prepare=prepare), backend("good"))
-    choice = vllm_plugin.Choice(SHAPE, "gfx950", Settings())
+    choice = serving.Choice(SHAPE, "gfx950", Settings())
     for layer in range(2):
         assert choice.prepare(weights, f"layers.{layer}")[0].NAME == "some"
     with pytest.raises(RuntimeError, match="out of resource"):
@@ -277,7 +278,7 @@ def test_later_layer(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> No
 
 def test_no_memory(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
     """It ends loading with what to do, checked or not, and no slower backend serves for it."""
-    vllm_plugin = pytest.importorskip("vllm_mxfp4_gfx950.vllm_plugin")
+    serving = pytest.importorskip("vllm_mxfp4_gfx950.serving")
 
     def exhausted(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.58 GiB.\nMore of that.")
@@ -293,7 +294,7 @@ def test_no_memory(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None
         ("off", backend("bad", prepare=exhausted)),
     ):
         choose_from(monkeypatch, bad, backend("good"))
-        choice = vllm_plugin.Choice(SHAPE, "gfx950", Settings(self_check=when))
+        choice = serving.Choice(SHAPE, "gfx950", Settings(self_check=when))
         with pytest.raises(Mxfp4Error, match=f"^{re.escape(text)}$"):
             choice.prepare(weights, "layers.0")
         assert choice.selection.backend is bad

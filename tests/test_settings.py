@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_mxfp4_gfx950.moe import Mxfp4Error
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.settings import Settings, from_environment
 
 

@@ -10,7 +10,10 @@ import pytest
 import torch
 from interpreter import BROKEN, LAYERS, RANKS, TILED, UNPADDED, Case, check_layout, outcomes
 
-from vllm_mxfp4_gfx950.backends import reference, triton_matmul, triton_package, triton_routing
+from vllm_mxfp4_gfx950.backends import reference
+from vllm_mxfp4_gfx950.backends.triton import matmul as triton_matmul
+from vllm_mxfp4_gfx950.backends.triton import package as triton_package
+from vllm_mxfp4_gfx950.backends.triton import routing as triton_routing
 from vllm_mxfp4_gfx950.random_layer import make_shape
 from vllm_mxfp4_gfx950.tolerance import assert_rows_close
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from interpreter import BROKEN, LAYERS, RANKS, TILED, UNPADDED, Case, check_layout, outcomes
 
-from vllm_mxfp4_gfx950.backends import reference, triton_ogs, triton_package
+from vllm_mxfp4_gfx950.backends import reference
+from vllm_mxfp4_gfx950.backends.triton import matmul_ogs as triton_ogs
+from vllm_mxfp4_gfx950.backends.triton import package as triton_package
 from vllm_mxfp4_gfx950.random_layer import make_shape
 from vllm_mxfp4_gfx950.tolerance import assert_rows_close
 

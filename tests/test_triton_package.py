@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_mxfp4_gfx950.backends import triton_package
+from vllm_mxfp4_gfx950.backends.triton import package as triton_package
 
 NEEDS = {"matmul_ogs": ("matmul_ogs", "FlexCtx"), "topk": ("topk",)}
 GENUINE = {

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from subprocess import CompletedProcess
 
 import pytest
-from run_python import ROOT, run_python
+from run_python import SUPPORT, run_python
 from test_verification import EVERY, IN_CI, ids, paths_of
 
 
@@ -94,7 +94,7 @@ def launches(tokens: int, topk: int, dtype: str) -> list[str]:
 @functools.cache
 def emulated(triton: str, kernels: str) -> CompletedProcess[str]:
     """Execute the cases in a process that has this Triton."""
-    script, cases = ROOT / "tests/emulate_routing.py", json.dumps([asdict(case) for case in CASES])
+    script, cases = SUPPORT / "emulate_routing.py", json.dumps([asdict(case) for case in CASES])
     return run_python([str(script)], path=paths_of(triton, kernels), stdin=cases, timeout=600)
 
 
@@ -130,7 +130,7 @@ def test_other_logits() -> None:
     """An fp16 would lose the bits that a bf16 leaves to the expert, so it does not compile."""
     route = "triton_routing.route(torch.zeros({}, 8, dtype=torch.{}), 2, 8, None, 1)"
     script = (
-        "import torch; from vllm_mxfp4_gfx950.backends import triton_routing\n"
+        "import torch; from vllm_mxfp4_gfx950.backends.triton import routing as triton_routing\n"
         "from vllm_mxfp4_gfx950.gfx950.driver import presented\n"
         f"with presented(lambda _: None): {route}"
     )

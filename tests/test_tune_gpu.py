@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 import torch
-from run_python import ROOT, run_python
+from run_python import ROOT, SUPPORT, run_python
 from test_verification import EVERY, PACKAGES, TRITONS, ids, paths_of
 
 from vllm_mxfp4_gfx950 import backends, cli, tuning
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.commands import tune
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, TOKENS, layer_shape
-from vllm_mxfp4_gfx950.moe import Mxfp4Error
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens
 from vllm_mxfp4_gfx950.tolerance import assert_rows_close
 from vllm_mxfp4_gfx950.tuning import Gemm, Ladder, TileConfig, encode, gemms
@@ -35,8 +35,8 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 @functools.cache
 def emulated(directory: Path, triton: str, kernels: str) -> dict[str, Any]:
-    """What tests/emulate_tune.py found with a Triton and its kernels."""
-    script = str(ROOT / "tests/emulate_tune.py")
+    """What emulate_tune.py found with a Triton and its kernels."""
+    script = str(SUPPORT / "emulate_tune.py")
     result = run_python([script, str(directory)], path=paths_of(triton, kernels), timeout=900)
     assert result.returncode == 0, result.stderr
     found: dict[str, Any] = json.loads(result.stdout)
@@ -130,7 +130,7 @@ def compiled_for_hopper(tiles: list[TileConfig]) -> dict[str, Any]:
     for path in paths:
         if not path.is_dir():
             pytest.skip(f"needs {path.relative_to(ROOT)}: make test-emulated")
-    script = str(ROOT / "tests/compile_hopper_matmul.py")
+    script = str(SUPPORT / "compile_hopper_matmul.py")
     stdin = json.dumps([astuple(tile) for tile in tiles])
     result = run_python([script], path=paths, stdin=stdin, timeout=600)
     assert result.returncode == 0, result.stderr

@@ -13,10 +13,10 @@ import pytest
 from run_python import ROOT
 
 from vllm_mxfp4_gfx950 import backends, tuning
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.gfx950 import ranking
 from vllm_mxfp4_gfx950.gfx950.ranking import MAX_OVERREAD, WEIGHT_BOUND_TOKENS, expected_tiles
 from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, layer_shape
-from vllm_mxfp4_gfx950.moe import Mxfp4Error
 from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tuning import Gemm, Ladder, TileConfig, decode, encode, gemms, ladder
 

@@ -116,9 +116,9 @@ def paths_of(triton: str, kernels: str) -> list[Path]:
 @functools.cache
 def emulated(triton: str, kernels: str, cases: tuple[Case, ...]) -> CompletedProcess[str]:
     """Execute cases in a process that has this Triton and these kernels."""
-    paths = [*paths_of(triton, kernels), ROOT / "tests"]
+    paths = paths_of(triton, kernels)
     return run_python(
-        [str(ROOT / "tests/emulate_layers.py")],
+        [str(ROOT / "tests/support/emulate_layers.py")],
         path=paths,
         stdin=json.dumps([asdict(case) for case in cases]),
         timeout=3600,

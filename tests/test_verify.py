@@ -59,9 +59,9 @@ def test_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new", "complaint"),
     [
-        pytest.param("triton_ogs.py", "(shape.alpha, ", "(1.0, ", "w13 +[0-9/]+ .*FAIL row", id="alpha"),
+        pytest.param("matmul_ogs.py", "(shape.alpha, ", "(1.0, ", "w13 +[0-9/]+ .*FAIL row", id="alpha"),
         pytest.param(
-            "triton_package.py",
+            "package.py",
             "return torch.nn.functional.pad(scales, (0, -groups % SCALE_GROUPS, 0, -rows % SCALE_ROWS))",
             "return torch.nn.functional.pad(scales, (0, -groups % SCALE_GROUPS, 0, -rows % 32))",
             "FAIL _matmul.*, line [0-9]+: \\w+_load_.*: reads [0-9]+ bytes at .* bytes into ",
@@ -72,7 +72,7 @@ def test_json(tmp_path: Path) -> None:
 def test_wrong(tmp_path: Path, file: str, old: str, new: str, complaint: str) -> None:
     """A package that computes something else, or reads what is not its own, makes the command fail."""
     shutil.copytree(ROOT / "vllm_mxfp4_gfx950", tmp_path / "vllm_mxfp4_gfx950")
-    edited = tmp_path / "vllm_mxfp4_gfx950/backends" / file
+    edited = tmp_path / "vllm_mxfp4_gfx950/backends/triton" / file
     assert edited.read_text().count(old) == 1
     edited.write_text(edited.read_text().replace(old, new))
     result = verify(tmp_path, "--tokens", "3", ours=tmp_path)

@@ -6,10 +6,10 @@ import engine  # noqa: F401  (puts the demo on sys.path)
 import pytest
 import tiny_checkpoint
 import torch
-from run_python import run_python
+from run_python import SUPPORT, run_python
 from tiny_checkpoint import TinyGptOss
 
-SCRIPT = Path(__file__).with_name("load_in_vllm.py")
+SCRIPT = SUPPORT / "load_in_vllm.py"
 
 
 @pytest.mark.engine

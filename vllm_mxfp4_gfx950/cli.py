@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
+
 COMMANDS = {
     "doctor": "say what is installed, what GPT-OSS needs of it, and which backend would serve it",
     "compile": "compile a model's kernels for gfx950, without a GPU, and show what each takes",
@@ -39,8 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         exit_code: int = command.run(args)
     except ValueError as error:
-        from vllm_mxfp4_gfx950.moe import Mxfp4Error
-
         if not isinstance(error, Mxfp4Error):
             raise
         print(f"vllm-mxfp4 {arguments[0]}: {error}", file=sys.stderr)

@@ -1,4 +1,13 @@
-"""An exception in one line, for a log or a table. Imports nothing, as torch may be what is broken."""
+"""What is wrong, in a line. Imports nothing, as torch may be what is broken."""
+
+from __future__ import annotations
+
+
+class Mxfp4Error(ValueError):
+    """Input that cannot be served. Reads: `{name} must be {rule}; got {value}. {fix}.`"""
+
+    def __init__(self, name: str, rule: str, value: object, fix: str) -> None:
+        super().__init__(f"{name} must be {rule}; got {value}. {fix}.")
 
 
 def brief(error: Exception) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_mxfp4_gfx950.moe import MoeShape, Mxfp4Error, whole_layer
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
+from vllm_mxfp4_gfx950.moe import MoeShape, whole_layer
 from vllm_mxfp4_gfx950.mxfp4 import BLOCK
 
 GPT_OSS: dict[str, dict[str, Any]] = {

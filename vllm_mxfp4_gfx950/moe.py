@@ -8,18 +8,12 @@ from typing import Any
 
 import torch
 
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.mxfp4 import BLOCK, SCALE_NAN
 
 MAX_EXPERTS = 2**12
 MAX_WIDTH = 2**16
 """Larger is a mistake in a config.json, and no reason to ask for that much memory."""
-
-
-class Mxfp4Error(ValueError):
-    """Input that cannot be served. Reads: `{name} must be {rule}; got {value}. {fix}.`"""
-
-    def __init__(self, name: str, rule: str, value: object, fix: str) -> None:
-        super().__init__(f"{name} must be {rule}; got {value}. {fix}.")
 
 
 @dataclass(frozen=True)

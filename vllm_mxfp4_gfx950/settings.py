@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_mxfp4_gfx950.moe import Mxfp4Error
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
+
+FLAG = "mxfp4-triton"
+"""The value of vLLM's `--quantization`."""
 
 BACKEND_VAR = "VLLM_MXFP4_BACKEND"
 STRICT_VAR = "VLLM_MXFP4_STRICT"

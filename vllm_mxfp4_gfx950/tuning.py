@@ -19,7 +19,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from vllm_mxfp4_gfx950.moe import MoeShape, Mxfp4Error
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
+from vllm_mxfp4_gfx950.moe import MoeShape
 
 # Loggers below `vllm` print where vLLM's own do.
 logger = logging.getLogger("vllm.mxfp4_triton.tuning")
@@ -43,7 +44,7 @@ BOUNDS: dict[str, range | tuple[int, ...]] = {
     # No more, as the self-check runs a batch of each rung's first number through float64.
     "tokens": range(2**14 + 1),
     "block_m": (8, 16, 32, 64, 128, 256),
-    # No larger, as scales are padded so far: see triton_package.SCALE_ROWS.
+    # No larger, as scales are padded so far: see package.SCALE_ROWS.
     "block_n": (16, 32, 64, 128, 256, 512),
     "block_k": (32, 64, 128, 256),
     "split_k": range(1, 9),

@@ -11,8 +11,10 @@ from typing import Any, Protocol
 import torch
 
 from vllm_mxfp4_gfx950 import tuning
-from vllm_mxfp4_gfx950.backends import ck, reference, triton_matmul, triton_ogs
-from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, Mxfp4Error
+from vllm_mxfp4_gfx950.backends import ck, reference
+from vllm_mxfp4_gfx950.backends.triton import matmul, matmul_ogs
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
+from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.settings import BACKEND_VAR, STRICT_VAR, Settings
 
 
@@ -44,7 +46,7 @@ class Backend(Protocol):
 
 
 FAMILIES: dict[str, tuple[Backend, ...]] = {
-    "triton": (triton_ogs, triton_matmul),
+    "triton": (matmul_ogs, matmul),
     "ck": (ck,),
     "reference": (reference,),
 }

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vllm_mxfp4_gfx950.moe import Mxfp4Error
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
 
 SUFFIXES = (".png", ".svg")
 COLORS = {"ours": "C0", "TRITON": "C1", "MARLIN": "C2"}

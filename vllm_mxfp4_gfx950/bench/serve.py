@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.models import GPT_OSS
-from vllm_mxfp4_gfx950.moe import Mxfp4Error
 
 LAYERS = {"gpt-oss-20b": 24, "gpt-oss-120b": 36}
 

@@ -17,8 +17,7 @@ import torch
 from vllm import LLM, SamplingParams
 
 from vllm_mxfp4_gfx950.bench.serve import Load, spread
-from vllm_mxfp4_gfx950.errors import brief
-from vllm_mxfp4_gfx950.moe import Mxfp4Error
+from vllm_mxfp4_gfx950.errors import Mxfp4Error, brief
 
 OURS = "Mxfp4TritonMoEMethod"
 BUILT_IN = "GptOssMxfp4MoEMethod"

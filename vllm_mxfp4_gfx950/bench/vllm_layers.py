@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
-from vllm_mxfp4_gfx950.backends import triton_package
+from vllm_mxfp4_gfx950.backends.triton import package
 from vllm_mxfp4_gfx950.bench.layer import Builder, Layer
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 
@@ -22,7 +22,7 @@ def triton(weights: MoeWeights, shape: MoeShape) -> Layer:
     )
     from vllm.model_executor.layers.quantization.utils.mxfp4_utils import _swizzle_mxfp4
 
-    ogs = triton_package.load("matmul_ogs")
+    ogs = package.load("matmul_ogs")
     tensors, scales = [], []
     for blocks, block_scales in ((weights.w13, weights.w13_scale), (weights.w2, weights.w2_scale)):
         values, flex, swizzled = _swizzle_mxfp4(blocks, block_scales)

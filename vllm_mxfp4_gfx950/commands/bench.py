@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_mxfp4_gfx950.bench import report, serve
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.models import GPT_OSS, TOKENS, layer_shape
-from vllm_mxfp4_gfx950.moe import Mxfp4Error
 
 if TYPE_CHECKING:
     from vllm_mxfp4_gfx950.bench.layer import Row

@@ -9,8 +9,8 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.models import TOKENS, add_shape_arguments, layer_shape
-from vllm_mxfp4_gfx950.moe import Mxfp4Error
 
 if TYPE_CHECKING:
     from vllm_mxfp4_gfx950.gfx950.layer import CompiledMatmul

@@ -172,8 +172,8 @@ def check_backends(arch: str | None) -> list[Check]:
     import torch
 
     from vllm_mxfp4_gfx950 import backends, settings
+    from vllm_mxfp4_gfx950.errors import Mxfp4Error
     from vllm_mxfp4_gfx950.models import GPT_OSS, layer_shape
-    from vllm_mxfp4_gfx950.moe import Mxfp4Error
 
     if arch is None and not torch.cuda.is_available() and (torch.version.hip or torch.version.cuda):
         fix = "Give the container the GPU (/dev/kfd and /dev/dri on ROCm), or ask with --arch"

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.evaluation import report
 from vllm_mxfp4_gfx950.evaluation.compare import LEVEL, Difference, Position, divergence, paired
 from vllm_mxfp4_gfx950.evaluation.measure import Question, Tasks, ask, choose_endpoint, read
 from vllm_mxfp4_gfx950.evaluation.side import RESULT, Side, describe, digest, identity, parse, serving
-from vllm_mxfp4_gfx950.moe import Mxfp4Error
 
 ROLES = ("tested", "baseline")
 REQUIRED = ("lm_eval", "scipy", "matplotlib", "tqdm", "requests")

@@ -25,10 +25,10 @@ import torch
 from vllm_mxfp4_gfx950 import backends, tuning
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.commands.compile import progress
-from vllm_mxfp4_gfx950.errors import brief
+from vllm_mxfp4_gfx950.errors import Mxfp4Error, brief
 from vllm_mxfp4_gfx950.gfx950 import ranking
 from vllm_mxfp4_gfx950.models import TOKENS, add_shape_arguments, layer_shape
-from vllm_mxfp4_gfx950.moe import MoeShape, Mxfp4Error
+from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights
 from vllm_mxfp4_gfx950.settings import TABLES_VAR, Settings
 from vllm_mxfp4_gfx950.timing import Calls

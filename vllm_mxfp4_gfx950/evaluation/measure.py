@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.evaluation.compare import Position
 from vllm_mxfp4_gfx950.evaluation.side import Server, digest, post
-from vllm_mxfp4_gfx950.moe import Mxfp4Error
 
 METRICS = ("exact_match", "acc")
 """Metrics that are right or wrong for each question; a task's first of these counts."""

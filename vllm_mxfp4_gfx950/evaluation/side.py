@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from vllm_mxfp4_gfx950 import settings
-from vllm_mxfp4_gfx950.moe import Mxfp4Error
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
 
 RESULT = "result.json"
 """In the directory of a side that was measured whole."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, TOKENS, layer_shape
-from vllm_mxfp4_gfx950.moe import Mxfp4Error
 from vllm_mxfp4_gfx950.tuning import Gemm, Ladder, TileConfig, encode, gemms, read, write
 
 if TYPE_CHECKING:

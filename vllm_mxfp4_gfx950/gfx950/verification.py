@@ -17,7 +17,7 @@ import torch
 
 from vllm_mxfp4_gfx950 import backends
 from vllm_mxfp4_gfx950.backends import reference
-from vllm_mxfp4_gfx950.backends.triton_package import Choices
+from vllm_mxfp4_gfx950.backends.triton.package import Choices
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH, Launch, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import Counts, execute
 from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault

@@ -17,9 +17,9 @@ from typing import Any, TypeAlias
 import torch
 import triton
 
-from vllm_mxfp4_gfx950.backends import decode_kernels as kernels
-from vllm_mxfp4_gfx950.backends import triton_routing
-from vllm_mxfp4_gfx950.backends.triton_package import CDNA4_SCALE_LAYOUTS, hopper_registers, launch_options
+from vllm_mxfp4_gfx950.backends.triton import own_kernels as kernels
+from vllm_mxfp4_gfx950.backends.triton.package import CDNA4_SCALE_LAYOUTS, hopper_registers, launch_options
+from vllm_mxfp4_gfx950.backends.triton.routing import Routing, route
 from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, gemms, ladder, releases
 
@@ -48,7 +48,7 @@ class Decode:
         layout: "hopper" or "cdna4".
         shape: the layer.
         tiles: w13's and w2's by number of tokens.
-        order: as `triton_routing.order_of` returns it.
+        order: as `routing.order_of` returns it.
     """
 
     layout: str
@@ -80,7 +80,7 @@ def decode_for(
         shape: the layer.
         layouts: triton_kernels' layouts of the values and of the scales.
         scales: uint8, w13's and w2's in that layout.
-        order: as `triton_routing.order_of` returns it.
+        order: as `routing.order_of` returns it.
         tables: the directory of the user's tile tables.
     """
     tiles = [ladder(arch, "decode", triton.__version__, gemm, tables) for gemm in gemms(shape)]
@@ -140,7 +140,7 @@ def run(
     tokens, hidden = x.shape
     topk = decode.shape.topk
     up, down = (ladder.at(tokens) for ladder in decode.tiles)
-    routing = triton_routing.route(
+    routing = route(
         router_logits, topk, decode.shape.experts, decode.order, sizes=1, smallest=up.block_m,
         overlaps=decode.layout == "hopper",
     )  # fmt: skip
@@ -160,7 +160,7 @@ def multiply(
     decode: Decode,
     tile: TileConfig,
     x: torch.Tensor,
-    routing: triton_routing.Routing,
+    routing: Routing,
     weights: Parts,
     y: torch.Tensor,
     *,

@@ -20,12 +20,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from vllm_mxfp4_gfx950.backends import triton_package
+from vllm_mxfp4_gfx950.backends.triton import package as triton_package
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, decode
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "vllm_mxfp4_gfx950/tables/gfx950.json"
 
 
@@ -141,7 +141,7 @@ def outcomes(backend: str, package: Path) -> dict[str, Any]:
             [sys.executable, __file__, backend, str(out)],
             env={
                 **os.environ,
-                "PYTHONPATH": os.pathsep.join(map(str, (ROOT, package))),
+                "PYTHONPATH": os.pathsep.join(map(str, (ROOT, Path(__file__).parent, package))),
                 "TRITON_INTERPRET": "1",
                 "PYTHONWARNINGS": "ignore",
             },

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+SUPPORT = Path(__file__).parent
 OURS = ("PYTHONPATH", "VLLM_PLUGINS", "VLLM_MXFP4_")
 """How the variables begin that a test sets itself."""
 
@@ -31,7 +32,7 @@ def run_python(
     return subprocess.run(
         [sys.executable, *arguments],
         env=inherited
-        | {"PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT)))}
+        | {"PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT, SUPPORT)))}
         | {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
         | environment,
         capture_output=True,

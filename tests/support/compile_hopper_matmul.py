@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as triton_driver
 
-from vllm_mxfp4_gfx950.backends import triton_ogs
+from vllm_mxfp4_gfx950.backends.triton import matmul_ogs as triton_ogs
 from vllm_mxfp4_gfx950.gfx950 import driver
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 for folder in ("demo", "accuracy"):  # For tiny_checkpoint and questions, which the tests share.
-    sys.path.append(str(Path(__file__).parents[1] / folder))
+    sys.path.append(str(Path(__file__).parents[2] / folder))
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -220,7 +220,7 @@ def _bench(job: dict[str, Any]) -> str:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from vllm_mxfp4_gfx950.bench import vllm_engine
-    from vllm_mxfp4_gfx950.moe import Mxfp4Error
+    from vllm_mxfp4_gfx950.errors import Mxfp4Error
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(Mxfp4Error):

@@ -1,6 +1,6 @@
 """Thousands of requests against `vllm serve` with the flag, some of them cut off, held against a quiet run.
 
-    python tests/load_server.py REQUESTS
+    python tests/support/load_server.py REQUESTS
 
 In float32, so that what a request is batched with changes its logits by rounding only. Prompts whose answer
 hangs on so little are left out: those in which, served one after another, a second token comes close.

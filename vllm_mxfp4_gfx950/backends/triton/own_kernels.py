@@ -1,6 +1,6 @@
-"""Triton kernels of `triton_decode`: the matmuls, and the sum over a token's experts.
+"""Triton kernels of `own`: the matmuls, and the sum over a token's experts.
 
-A "row" is a token's choice of an expert, in the order of `triton_routing.Routing`. A tile is some rows of one
+A "row" is a token's choice of an expert, in the order of `routing.Routing`. A tile is some rows of one
 expert. OVERLAP: see `routing_kernels.await_previous`.
 
 Hopper's layout of the values is read as words: 16 rows by 64 columns are 4 lines of 32 words, and the eight
@@ -10,7 +10,7 @@ codes of a word belong to two rows, 8 apart, and to four columns.
 import triton
 import triton.language as tl
 
-from vllm_mxfp4_gfx950.backends.routing_kernels import await_previous
+from vllm_mxfp4_gfx950.backends.triton.routing_kernels import await_previous
 
 
 @triton.jit

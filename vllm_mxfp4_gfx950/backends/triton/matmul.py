@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_mxfp4_gfx950.backends import triton_package
+from vllm_mxfp4_gfx950.backends.triton import package
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, pad_intermediate
 from vllm_mxfp4_gfx950.mxfp4 import BLOCK
 from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, gemms, ladder
 
 if TYPE_CHECKING:
-    from vllm_mxfp4_gfx950.backends.triton_routing import Routing
+    from vllm_mxfp4_gfx950.backends.triton.routing import Routing
 
 NAME = "triton_matmul"
 KERNELS = "matmul"
@@ -57,7 +57,7 @@ class Prepared:
         w13_precision, w2_precision: PrecisionConfigs that hold the swizzled scales.
         activation: the fused SwiGLU.
         topk: experts per token.
-        order: as `triton_routing.order_of` returns it.
+        order: as `routing.order_of` returns it.
         flags: w13's and w2's OptFlags by number of tokens; None leaves a call to the package.
         sizes: how many sizes of tiles the package has on this GPU, from 16 rows on.
     """
@@ -77,12 +77,12 @@ class Prepared:
 
 def why_not(shape: MoeShape, arch: str) -> str | None:
     """The reason why this shape cannot run on this arch with the packages at hand."""
-    return triton_package.why_not_layer(shape, arch, KERNELS, NEEDS, to_opt_flags)
+    return package.why_not_layer(shape, arch, KERNELS, NEEDS, to_opt_flags)
 
 
 def source() -> str:
     """Where the kernels come from."""
-    return triton_package.source()
+    return package.source()
 
 
 def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) -> Prepared:
@@ -102,14 +102,14 @@ def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) ->
     from triton_kernels.tensor import RaggedTensorMetadata
     from triton_kernels.tensor_details.layout import StridedLayout, make_default_matmul_mxfp4_w_layout
 
-    from vllm_mxfp4_gfx950.backends import triton_routing
+    from vllm_mxfp4_gfx950.backends.triton import routing
 
     if not isinstance(make_default_matmul_mxfp4_w_layout(mx_axis=-2), StridedLayout):
-        weights = pad_intermediate(weights, triton_package.HOPPER_K)
+        weights = pad_intermediate(weights, package.HOPPER_K)
     w13, w13_precision = _to_kernel_layout(weights.w13, weights.w13_scale)
     w2, w2_precision = _to_kernel_layout(weights.w2, weights.w2_scale)
     swiglu = FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"), reduction_n=2)
-    arch = triton_package.arch_of_target()
+    arch = package.arch_of_target()
     tiles = (ladder(arch, KERNELS, triton.__version__, gemm, tables) for gemm in gemms(shape))
     w13_flags, w2_flags = (
         rungs.map(lambda tile: to_opt_flags(tile, arch)) if rungs else Ladder((1,), (None,))
@@ -124,7 +124,7 @@ def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) ->
         w2_precision=w2_precision,
         activation=FusedActivation(swiglu, (shape.alpha, shape.limit)),
         topk=shape.topk,
-        order=triton_routing.order_of(weights.expert_map),
+        order=routing.order_of(weights.expert_map),
         flags=(w13_flags, w2_flags),
         sizes=len(RaggedTensorMetadata.block_sizes()),
     )
@@ -185,17 +185,17 @@ def without_decode(prepared: Prepared) -> None:
 
 def route(prepared: Prepared, router_logits: torch.Tensor) -> Routing:
     """Choose experts, and sort the choices that live on this rank."""
-    from vllm_mxfp4_gfx950.backends import triton_routing
+    from vllm_mxfp4_gfx950.backends.triton import routing
 
     experts = prepared.w13_bias.shape[0]
-    return triton_routing.route(router_logits, prepared.topk, experts, prepared.order, prepared.sizes)
+    return routing.route(router_logits, prepared.topk, experts, prepared.order, prepared.sizes)
 
 
-def choices(prepared: Prepared, router_logits: torch.Tensor) -> triton_package.Choices:
+def choices(prepared: Prepared, router_logits: torch.Tensor) -> package.Choices:
     """The routing of some logits, for comparison; `run` does not need it in this form."""
     routing = route(prepared, router_logits)
     start, count = routing.start[:-1].tolist(), routing.count.tolist()
-    return triton_package.Choices(routing.gather, routing.weights, routing.gather, start, count)
+    return package.Choices(routing.gather, routing.weights, routing.gather, start, count)
 
 
 def _to_kernel_layout(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[Any, Any]:
@@ -210,14 +210,14 @@ def _to_kernel_layout(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[Any, 
 
     experts, rows, packed = blocks.shape
     layout = make_default_matmul_mxfp4_w_layout(mx_axis=-2)
-    values = triton_package.swizzle(
+    values = package.swizzle(
         blocks, lambda some: convert_layout(wrap_torch_tensor(some, dtype=FP4), layout).data
     )
     w = Tensor(Storage(values, layout), dtype=FP4, shape=[experts, 2 * packed, rows])
 
-    scales = triton_package.pad_scales(scales)
+    scales = package.pad_scales(scales)
     scale_layout = make_default_matmul_mxfp4_w_scale_layout(mx_axis=-2)
-    swizzled = triton_package.swizzle(
+    swizzled = package.swizzle(
         scales, lambda some: convert_layout(wrap_torch_tensor(some), scale_layout).data
     )
     w_scale = wrap_torch_tensor(swizzled, shape=list(scales.mT.shape), layout=scale_layout)
@@ -230,4 +230,4 @@ def to_opt_flags(tile: TileConfig, arch: str) -> Any:
     """A tile as this generation of triton_kernels takes it."""
     from triton_kernels.matmul import OptFlags
 
-    return OptFlags(**triton_package.opt_flags_fields(tile, arch), occupancy_target=1)
+    return OptFlags(**package.opt_flags_fields(tile, arch), occupancy_target=1)

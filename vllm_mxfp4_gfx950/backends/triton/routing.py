@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import triton
 
-from vllm_mxfp4_gfx950.backends import routing_kernels as kernels
-from vllm_mxfp4_gfx950.backends.triton_package import launch_options
+from vllm_mxfp4_gfx950.backends.triton import routing_kernels as kernels
+from vllm_mxfp4_gfx950.backends.triton.package import launch_options
 
 BLOCK_TOKENS = 16
 """That a workgroup which shares the work takes at once: a block. With more, CDNA spills scalar registers."""
@@ -101,7 +101,7 @@ def route(
         order: what `order_of` returned.
         sizes: how many sizes of tiles to schedule, each of twice as many rows as the one before.
         smallest: rows of the first.
-        overlaps: as in `triton_package.launch_options`.
+        overlaps: as in `package.launch_options`.
     """
     tokens, global_experts = router_logits.shape
     pairs = tokens * topk

@@ -1,4 +1,4 @@
-"""Triton kernels of `triton_routing`.
+"""Triton kernels of `routing`.
 
 A "pair" is a token and one of its slots, numbered token * TOPK + slot. A column is an expert, as `Order` has
 them.

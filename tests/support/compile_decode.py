@@ -12,7 +12,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_mxfp4_gfx950.backends import decode_kernels, routing_kernels, triton_decode
+from vllm_mxfp4_gfx950.backends.triton import own as triton_decode
+from vllm_mxfp4_gfx950.backends.triton import own_kernels as decode_kernels
+from vllm_mxfp4_gfx950.backends.triton import routing_kernels
 from vllm_mxfp4_gfx950.tuning import TileConfig
 
 POINTERS = {

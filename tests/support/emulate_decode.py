@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from vllm_mxfp4_gfx950 import backends
-from vllm_mxfp4_gfx950.backends import reference, triton_decode, triton_routing
+from vllm_mxfp4_gfx950.backends import reference
+from vllm_mxfp4_gfx950.backends.triton import own as triton_decode
+from vllm_mxfp4_gfx950.backends.triton import routing as triton_routing
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH, LDS_BYTES, Launch, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
 from vllm_mxfp4_gfx950.gfx950.report import read

@@ -19,7 +19,8 @@ import emulate_routing
 import torch
 
 from vllm_mxfp4_gfx950 import backends
-from vllm_mxfp4_gfx950.backends import reference, triton_routing
+from vllm_mxfp4_gfx950.backends import reference
+from vllm_mxfp4_gfx950.backends.triton import routing as triton_routing
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH, Launch, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.assembly import Instruction, Program, parse
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute, lay_out

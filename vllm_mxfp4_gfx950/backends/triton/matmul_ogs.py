@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_mxfp4_gfx950.backends import triton_package
+from vllm_mxfp4_gfx950.backends.triton import package
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, pad_intermediate
 from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, gemms, ladder
 
 if TYPE_CHECKING:
-    from vllm_mxfp4_gfx950.backends.triton_decode import Decode, Parts
-    from vllm_mxfp4_gfx950.backends.triton_routing import Routing
+    from vllm_mxfp4_gfx950.backends.triton.own import Decode, Parts
+    from vllm_mxfp4_gfx950.backends.triton.routing import Routing
 
 NAME = "triton_ogs"
 KERNELS = "matmul_ogs"
@@ -50,7 +50,7 @@ class Prepared:
         w13_precision, w2_precision: PrecisionConfigs that hold the swizzled scales.
         activation: the fused SwiGLU.
         topk: experts per token.
-        order: as `triton_routing.order_of` returns it.
+        order: as `routing.order_of` returns it.
         flags: w13's and w2's OptFlags by number of tokens; None leaves a call to the package.
         constraints: what such a call must keep to.
         decode: our own kernels, for few tokens; None where they do not serve.
@@ -78,12 +78,12 @@ class Prepared:
 
 def why_not(shape: MoeShape, arch: str) -> str | None:
     """The reason why this shape cannot run on this arch with the packages at hand."""
-    return triton_package.why_not_layer(shape, arch, KERNELS, NEEDS, to_opt_flags)
+    return package.why_not_layer(shape, arch, KERNELS, NEEDS, to_opt_flags)
 
 
 def source() -> str:
     """Where the kernels come from."""
-    return triton_package.source()
+    return package.source()
 
 
 def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) -> Prepared:
@@ -102,15 +102,15 @@ def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) ->
     from triton_kernels.swiglu import swiglu_fn
     from triton_kernels.tensor_details.layout import StridedLayout, make_default_matmul_mxfp4_w_layout
 
-    from vllm_mxfp4_gfx950.backends import triton_decode, triton_routing
+    from vllm_mxfp4_gfx950.backends.triton import own, routing
 
     if make_default_matmul_mxfp4_w_layout(mx_axis=1)[0] is not StridedLayout:
-        weights = pad_intermediate(weights, triton_package.HOPPER_K)
+        weights = pad_intermediate(weights, package.HOPPER_K)
     w13, w13_precision = _to_kernel_layout(weights.w13, weights.w13_scale)
     w2, w2_precision = _to_kernel_layout(weights.w2, weights.w2_scale)
     swiglu = FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"))
-    order = triton_routing.order_of(weights.expert_map)
-    arch = triton_package.arch_of_target()
+    order = routing.order_of(weights.expert_map)
+    arch = package.arch_of_target()
     tiles = (ladder(arch, KERNELS, triton.__version__, gemm, tables) for gemm in gemms(shape))
     w13_flags, w2_flags = (
         rungs.map(lambda tile: to_opt_flags(tile, arch)) if rungs else Ladder((1,), (None,))
@@ -129,7 +129,7 @@ def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) ->
         flags=(w13_flags, w2_flags),
         # Splitting K is right but slow on Hopper; vLLM pins this too, for the whole process.
         constraints={"split_k": 1} if arch == "sm90" else {},
-        decode=triton_decode.decode_for(
+        decode=own.decode_for(
             arch,
             shape,
             (w13.storage.layout, w13_precision.weight_scale.storage.layout),
@@ -151,12 +151,12 @@ def run(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> tor
     Returns:
         bf16[T, H]
     """
-    from vllm_mxfp4_gfx950.backends import triton_decode
+    from vllm_mxfp4_gfx950.backends.triton import own
 
     if not len(x):
         return torch.empty_like(x)
     if prepared.decode is not None and prepared.decode.serves(x.shape[0]):
-        return triton_decode.run(prepared.decode, x, router_logits, prepared.parts(0), prepared.parts(1))
+        return own.run(prepared.decode, x, router_logits, prepared.parts(0), prepared.parts(1))
     return run_matmul_ogs(prepared, x, router_logits)
 
 
@@ -200,18 +200,18 @@ def run_matmul_ogs(prepared: Prepared, x: torch.Tensor, router_logits: torch.Ten
 
 def route(prepared: Prepared, router_logits: torch.Tensor) -> Routing:
     """Choose experts, and sort the choices that live on this rank."""
-    from vllm_mxfp4_gfx950.backends import triton_routing
+    from vllm_mxfp4_gfx950.backends.triton import routing
 
     experts = prepared.w13_bias.shape[0]
-    return triton_routing.route(router_logits, prepared.topk, experts, prepared.order, len(TILE_ROWS))
+    return routing.route(router_logits, prepared.topk, experts, prepared.order, len(TILE_ROWS))
 
 
-def choices(prepared: Prepared, router_logits: torch.Tensor) -> triton_package.Choices:
+def choices(prepared: Prepared, router_logits: torch.Tensor) -> package.Choices:
     """The routing of some logits, for comparison; `run` does not need it in this form."""
     routing = route(prepared, router_logits)
     output = torch.arange(len(routing.gather), device=routing.gather.device)
     start, count = routing.start[:-1].tolist(), routing.count.tolist()
-    return triton_package.Choices(routing.gather, routing.weights, output, start, count)
+    return package.Choices(routing.gather, routing.weights, output, start, count)
 
 
 def _to_kernel_layout(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[Any, Any]:
@@ -227,13 +227,13 @@ def _to_kernel_layout(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[Any, 
     experts, rows, packed = blocks.shape
     layout, options = make_default_matmul_mxfp4_w_layout(mx_axis=1)
     value_layout = layout((experts, packed, rows), **options)
-    values = triton_package.swizzle(blocks, value_layout.swizzle_data)
+    values = package.swizzle(blocks, value_layout.swizzle_data)
     w = Tensor(Storage(values, value_layout), dtype=FP4, shape=[experts, 2 * packed, rows])
 
-    scales = triton_package.pad_scales(scales)
+    scales = package.pad_scales(scales)
     layout, options = make_default_matmul_mxfp4_w_scale_layout(mx_axis=1)
     scale_layout = layout(scales.mT.shape, **options)
-    swizzled = triton_package.swizzle(scales, scale_layout.swizzle_data)
+    swizzled = package.swizzle(scales, scale_layout.swizzle_data)
     w_scale = Tensor(Storage(swizzled, scale_layout))
     return w, PrecisionConfig(weight_scale=w_scale, flex_ctx=FlexCtx(rhs_data=InFlexData()))
 
@@ -242,7 +242,7 @@ def to_opt_flags(tile: TileConfig, arch: str) -> Any:
     """A tile as this generation of triton_kernels takes it."""
     from triton_kernels.matmul_ogs_details.opt_flags import OptFlags
 
-    return OptFlags(**triton_package.opt_flags_fields(tile, arch), fused_scatter=False)
+    return OptFlags(**package.opt_flags_fields(tile, arch), fused_scatter=False)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from unittest import mock
 
 import torch
 
-from vllm_mxfp4_gfx950.backends import reference, triton_routing
+from vllm_mxfp4_gfx950.backends import reference
+from vllm_mxfp4_gfx950.backends.triton import routing as triton_routing
 from vllm_mxfp4_gfx950.gfx950.driver import LDS_BYTES, Launch, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
 from vllm_mxfp4_gfx950.gfx950.report import read

@@ -28,7 +28,7 @@ import torch
 
 from vllm_mxfp4_gfx950.mxfp4 import dequantize
 
-TREE = Path(__file__).parents[1] / ".venv/packages/amd-aiter"
+TREE = Path(__file__).parents[2] / ".venv/packages/amd-aiter"
 TILE = 256
 """The kernels' tile along K, and twice the narrowest along N."""
 

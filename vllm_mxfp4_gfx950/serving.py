@@ -1,0 +1,92 @@
+"""A model's layers between a framework's loader and its forward: the backend chosen, prepared and checked."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+
+from vllm_mxfp4_gfx950 import backends, self_check, settings
+from vllm_mxfp4_gfx950.errors import Mxfp4Error, brief
+from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
+
+# Loggers below `vllm` print where vLLM's own do.
+logger = logging.getLogger("vllm.mxfp4_triton")
+
+
+class Choice:
+    """The backend of a model's layers: chosen before they are loaded, and again if a layer comes out wrong.
+
+    Args:
+        shape: each layer on this rank.
+        arch: as `backends.arch_of` names it.
+        wanted: what the user asked for.
+
+    Raises:
+        Mxfp4Error: no backend can serve it.
+    """
+
+    def __init__(self, shape: MoeShape, arch: str, wanted: settings.Settings) -> None:
+        self.shape, self.wanted = shape, wanted
+        self.selection = backends.select(shape, arch, wanted)
+        self.checked = self.narrow = False
+        if wanted.self_check == "off":
+            logger.info("Layers are not checked: %s=off.", settings.SELF_CHECK_VAR)
+
+    def prepare(self, weights: MoeWeights, prefix: str) -> tuple[backends.Backend, Any]:
+        """A layer for the backend that serves it, compared with float64 where the user wants that.
+
+        The reference is what others are compared with, so it is not.
+
+        Args:
+            weights: consumed.
+            prefix: the layer's name, for the log.
+
+        Raises:
+            Mxfp4Error: no backend computed the layer right, or there was too little memory.
+        """
+        try:
+            return self._prepare(weights, prefix)
+        except torch.OutOfMemoryError as error:
+            name, rule = "the GPU's free memory", f"enough to prepare {prefix}"
+            fix = "Stop what else uses this GPU, or serve with a larger --tensor-parallel-size"
+            raise Mxfp4Error(name, rule, brief(error).rstrip("."), fix) from error
+
+    def _prepare(self, weights: MoeWeights, prefix: str) -> tuple[backends.Backend, Any]:
+        backend, when = self.selection.backend, self.wanted.self_check
+        if backend.NAME == "reference" or when == "off" or (when == "first" and self.checked):
+            prepared = backend.prepare(weights, self.shape, self.wanted.tables)
+            if self.narrow:
+                # None where this layer's scales are not for those kernels anyway.
+                prepared = backend.without_decode(prepared) or prepared
+            return backend, prepared
+
+        def report(name: str, outcome: self_check.Outcome) -> None:
+            log = logger.warning if outcome.miss else logger.info
+            log("Self-check of %s through %s: %s.", prefix, name, outcome)
+
+        before = self.selection
+        self.selection, prepared, self.narrow = self_check.prepare(
+            before, weights, self.shape, self.wanted, report
+        )
+        self.checked = True
+        if self.selection is not before:
+            logger.warning("MoE layers run through %s.", self.selection)
+        return self.selection.backend, prepared
+
+
+@functools.cache
+def choose_once(shape: MoeShape, arch: str, wanted: settings.Settings) -> Choice:
+    """The choice that all layers share."""
+    return Choice(shape, arch, wanted)
+
+
+def check_activation_dtype(dtype: torch.dtype, arch: str) -> None:
+    """Raise Mxfp4Error unless the experts can take activations of this dtype on this arch."""
+    allowed = (torch.bfloat16, torch.float32) if arch == "cpu" else (torch.bfloat16,)
+    if dtype not in allowed:
+        raise Mxfp4Error(
+            "--dtype", f"{' or '.join(map(str, allowed))} on {arch}", dtype, "Serve with --dtype bfloat16"
+        )
