@@ -244,6 +244,16 @@ def test_unwritten_vector_register(code: str, register: int) -> None:
     gcn.run(code, v={0: 0, 9: 0, 15: 0, **known}, a={0: 0, **a}, **state)
 
 
+def test_one_lane_is_written() -> None:
+    """Its neighbours stay unknown, and so does what a scalar nobody wrote leaves there."""
+    write = "v_writelane_b32 v0, s0, 5\n"
+    gcn.run(f"{write}v_readlane_b32 s8, v0, 5", s={0: 1})
+    refused(f"{write}v_readlane_b32 s8, v0, 6 ; !", "vector register 0", s={0: 1})
+    refused(f"{write}v_mov_b32_e32 v1, v0 ; !", "vector register 0", s={0: 1})
+    refused("v_writelane_b32 v0, s0, 5 ; !", SCALAR.format(0))
+    refused("v_writelane_b32 v0, 1, s0 ; !", SCALAR.format(0))
+
+
 @pytest.mark.parametrize("kind", ["v", "s"])
 def test_unwritten_half_of_a_pair(kind: str) -> None:
     """It matters only to who chooses it."""
@@ -623,6 +633,7 @@ USES = {
     "matrix-sum": "v_mfma_f32_16x16x32_bf16 v[12:15], v[4:7], v[4:7], v[0:3]",
     "other-lane": "v_mov_b32_dpp v2, v1 row_shr:1 row_mask:0xf bank_mask:0xf",
     "one-lane": "v_readlane_b32 s8, v1, 3",
+    "one-lane-written": "v_writelane_b32 v1, 1, 3",
     "swapped": "v_permlane32_swap_b32 v0, v1",
     "accumulated": "v_fmac_f32_e32 v1, v0, v0",
     "written-over": "v_mov_b32_e32 v1, 0",

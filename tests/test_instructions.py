@@ -971,6 +971,39 @@ def test_readlane() -> None:
         assert (got.s[0], got.s[1], got.s[2]) == (289, 115, 100 + 3 * first)
 
 
+def test_writelane() -> None:
+    """V_WRITELANE writes one lane, whatever EXEC says; of the lane's number the low six bits count."""
+    code = """
+        v_writelane_b32 v0, s0, 63
+        v_writelane_b32 v0, 42, s2
+        v_writelane_b32 v0, -7, 0
+        v_writelane_b32 v0, vcc_hi, 1
+        v_writelane_b32 v0, m0, 2"""
+    for mask in (ALL, 0b11000, 0):
+        got = run(code, v={0: LANE * 3}, s={0: 500, 2: 64 + 5}, vcc=502 << 32, m0=503, exec_mask=mask)
+        want = (LANE * 3).tolist()
+        want[63], want[5], want[0], want[1], want[2] = 500, 42, M32 - 6, 502, 503
+        assert got.v[0].tolist() == want
+
+
+def test_writelane_of_each_wave() -> None:
+    """Each wave's own scalar, to its own lane; and a spilled register comes back."""
+    code = """
+        v_readfirstlane_b32 s0, v0
+        s_add_i32 m0, s0, 7
+        v_writelane_b32 v1, s0, m0
+        s_mov_b32 s0, 0
+        v_readlane_b32 s2, v1, m0
+        v_mov_b32_e32 v2, s2"""
+    wave = np.arange(10, 13, dtype=np.uint32)[:, None]
+    got = run(code, v={0: np.repeat(wave, 64, 1), 1: 5}, waves=3)
+    for index in range(3):
+        want = [5] * 64
+        want[17 + index] = 10 + index
+        assert got.v[1][index].tolist() == want
+        assert got.v[2][index].tolist() == [10 + index] * 64
+
+
 @pytest.mark.parametrize("size", [16, 32])
 def test_permlane_swap(size: int) -> None:
     """The first register's odd rows (of 16 or 32) change places with the second's even ones."""

@@ -362,6 +362,7 @@ SPECIALS: dict[str, tuple[str, Callable[[Form], Effect]]] = {
     "v_permlane32_swap_b32": ("vector", lambda form: lanes.swap(form, 32)),
     "v_readfirstlane_b32": ("vector", lanes.read_first_lane),
     "v_readlane_b32": ("vector", lanes.read_lane),
+    "v_writelane_b32": ("vector", lanes.write_lane),
 }
 
 MEMORY: tuple[tuple[re.Pattern[str], str, Callable[..., Effect]], ...] = (

@@ -78,6 +78,18 @@ def read_lane(form: Form) -> Effect:
     return effect
 
 
+def write_lane(form: Form) -> Effect:
+    """A scalar, to a vector register's lane of a given number; the others, and EXEC, do not matter."""
+    target, value, lane = form.target(), form.source(), form.source()
+    read, number = scalar_read("u32", value), scalar_read("u32", lane)
+
+    def effect(waves: Waves, machine: Machine) -> None:
+        written = np.broadcast_to(number(waves) & 63, (len(waves),))[:, None] == LANE
+        waves.write_lanes(target.register, np.broadcast_to(read(waves), (len(waves),))[:, None], written)
+
+    return effect
+
+
 def swap(form: Form, size: int) -> Effect:
     """Exchange odd rows of `size` lanes of the first register with even rows of the second."""
     form.all_lanes = True
