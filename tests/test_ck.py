@@ -178,6 +178,17 @@ def test_layout_notices(monkeypatch: pytest.MonkeyPatch, left: str) -> None:
         check(ck.prepare(weights, UNPADDED), weights, UNPADDED, 37)
 
 
+def test_biases_stay_as_they_are() -> None:
+    """Each fp32 value, also of those that bf16 has not."""
+    weights = random_weights(SMALL, seed=1)
+    for bias in (weights.w13_bias, weights.w2_bias):
+        bias.add_(torch.randn(bias.shape), alpha=2**-12)
+    options = ck.prepare(weights, SMALL).options
+    for name, loaded in (("bias1", weights.w13_bias), ("bias2", weights.w2_bias)):
+        kept = options[name][options[name] != 0]
+        assert torch.equal(kept.sort().values, loaded[loaded != 0].sort().values)
+
+
 @pytest.mark.parametrize("bias", ["bias1", "bias2"])
 def test_bf16_bias_is_rejected(bias: str) -> None:
     """The kernels read it as fp32, whatever it is."""

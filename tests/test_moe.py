@@ -102,10 +102,10 @@ def test_check_weights_accepts() -> None:
     [
         ("w13", "torch.uint8 [2, 64, 32]"),
         ("w13_scale", "torch.uint8 [2, 64, 2]"),
-        ("w13_bias", "torch.bfloat16 [2, 64]"),
+        ("w13_bias", "torch.float32 [2, 64]"),
         ("w2", "torch.uint8 [2, 64, 16]"),
         ("w2_scale", "torch.uint8 [2, 64, 1]"),
-        ("w2_bias", "torch.bfloat16 [2, 64]"),
+        ("w2_bias", "torch.float32 [2, 64]"),
     ],
 )
 def test_check_weights_refuses_each_tensor(name: str, rule: str) -> None:
@@ -116,7 +116,7 @@ def test_check_weights_refuses_each_tensor(name: str, rule: str) -> None:
     longer = str([*tensor.shape[:-1], tensor.shape[-1] + 1])
     for wrong, got in (
         (torch.nn.functional.pad(tensor, (0, 1)), f"{dtype} {longer}"),
-        (tensor.float(), f"torch.float32 {size}"),
+        (tensor.double(), f"torch.float64 {size}"),
     ):
         with refusal(f"{name} must be {rule}; got {got}. {OTHER_MODEL}"):
             check_weights(dataclasses.replace(weights, **{name: wrong}), SMALL)

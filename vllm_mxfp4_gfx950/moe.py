@@ -108,13 +108,15 @@ def whole_layer(config: Any) -> MoeShape:
 class MoeWeights:
     """The experts of one rank, in checkpoint layout: w13's rows interleave gate and up.
 
+    Biases are fp32 whatever a checkpoint has, which loses nothing: kernels add them to fp32 sums.
+
     Args:
         w13: uint8[experts, 2 * intermediate, hidden / 2], packed E2M1 blocks.
         w13_scale: uint8[experts, 2 * intermediate, hidden / 32], E8M0.
-        w13_bias: bf16[experts, 2 * intermediate].
+        w13_bias: fp32[experts, 2 * intermediate].
         w2: uint8[experts, hidden, intermediate / 2], packed E2M1 blocks.
         w2_scale: uint8[experts, hidden, intermediate / 32], E8M0.
-        w2_bias: bf16[experts, hidden].
+        w2_bias: fp32[experts, hidden].
         expert_map: int32[global_experts], the local index of each of the model's experts and -1
             where it lives on another rank; None when all of them are here, in order.
 
@@ -139,14 +141,14 @@ class MoeWeights:
 def tensor_shapes(
     experts: int, hidden: int, intermediate: int
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of each of the six tensors of MoeWeights in a checkpoint, by field."""
+    """Dtype and shape of each of the six tensors of MoeWeights, by field."""
     return {
         "w13": (torch.uint8, (experts, 2 * intermediate, hidden // 2)),
         "w13_scale": (torch.uint8, (experts, 2 * intermediate, hidden // BLOCK)),
-        "w13_bias": (torch.bfloat16, (experts, 2 * intermediate)),
+        "w13_bias": (torch.float32, (experts, 2 * intermediate)),
         "w2": (torch.uint8, (experts, hidden, intermediate // 2)),
         "w2_scale": (torch.uint8, (experts, hidden, intermediate // BLOCK)),
-        "w2_bias": (torch.bfloat16, (experts, hidden)),
+        "w2_bias": (torch.float32, (experts, hidden)),
     }
 
 

@@ -30,7 +30,9 @@ def random_weights(shape: MoeShape, seed: int, device: str = "cpu") -> MoeWeight
     tensors = {}
     for name, (dtype, size) in tensor_shapes(shape.experts, shape.hidden, shape.intermediate).items():
         if name.endswith("bias"):
-            tensors[name] = torch.randn(size, generator=generator, device=device).to(dtype)
+            # Values that bf16 has: plain torch in bf16, which tolerances come from, need not round them.
+            values = torch.randn(size, generator=generator, device=device)
+            tensors[name] = values.bfloat16().to(dtype)
         elif name.endswith("scale"):
             scales = torch.randint(*SCALES, size, generator=generator, device=device, dtype=dtype)
             flat = scales.view(-1)[::97]

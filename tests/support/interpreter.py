@@ -159,6 +159,7 @@ def check_layout(outcome: dict[str, Any], case: Case) -> None:
     """
     weights, _, _, _ = case.inputs()
     assert outcome["w13_in_place"]
+    assert outcome["biases_in_place"]
     assert torch.equal(outcome["w13"].mT, weights.w13)
     plain, swizzled = weights.w13_scale, outcome["w13_scale"].mT
     n, k = torch.meshgrid(
@@ -226,6 +227,7 @@ def _outcome(backend: ModuleType, case: Case) -> dict[str, Any]:
         return {
             "w13": prepared.w13.storage.data,
             "w13_in_place": prepared.w13.storage.data.data_ptr() == weights.w13.data_ptr(),
+            "biases_in_place": prepared.w13_bias is weights.w13_bias and prepared.w2_bias is weights.w2_bias,
             "w13_scale": scale.storage.data,
             "out": backend.run(prepared, x, logits),
             "tiles": Specialized.tiles[:2],

@@ -220,7 +220,7 @@ def _to_kernel_layout(
     fp4: Any = arrange(columns // 2, blocks, shuffle_blocks).view(dtypes.fp4x2)
     fp4.is_shuffled = True
     scales = arrange(columns // BLOCK, scales, shuffle_scales).flatten(0, 1)
-    bias = arrange(1, bias.float().unsqueeze(2), lambda column: column).squeeze(2)
+    bias = arrange(1, bias.unsqueeze(2), lambda column: column).squeeze(2)
     return fp4, scales, bias
 
 

@@ -29,8 +29,8 @@ def triton(weights: MoeWeights, shape: MoeShape) -> Layer:
         tensors.append(values)
         scales.append(ogs.PrecisionConfig(weight_scale=swizzled, flex_ctx=ogs.FlexCtx(rhs_data=flex)))
     config = mxfp4_w4a16_moe_quant_config(
-        w1_bias=weights.w13_bias.float(),
-        w2_bias=weights.w2_bias.float(),
+        w1_bias=weights.w13_bias,
+        w2_bias=weights.w2_bias,
         w1_scale=scales[0],
         w2_scale=scales[1],
     )

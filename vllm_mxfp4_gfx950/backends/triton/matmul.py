@@ -117,10 +117,10 @@ def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) ->
     )
     return Prepared(
         w13=w13,
-        w13_bias=weights.w13_bias.float(),
+        w13_bias=weights.w13_bias,
         w13_precision=w13_precision,
         w2=w2,
-        w2_bias=weights.w2_bias.float(),
+        w2_bias=weights.w2_bias,
         w2_precision=w2_precision,
         activation=FusedActivation(swiglu, (shape.alpha, shape.limit)),
         topk=shape.topk,
