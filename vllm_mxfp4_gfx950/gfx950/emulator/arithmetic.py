@@ -375,6 +375,37 @@ def fp4_to_bf16(packed: Array, scale: Array, op_sel: str | None = None) -> Array
     return result
 
 
+def _narrow(exponent_bits: int, mantissa_bits: int) -> Array:
+    """float64[1 << bits], the finite values of a small float's codes."""
+    code = np.arange(1 << (1 + exponent_bits + mantissa_bits))
+    mantissa = code & ((1 << mantissa_bits) - 1)
+    exponent = code >> mantissa_bits & ((1 << exponent_bits) - 1)
+    normal = exponent > 0
+    size = np.ldexp(
+        (mantissa + (normal << mantissa_bits)).astype(np.float64),
+        np.maximum(exponent, 1) - (1 << (exponent_bits - 1)) + 1 - mantissa_bits,
+    )
+    return np.where(code >> (exponent_bits + mantissa_bits), -size, size)
+
+
+def _formats() -> dict[int, Array]:
+    """float64[256, values] of a byte, by the number of its format; a byte's low FP4 first."""
+    e4m3, e5m2, e2m1 = _narrow(4, 3), _narrow(5, 2), _narrow(2, 1)
+    code = np.arange(256)
+    e4m3[code & 127 == 127] = np.nan
+    e5m2[code & 127 == 124] *= np.inf
+    e5m2[code & 127 > 124] = np.nan
+    return {E4M3: e4m3[:, None], E5M2: e5m2[:, None], E2M1: np.stack([e2m1[code & 15], e2m1[code >> 4]], 1)}
+
+
+E4M3, E5M2, E2M1 = 0, 1, 4
+"""Formats of the scaled matrix instructions' operands, as cbsz and blgp number them."""
+
+FORMATS = _formats()
+E8M0 = np.append(np.ldexp(1.0, np.arange(255) - 127), np.nan)
+"""float64[256], what a scale multiplies by."""
+
+
 def identity(x: Array) -> Array:
     """x."""
     return x

@@ -358,6 +358,8 @@ SPECIALS: dict[str, tuple[str, Callable[[Form], Effect]]] = {
     "s_waitcnt": ("wait", access.wait),
     "v_mfma_f32_16x16x32_bf16": ("matrix", lambda form: lanes.matrix(form, 16, 32)),
     "v_mfma_f32_32x32x16_bf16": ("matrix", lambda form: lanes.matrix(form, 32, 16)),
+    "v_mfma_scale_f32_16x16x128_f8f6f4": ("matrix", lambda form: lanes.scaled_matrix(form, 16)),
+    "v_mfma_scale_f32_32x32x64_f8f6f4": ("matrix", lambda form: lanes.scaled_matrix(form, 32)),
     "v_permlane16_swap_b32": ("vector", lambda form: lanes.swap(form, 16)),
     "v_permlane32_swap_b32": ("vector", lambda form: lanes.swap(form, 32)),
     "v_readfirstlane_b32": ("vector", lanes.read_first_lane),
