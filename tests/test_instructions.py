@@ -1230,6 +1230,65 @@ def test_scaled_mfma_refused(other: str) -> None:
         load("snippet", f"{other}\ns_endpgm\n{METADATA}{NOTES}")
 
 
+def nearest_e4m3(word: int) -> int:
+    """The code of the e4m3 nearest to a float, ties to the even code; beyond 448, NaN."""
+    sign, x = word >> 24 & 128, abs(f(word))
+    if math.isnan(x) or x >= 464:  # halfway from 448 to what would be 480
+        return sign | (127 if math.isnan(x) or x > 464 else 126)
+    values = [small_float(code, 4, 3) for code in range(127)]
+    exact = Fraction(x)
+    return sign | min(range(127), key=lambda code: (abs(values[code] - exact), code & 1))
+
+
+@pytest.mark.parametrize("exec_mask", [ALL, SOME])
+@pytest.mark.parametrize("half", [0, 1])
+def test_pack_e4m3(half: int, exec_mask: int) -> None:
+    """Every code, the middles between two, the ends, infinity and NaN; the register's other half stays."""
+    values = [small_float(code, 4, 3) for code in range(127)]
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(values)]
+    finite = [bits(float(x)) for x in [*values, *middles, 463, 465, 500]]
+    words = finite + [1, 0x00400000, INF, NAN] + [neg(word) for word in [*finite, INF]]
+    words += [bits(nearest(Fraction(f(word)))) + step for word in finite[1:40] for step in (-1, 1)]
+    for first in range(0, len(words), 64):
+        chunk = np.array((words[first : first + 64] * 64)[:64], np.uint32)
+        old = np.full(64, 0xABCD1234, np.uint32)
+        op_sel = " op_sel:[0,0,0,1]" if half else ""
+        code = f"v_cvt_scalef32_pk_fp8_f32 v10, v0, v1, 1.0{op_sel}"
+        got = run(code, v={0: chunk, 1: chunk[::-1], 10: old}, exec_mask=exec_mask).v[10]
+        for lane in range(64):
+            low, high = nearest_e4m3(int(chunk[lane])), nearest_e4m3(int(chunk[63 - lane]))
+            packed = low | high << 8
+            want = 0xABCD1234 & (0xFFFF if half else 0xFFFF0000) | packed << 16 * half
+            assert got[lane] == (want if bit(exec_mask, lane) else 0xABCD1234), (lane, hex(chunk[lane]))
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_unpack_e4m3(half: int) -> None:
+    """Every code, in either half; 127 and 255 are NaN."""
+    codes = np.arange(256, dtype=np.uint32).reshape(4, 64)
+    op_sel = " op_sel:[1,0,0]" if half else ""
+    for row in codes:
+        word = (row | (255 - row) << np.uint32(8)) << np.uint32(16 * half)
+        got = run(f"v_cvt_scalef32_pk_f32_fp8 v[10:11], v0, 1.0{op_sel}", v={0: word}).v[10:12]
+        for lane, each in itertools.product(range(64), range(2)):
+            code = int(row[lane]) if each == 0 else 255 - int(row[lane])
+            if code & 127 == 127:
+                assert isnan(int(got[each, lane]))
+            else:
+                want = bits(float(small_float(code, 4, 3)))
+                assert got[each, lane] == want | (NEGATIVE_ZERO if code == 128 else 0)
+
+
+@pytest.mark.parametrize(("scale", "power"), [("2.0", 1), ("0.5", -1), ("4.0", 2)])
+def test_scale_of_e4m3(scale: str, power: int) -> None:
+    """Packing divides by the scale, unpacking multiplies by it."""
+    three = np.full(64, bits(3.0), np.uint32)
+    packed = run(f"v_cvt_scalef32_pk_fp8_f32 v10, v0, v0, {scale}", v={0: three, 10: three * 0}).v[10]
+    assert packed[0] == nearest_e4m3(bits(3.0 / 2**power)) * 0x101
+    got = run(f"v_cvt_scalef32_pk_f32_fp8 v[10:11], v0, {scale}", v={0: np.full(64, 0x38, np.uint32)}).v[10]
+    assert f(int(got[0])) == 2.0**power
+
+
 BUFFER = "v0, s[8:11], 0 offen"
 LOADS = [
     # code (v0: offset or LDS address, v[2:3]: address, s[6:7]: base), [(bytes further on, size), ...]

@@ -406,6 +406,29 @@ E8M0 = np.append(np.ldexp(1.0, np.arange(255) - 127), np.nan)
 """float64[256], what a scale multiplies by."""
 
 
+def to_e4m3(x: Array) -> Array:
+    """Codes of the nearest e4m3, ties to even, as uint32; NaN beyond the largest, 448."""
+    exponent = np.where(x == 0, -6, np.maximum(np.frexp(x)[1] - 1, -6))
+    with np.errstate(invalid="ignore"):
+        code = (exponent + 6) * 8 + np.rint(np.ldexp(np.abs(x), 3 - exponent))
+        code = np.where(code <= 126, code, 127)
+    return code.astype(np.uint32) | (bits(x) >> np.uint32(24) & np.uint32(128))
+
+
+def pack_e4m3(low: Array, high: Array, scale: Array) -> Array:
+    """Two floats over the power of two in the scale's exponent, as e4m3 in half a register."""
+    power = np.ldexp(np.float64(1), 127 - exponent_of(scale))
+    return to_e4m3(low * power) | to_e4m3(high * power) << np.uint32(8)
+
+
+def e4m3_to_f32(packed: Array, scale: Array, op_sel: str = "[0,0,0]") -> Array:
+    """float32[2, ...], the two e4m3 in half a register, times the power of two in the scale's exponent."""
+    half = packed >> np.uint32(16 * int(op_sel[1]))
+    power = np.ldexp(np.float64(1), exponent_of(scale) - 127)
+    values = FORMATS[E4M3][:, 0]
+    return np.stack([values[half & 255] * power, values[half >> 8 & 255] * power]).astype(np.float32)
+
+
 def identity(x: Array) -> Array:
     """x."""
     return x
@@ -460,6 +483,7 @@ VECTOR: dict[str, Op] = {
     "v_cvt_f32_u32": op("f32 = u32", lambda x: x.astype(np.float32)),
     "v_cvt_pk_bf16_f32": op("u32 = f32 f32", pack_bf16),
     "v_cvt_scalef32_pk_bf16_fp4": op("u32 = u32 f32", fp4_to_bf16, "op_sel"),
+    "v_cvt_scalef32_pk_f32_fp8": op("f32x2 = u32 f32", e4m3_to_f32, "op_sel"),
     "v_cvt_u32_f32": op("u32 = f32", to_unsigned),
     "v_div_fixup_f32": op("f32 = f32 f32 f32", division_fixup),
     "v_div_fmas_f32": op("f32 = f32 f32 f32 mask", division_fma),

@@ -17,7 +17,14 @@ import numpy as np
 
 from vllm_mxfp4_gfx950.gfx950.driver import WAVE
 from vllm_mxfp4_gfx950.gfx950.emulator import access, lanes
-from vllm_mxfp4_gfx950.gfx950.emulator.arithmetic import SCALAR, SCALAR_IN_PLACE, VECTOR, Array, Op
+from vllm_mxfp4_gfx950.gfx950.emulator.arithmetic import (
+    SCALAR,
+    SCALAR_IN_PLACE,
+    VECTOR,
+    Array,
+    Op,
+    pack_e4m3,
+)
 from vllm_mxfp4_gfx950.gfx950.emulator.assembly import Instruction
 from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault
 from vllm_mxfp4_gfx950.gfx950.emulator.operands import (
@@ -310,6 +317,22 @@ def sdwa_write(form: Form, target: Operand) -> Write:
     return write
 
 
+def pack_half(form: Form) -> Effect:
+    """Two floats as e4m3, in the half of a register that the last op_sel chooses; the other half stays."""
+    target = form.target()
+    reads = [vector_read("f32", form.source()) for _ in range(3)]
+    *others, high = (int(x) for x in form.modifiers.pop("op_sel", "[0,0,0,0]")[1:-1].split(","))
+    if any(others):
+        raise Unknown("op_sel of an operand of 32 bits is not something the emulator knows")
+    kept, shift = np.uint32(0xFFFF if high else 0xFFFF0000), np.uint32(16 * high)
+
+    def effect(waves: Waves, machine: Machine) -> None:
+        packed = pack_e4m3(*(read(waves) for read in reads)) << shift
+        waves.write_v(target.register, waves.v[target.register] & kept | packed)
+
+    return effect
+
+
 def sub_dword(name: str) -> tuple[int, int]:
     """Shift and mask of a part of a register."""
     if name == "DWORD":
@@ -356,6 +379,7 @@ SPECIALS: dict[str, tuple[str, Callable[[Form], Effect]]] = {
     "s_or_saveexec_b64": ("scalar", functools.partial(lanes.save_exec, operation="or")),
     "s_nop": ("wait", access.nothing),
     "s_waitcnt": ("wait", access.wait),
+    "v_cvt_scalef32_pk_fp8_f32": ("vector", pack_half),
     "v_mfma_f32_16x16x32_bf16": ("matrix", lambda form: lanes.matrix(form, 16, 32)),
     "v_mfma_f32_32x32x16_bf16": ("matrix", lambda form: lanes.matrix(form, 32, 16)),
     "v_mfma_scale_f32_16x16x128_f8f6f4": ("matrix", lambda form: lanes.scaled_matrix(form, 16)),
