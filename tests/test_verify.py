@@ -10,19 +10,23 @@ import pytest
 from run_python import ROOT, run_python
 from test_verification import paths_of
 
+from vllm_mxfp4_gfx950.tuning import Gemm, Ladder, TileConfig, encode, write
+
 pytestmark = pytest.mark.compile
 
 SIZES = {"num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 288, "intermediate_size": 256}
 
 
-def verify(tmp_path: Path, *arguments: str, ours: Path = ROOT) -> CompletedProcess[str]:
+def verify(
+    tmp_path: Path, *arguments: str, ours: Path = ROOT, command: str = "verify", **environment: str
+) -> CompletedProcess[str]:
     """Run the command on a small model, with Triton 3.6.0 and a copy of ours."""
     config = tmp_path / "config.json"
     config.write_text(json.dumps(SIZES))
-    command = ["-m", "vllm_mxfp4_gfx950.cli", "verify", f"--model={config}", *arguments]
+    whole = ["-m", "vllm_mxfp4_gfx950.cli", command, f"--model={config}", *arguments]
     path = [ours, *paths_of("3.6.0", "matmul_ogs")]
     # Without PYTHONSAFEPATH, the working directory's package would come before the copy.
-    return run_python(command, path=path, PYTHONSAFEPATH="1")
+    return run_python(whole, path=path, PYTHONSAFEPATH="1", **environment)
 
 
 def test_right(tmp_path: Path) -> None:
@@ -97,6 +101,36 @@ def test_split_is_not_sampled(tmp_path: Path) -> None:
     sample = verify(tmp_path, "--upstream", "--tokens", "1", "--sample", "2")
     assert sample.returncode == 1
     assert sample.stdout.count("FAIL what a split K leaves cannot be sampled") == 2
+
+
+def write_table(directory: Path, tile: TileConfig) -> None:
+    """A table of the user's own, which has one tile for the small model."""
+    w13, w2 = Gemm("w13", 288, 512, 4, 4), Gemm("w2", 256, 288, 4, 4)
+    rows = [row for gemm in (w13, w2) for row in encode("matmul_ogs", "3.6", gemm, Ladder((64,), (tile,)))]
+    write(directory / "gfx950.json", "gfx950", {}, rows)
+
+
+def test_tables_of_ones_own(tmp_path: Path) -> None:
+    """`compile` and `verify` take and refuse the tables that a server takes and refuses."""
+    tables = {"VLLM_MXFP4_TABLES": str(tmp_path)}
+    write_table(tmp_path, TileConfig(32, 128, 256, 1, 4, 1, 0))
+    compiled = verify(tmp_path, "--tokens", "3", command="compile", **tables)
+    assert compiled.returncode == 0, compiled.stderr
+    assert f"tiles of {tmp_path / 'gfx950.json'}\n" in compiled.stdout
+    assert compiled.stdout.count(" 32x128x256") == 2
+    without = verify(tmp_path, "--tokens", "3", command="compile")
+    assert "tiles of this package\n" in without.stdout
+    assert " 32x128x256" not in without.stdout
+    # One that overflows the LDS can only fail where it is used.
+    write_table(tmp_path, TileConfig(256, 256, 256, 1, 8, 2, 0))
+    failed = verify(tmp_path, "--tokens", "3", **tables)
+    assert failed.returncode == 1, failed.stderr
+    assert "Required: 165888, Hardware limit: 163840" in failed.stdout
+    (tmp_path / "gfx950.json").write_text("{}")
+    for command in ("compile", "verify"):
+        refused = verify(tmp_path, command=command, **tables)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith(f"vllm-mxfp4 {command}: {tmp_path / 'gfx950.json'} must be of arch")
 
 
 @pytest.mark.parametrize("arguments", [("--sample", "-1"), ("--tokens", "0")])

@@ -176,17 +176,14 @@ def ladder(
     """
     release = release_of(triton)
     if tables is not None:
+        found = whose(arch, kernels, triton, gemm, tables)
+        _log_once(f"{kernels} tiles for triton {release} are those of {found}", logging.INFO)
         own = users(tables, arch).get((kernels, release, gemm))
-        whose = (
-            f"{tables / arch}.json" if own else f"this package ({tables / arch}.json has none for this layer)"
-        )
-        _log_once(f"{kernels} tiles for triton {release} are those of {whose}", logging.INFO)
         if own:
             return own
-    found = releases(arch, kernels)
-    if not found or (release not in found and (arch, kernels) not in RANKED):
+    if not _has_tiles(arch, kernels, release):
         return None
-    closest = min(sorted(found), key=lambda r: abs(_number(r) - _number(release)))
+    closest = min(sorted(releases(arch, kernels)), key=lambda r: abs(_number(r) - _number(release)))
     candidates = {g: rungs for (kind, r, g), rungs in _ours(arch).items() if (kind, r) == (kernels, closest)}
     nearest = min(
         (g for g in candidates if g.name == gemm.name),
@@ -197,6 +194,28 @@ def ladder(
     if nearest != gemm or closest != release:
         _log_once(f"no tiles for {gemm} on {arch} with triton {triton}; using those of {nearest}, {closest}")
     return candidates[nearest]
+
+
+def whose(arch: str, kernels: str, triton: str, gemm: Gemm, tables: Path | None = None) -> str:
+    """Who made the tiles that `ladder` finds, in words; it takes the same arguments.
+
+    Raises:
+        Mxfp4Error: as `users`.
+    """
+    release = release_of(triton)
+    without = ""
+    if tables is not None:
+        file = f"{tables / arch}.json"
+        if (kernels, release, gemm) in users(tables, arch):
+            return file
+        without = f" ({file} has none for this layer)"
+    return ("this package" if _has_tiles(arch, kernels, release) else "triton_kernels") + without
+
+
+def _has_tiles(arch: str, kernels: str, release: str) -> bool:
+    """Whether our table serves here: for a Triton that it was not made with, only where tiles were ranked."""
+    found = releases(arch, kernels)
+    return bool(found) and (release in found or (arch, kernels) in RANKED)
 
 
 def releases(arch: str, kernels: str) -> set[str]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.models import TOKENS, add_shape_arguments, layer_shape
+from vllm_mxfp4_gfx950.settings import from_environment
+from vllm_mxfp4_gfx950.tuning import gemms, whose
 
 if TYPE_CHECKING:
     from vllm_mxfp4_gfx950.gfx950.layer import CompiledMatmul
@@ -34,11 +36,13 @@ def run(args: argparse.Namespace) -> int:
         raise Mxfp4Error("--tokens", "at least 1", min(args.tokens), "Correct it")
     if importlib.util.find_spec("triton") is None:
         raise Mxfp4Error("triton", "installed", "nothing", "Run where Triton and triton_kernels are")
+    tables = from_environment().tables
     import triton
 
+    from vllm_mxfp4_gfx950.gfx950.driver import ARCH
     from vllm_mxfp4_gfx950.gfx950.layer import CompiledLayer
 
-    layer = CompiledLayer(shape)
+    layer = CompiledLayer(shape, tables)
     ours: list[CompiledMatmul] = []
     upstream: list[CompiledMatmul] = []
     for done, tokens in enumerate(args.tokens):
@@ -58,7 +62,13 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(facts | {"fits": fits} | rows))
         return 0 if fits else 1
     print(f"{args.model}: {shape}, {layer.backend.NAME}, {layer.backend.source()}, compiled for gfx950")
-    for title, found in (("tiles of this package", ours), ("triton_kernels' own tiles", upstream)):
+    origins = dict.fromkeys(
+        whose(ARCH, layer.backend.KERNELS, triton.__version__, gemm, tables) for gemm in gemms(shape)
+    )
+    for title, found in (
+        (f"tiles of {' and '.join(origins)}", ours),
+        ("triton_kernels' own tiles", upstream),
+    ):
         if found:
             print(f"\n{title}\n{HEADER}")
             print("\n".join(map(line, found)))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from vllm_mxfp4_gfx950.commands.compile import progress
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.models import add_shape_arguments, layer_shape
+from vllm_mxfp4_gfx950.settings import from_environment
 
 if TYPE_CHECKING:
     from vllm_mxfp4_gfx950.gfx950.verification import Check
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         raise Mxfp4Error("--tokens", "at least 1", min(args.tokens), "Correct it")
     if importlib.util.find_spec("triton") is None:
         raise Mxfp4Error("triton", "installed", "nothing", "Run where Triton and triton_kernels are")
+    tables = from_environment().tables
     import triton
 
     from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     fault = ""
     try:
         weights = dataclasses.replace(random_weights(shape, seed=0), expert_map=first_experts(shape))
-        layer = EmulatedLayer(weights, shape)
+        layer = EmulatedLayer(weights, shape, tables=tables)
         if args.upstream:
             layer.use_upstream_tiles()
         if not args.json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,20 +64,21 @@ class CompiledLayer:
 
     Args:
         shape: the layer.
+        tables: the directory of the user's own tiles.
 
     Raises:
-        Mxfp4Error: the packages here have no Triton backend for it.
+        Mxfp4Error: the packages here have no Triton backend for it, or the user's table is not a table.
     """
 
-    def __init__(self, shape: MoeShape) -> None:
+    def __init__(self, shape: MoeShape, tables: Path | None = None) -> None:
         self.shape = shape
-        selection = backends.select(shape, ARCH, Settings(backend="triton"))
+        selection = backends.select(shape, ARCH, Settings(backend="triton", tables=tables))
         self.backend: Any = selection.backend
         sizes = tensor_shapes(shape.experts, shape.hidden, shape.intermediate).items()
         tensors = {name: torch.empty(size, dtype=dtype) for name, (dtype, size) in sizes}
         weights = MoeWeights(**tensors, expert_map=first_experts(shape))
         with presented(lambda launch: None):
-            self.prepared = self.backend.prepare(weights, shape)
+            self.prepared = self.backend.prepare(weights, shape, tables)
 
     def served(self, tokens: int) -> list[CompiledMatmul]:
         """Both matmuls with the tiles that serve this many tokens."""

@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,9 +71,10 @@ class EmulatedLayer:
         weights: the experts, which stay as they are.
         shape: their sizes.
         edit: what to make of each launch before it is executed: tests plant faults with it.
+        tables: the directory of the user's own tiles.
 
     Raises:
-        Mxfp4Error: the packages here have no Triton backend for it.
+        Mxfp4Error: the packages here have no Triton backend for it, or the user's table is not a table.
         Fault: a kernel of `prepare` did what a right one does not.
     """
 
@@ -81,11 +83,12 @@ class EmulatedLayer:
         weights: MoeWeights,
         shape: MoeShape,
         edit: Callable[[Launch], Launch] = lambda launch: launch,
+        tables: Path | None = None,
     ) -> None:
         self.weights, self.shape, self.edit = weights, shape, edit
-        self.backend: Any = backends.select(shape, ARCH, Settings(backend="triton")).backend
+        self.backend: Any = backends.select(shape, ARCH, Settings(backend="triton", tables=tables)).backend
         with presented(self._execute):
-            self.prepared = self.backend.prepare(weights.clone(), shape)
+            self.prepared = self.backend.prepare(weights.clone(), shape, tables)
 
     def use_upstream_tiles(self) -> None:
         """Leave the choice of tiles to triton_kernels."""
