@@ -5,6 +5,7 @@ python accuracy/dequantize.py CHECKPOINT DIRECTORY
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -12,4 +13,8 @@ sys.path.append(str(Path(__file__).parents[1] / "demo"))
 import tiny_checkpoint
 
 if __name__ == "__main__":
-    print(tiny_checkpoint.write_dequantized(Path(sys.argv[1]), Path(sys.argv[2])))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("directory", type=Path, help="which must not exist yet")
+    args = parser.parse_args()
+    print(tiny_checkpoint.write_dequantized(args.checkpoint, args.directory))

@@ -7,6 +7,7 @@ writes accuracy/tasks/*.jsonl. Of every skill a share of all questions is never 
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import string
@@ -93,5 +94,9 @@ def _file(skill: str) -> Path:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     for skill in SKILLS:
         _file(skill).write_text("".join(json.dumps(question) + "\n" for question in generate(skill)))

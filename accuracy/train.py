@@ -7,6 +7,7 @@ writes its checkpoint, and in scores.json how many of them it answers right.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import platform
@@ -201,5 +202,10 @@ def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directory", type=Path)
+    args = parser.parse_args()
     torch.set_num_threads(1)  # The matrices are too small to share.
-    main(Path(sys.argv[1]))
+    main(args.directory)

@@ -7,11 +7,11 @@ writes the default one: a megabyte that every GPT-OSS loader reads, and that say
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -249,4 +249,8 @@ def _write_json(path: Path, content: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    print(write(TinyGptOss(), Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directory", type=Path)
+    print(write(TinyGptOss(), parser.parse_args().directory))

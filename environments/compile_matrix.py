@@ -4,6 +4,7 @@ make compile-matrix    one line for each Triton, model and division; fails if an
 make tune              search the tiles anew, and write the table
 """
 
+import argparse
 import itertools
 import json
 import os
@@ -70,4 +71,11 @@ def check(tritons: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit({"check": check, "tune": tune}[sys.argv[1]](sys.argv[2:]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = {"check": check, "tune": tune}
+    parser.add_argument("command", choices=commands)
+    parser.add_argument("tritons", nargs="+", metavar="triton", help="a release that lies in .venv/triton")
+    args = parser.parse_args()
+    sys.exit(commands[args.command](args.tritons))

@@ -5,6 +5,7 @@
 What is there already is left alone. An interrupted run leaves whole packages and at most one `.partial-*`.
 """
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -69,4 +70,8 @@ def main(directory: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directory", type=Path)
+    sys.exit(main(parser.parse_args().directory))

@@ -17,6 +17,7 @@ def run_python(
     path: Sequence[Path] = (),
     stdin: str | None = None,
     timeout: int = 120,
+    cwd: Path | None = None,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run this interpreter on this machine's packages, without a GPU and without the caller's settings.
@@ -26,6 +27,7 @@ def run_python(
         path: directories that come before the project's own and before the installed packages.
         stdin: what it reads.
         timeout: in seconds.
+        cwd: where it runs; None for here.
         environment: variables to set.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
@@ -39,5 +41,6 @@ def run_python(
         text=True,
         check=False,
         timeout=timeout,
+        cwd=cwd,
         input=stdin,
     )
