@@ -36,9 +36,11 @@ all: .venv/.plugin
 	@test -e $@ || rm -rf .venv/bin .venv/lib  # an interrupted installation is begun anew
 	@rm -f $@
 	@$(PYTHON) -m venv .venv
-	@$(PIP) install --no-deps --no-compile $(addprefix --extra-index-url=,$(TORCH_INDEX)) $(addprefix -r ,$(LOCKS)) || \
+	@$(PYTHON) environments/install.py .venv --no-deps --no-compile $(addprefix --extra-index-url=,$(TORCH_INDEX)) \
+	 $(addprefix -r ,$(LOCKS)) || \
 	 { echo "If pip did not find torch's CPU build: make TORCH_INDEX=<address of PyTorch's index of CPU builds>"; exit 1; }
 	@$(PIP) install --no-deps --no-build-isolation ./$(VLLM_DISTRIBUTION)
+	@echo "checking what was installed"
 	@! $(BIN)/python -m pip check | grep -v \
 	 -e 'requires torch\(vision\|audio\|codec\), which is not installed' \
 	 -e '^lm[-_]eval .* requires .*, which is not installed'
@@ -55,6 +57,7 @@ all: .venv/.plugin
 	@rm -rf $@ && $(PIP) install --no-deps --no-compile --target $@.partial triton==$* && mv $@.partial $@
 
 demo: .venv/.plugin
+	@echo "serving a tiny GPT-OSS on the CPU, and comparing it with transformers: a minute or two"
 	@$(BIN)/python demo/serve_tiny.py
 
 test: .venv/.plugin .venv/triton/$(CI_TRITON)

@@ -6,6 +6,7 @@ log-probabilities agree, and the server left no process behind.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import signal
@@ -21,6 +22,8 @@ from pathlib import Path
 import requests
 import tiny_checkpoint
 from tiny_checkpoint import TinyGptOss
+
+from vllm_mxfp4_gfx950.errors import first_error
 
 MODEL = TinyGptOss()
 PROMPTS = ["bada baki", "dona dimu tiri salo", "<end>", "miro nasu dika bola duvi bana"]
@@ -52,7 +55,9 @@ def main() -> int:
             _demo(Path(directory) / "checkpoint", log)
         except DemoError as error:
             if log.exists():
-                print("\nthe server's last lines:", *log.read_text().splitlines()[-25:], sep="\n    ")
+                text = log.read_text()
+                print("\nthe server's last lines:", *text.splitlines()[-25:], sep="\n    ")
+                print(f"\nits first error: {first_error(text) or 'none'}")
             print(f"\nFAIL  {error}")
             return 1
     print(
@@ -87,6 +92,7 @@ def _demo(checkpoint: Path, log: Path) -> None:
 
 def _compare(checkpoint: Path, prompts: list[list[int]], answers: list[dict]) -> None:
     sequences = [prompt + answer["token_ids"] for prompt, answer in zip(prompts, answers, strict=True)]
+    _step("compare", "with transformers' GptOss on the same checkpoint, which it dequantizes, in fp32:")
     truth = tiny_checkpoint.transformers_logprobs(checkpoint, sequences)
     same, largest = 0, 0.0
     for prompt, answer, logprobs in zip(prompts, answers, truth, strict=True):
@@ -97,7 +103,6 @@ def _compare(checkpoint: Path, prompts: list[list[int]], answers: list[dict]) ->
             same += int(row.argmax()) == token
             largest = max(largest, abs(float(row[token]) - logprob))
     tokens = len(PROMPTS) * TOKENS
-    _step("compare", "with transformers' GptOss on the same checkpoint, which it dequantizes, in fp32:")
     _step("", f"{same} of {tokens} tokens are the same")
     _step("", f"log-probabilities differ by {largest:.1e} at most; {ALLOWED:.0e} is allowed")
     if same != tokens or not largest <= ALLOWED:
@@ -199,4 +204,8 @@ def _step(name: str, text: str) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     sys.exit(main())
