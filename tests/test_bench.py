@@ -137,7 +137,7 @@ def test_layers_take_turns() -> None:
 def test_bench_layer(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command, on this CPU: the table, the report and the plot say the same."""
     file, plot = tmp_path / "layer.json", tmp_path / "layer.svg"
-    arguments = ["--model", str(checkpoint / "config.json"), "--tokens", "1", "6", "--peers"]
+    arguments = ["--model", str(checkpoint / "config.json"), "--tokens", "1", "6"]
     assert cli.main(["bench", "layer", *arguments, "--json", str(file), "--plot", str(plot)]) == 0
     printed = capsys.readouterr().out
     done = report.read(file)
@@ -253,17 +253,19 @@ def test_incomplete_report(kind: str, fault: str, got: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("hip", "peers"), [(None, ["TRITON", "MARLIN"]), ("7.0", ["TRITON"])], ids=["CUDA", "HIP"]
+    ("gpu", "hip", "peers"),
+    [(True, None, ("TRITON", "MARLIN")), (True, "7.0", ("TRITON",)), (False, None, ())],
+    ids=["CUDA", "HIP", "CPU"],
 )
 def test_peers_are_those_of_the_platform(
-    hip: str | None, peers: list[str], monkeypatch: pytest.MonkeyPatch
+    gpu: bool, hip: str | None, peers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MARLIN is not asked for by default where it cannot run; by name it still is."""
+    """None is asked for by default where it cannot run; by name it still is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.version, "hip", hip)
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
-    assert list(parser.parse_args(["layer"]).peers) == peers
-    assert parser.parse_args(["serve"]).engines == ["ours", *peers]
+    assert bench.peers_here() == peers
     assert parser.parse_args(["layer", "--peers", "marlin"]).peers == ["MARLIN"]
 
 

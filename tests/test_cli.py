@@ -1,5 +1,6 @@
 """The command line: what it offers, what it costs, and its exit codes."""
 
+import json
 import re
 from importlib import import_module
 from pathlib import Path
@@ -8,8 +9,17 @@ import pytest
 from run_python import ROOT, run_python
 
 from vllm_mxfp4_gfx950 import cli, commands
-from vllm_mxfp4_gfx950.commands import doctor
+from vllm_mxfp4_gfx950.bench import serve
+from vllm_mxfp4_gfx950.commands import bench, doctor
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
+from vllm_mxfp4_gfx950.models import GPT_OSS
+
+SCRIPTS = [
+    file
+    for folder in ("accuracy", "demo", "environments")
+    for file in sorted((ROOT / folder).glob("*.py"))
+    if '__name__ == "__main__"' in file.read_text()
+]
 
 
 def test_every_command_is_named() -> None:
@@ -56,18 +66,75 @@ def test_wrong_command_line(arguments: list[str]) -> None:
 def test_error_of_a_command(
     error: ValueError, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What the user got wrong is one line and exit code 2; anything else is a bug, and shows where it is."""
+    """Neither is a verdict, which is 1: what the user got wrong is a line; a bug shows where it is."""
 
     def run(_args: object) -> int:
         raise error
 
     monkeypatch.setattr(doctor, "run", run)
+    assert cli.main(["doctor"]) == 2
+    printed = capsys.readouterr().err
     if isinstance(error, Mxfp4Error):
-        assert cli.main(["doctor"]) == 2
-        assert capsys.readouterr().err == "vllm-mxfp4 doctor: --model must be one; got two. Correct it.\n"
+        assert printed == "vllm-mxfp4 doctor: --model must be one; got two. Correct it.\n"
     else:
-        with pytest.raises(ValueError, match="a bug"):
-            cli.main(["doctor"])
+        assert printed.startswith("Traceback ")
+        assert printed.endswith("ValueError: a bug\n")
+
+
+WITHOUT_TORCH = """\
+import sys
+from importlib.machinery import PathFinder
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        absent = name.partition(".")[0] in ("torch", "triton", "vllm")
+        return None if absent else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+"""
+"""A sitecustomize.py that hides what a client's environment lacks."""
+
+
+def test_plot_needs_no_torch(tmp_path: Path) -> None:
+    """`bench plot` draws what was measured elsewhere; what would measure says that torch is absent."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_TORCH)
+    row = {"layer": "E=4", "tokens": 1, "floor_us": 1.0, "us": {"ours": [2.0, 3.0]}}
+    report = {"bench": "layer", "device": "CPU", "versions": {}, "rows": [row]}
+    (tmp_path / "layer.json").write_text(json.dumps(report))
+    command = ["-m", "vllm_mxfp4_gfx950.cli", "bench"]
+    drawn = ["plot", str(tmp_path / "layer.json"), "--plot", str(tmp_path / "layer.svg")]
+    process = run_python([*command, *drawn], [tmp_path])
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "layer.svg").read_text().startswith("<?xml")
+    process = run_python([*command, "layer"], [tmp_path])
+    assert process.returncode == 2
+    assert process.stderr.endswith("ModuleNotFoundError: No module named 'torch'\n")
+
+
+def test_help_of_bench_names_what_there_is() -> None:
+    """Written out in `commands.bench`, which imports nothing that needs torch."""
+    assert tuple(GPT_OSS) == bench.MODELS == tuple(serve.LAYERS)
+    for kind, names in (("layer", GPT_OSS), ("serve", [*serve.LAYERS, *serve.LENGTHS, *serve.ROUTINGS])):
+        process = run_python(["-m", "vllm_mxfp4_gfx950.cli", "bench", kind, "--help"])
+        assert set(names) <= set(re.findall(r"[\w-]+", process.stdout))
+
+
+def test_help_of_scripts(tmp_path: Path) -> None:
+    """--help is a question, in whatever script: nothing runs, and nothing is written."""
+    process = run_python([str(ROOT / "demo/tiny_checkpoint.py"), "--help"], cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("usage: ")
+    assert not list(tmp_path.iterdir())
+    assert [file.name for file in SCRIPTS if "parse_args()" not in file.read_text()] == []
+    assert [file.name for file in SCRIPTS if "sys.argv" in file.read_text()] == []
+
+
+def test_docker_leaves_out_what_git_does() -> None:
+    """`COPY .` takes 4 GB of .venv otherwise. Docker's patterns begin at the root, git's anywhere."""
+    ignored = (ROOT / ".gitignore").read_text().split()
+    left_out = (ROOT / ".dockerignore").read_text().split()
+    assert {f"**/{pattern.strip('/')}" for pattern in ignored} | {".git"} == set(left_out)
 
 
 @pytest.mark.parametrize(

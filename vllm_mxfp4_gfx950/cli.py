@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
@@ -27,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes the process's own.
 
     Returns:
-        The exit code: 0 for success, 1 when the command found a fault, 2 for what cannot be done as asked.
+        The exit code: 0 for success, 1 when the command found a fault, 2 when it came to no verdict:
+        what was asked cannot be done, or the command failed.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="vllm-mxfp4", description="Serve GPT-OSS from MXFP4 on AMD gfx950.")
@@ -40,10 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         exit_code: int = command.run(args)
-    except ValueError as error:
-        if not isinstance(error, Mxfp4Error):
-            raise
+    except Mxfp4Error as error:
         print(f"vllm-mxfp4 {arguments[0]}: {error}", file=sys.stderr)
+        return 2
+    except Exception:
+        # Left to Python, it would end with 1, and be taken for what the command looked for.
+        traceback.print_exc()
         return 2
     return exit_code
 

@@ -10,16 +10,15 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from vllm_mxfp4_gfx950.bench import report, serve
+from vllm_mxfp4_gfx950.bench import report
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
-from vllm_mxfp4_gfx950.models import GPT_OSS, TOKENS, layer_shape
 
+# What needs torch is imported where it measures: `plot` draws where there is none.
 if TYPE_CHECKING:
     from vllm_mxfp4_gfx950.bench.layer import Row
 
 PEERS = ("TRITON", "MARLIN")
+MODELS = ("gpt-oss-20b", "gpt-oss-120b")
 LAYER = "time one MoE layer, this package's and vLLM's own, after each was compared with float64"
 SERVE = "measure vLLM's throughput and latency, with this package and with its own MoE backends"
 PLOT = "draw what was measured"
@@ -27,50 +26,51 @@ PLOT = "draw what was measured"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    # MARLIN is CUDA code.
-    peers = PEERS[:1] if torch.version.hip else PEERS
     kinds = parser.add_subparsers(metavar="kind", dest="kind", required=True)
     layer = kinds.add_parser("layer", help=LAYER, description=LAYER)
     layer.add_argument(
         "--model",
         nargs="+",
-        default=list(GPT_OSS),
-        help=f"{', '.join(GPT_OSS)}, or a config.json; more than one is measured in turn",
+        default=MODELS,
+        help=f"{', '.join(MODELS)}, or a config.json; more than one is measured in turn",
     )
-    layer.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="tokens of a forward")
+    layer.add_argument("--tokens", type=int, nargs="+", help="tokens of a forward")
     layer.add_argument(
-        "--peers", type=str.upper, nargs="*", choices=PEERS, default=peers, help="vLLM's, beside ours"
+        "--peers",
+        type=str.upper,
+        nargs="*",
+        choices=PEERS,
+        help="vLLM's, beside ours; by default those that this device can run",
     )
     serving = kinds.add_parser("serve", help=SERVE, description=SERVE)
     serving.add_argument(
         "--model",
-        default="gpt-oss-20b",
-        help=f"{', '.join(serve.LAYERS)} with dummy weights, or a checkpoint as vLLM takes it",
+        default=MODELS[0],
+        help=f"{', '.join(MODELS)} with dummy weights, or a checkpoint as vLLM takes it",
     )
     serving.add_argument(
         "--load",
         nargs="+",
         default=["short"],
-        help=f"short, {', '.join(serve.LENGTHS)}, or BATCH/INPUT/OUTPUT, requests and tokens of each",
+        help="short, 1k1k, 1k8k, 8k1k, or BATCH/INPUT/OUTPUT, requests and tokens of each",
     )
     serving.add_argument(
         "--concurrency",
         type=int,
         nargs="+",
         default=(4, 16, 64),
-        help=f"batches of {', '.join(serve.LENGTHS)}",
+        help="batches of 1k1k, 1k8k and 8k1k",
     )
     serving.add_argument("--rounds", type=int, default=3, help="times that each load is measured")
     serving.add_argument(
         "--engines",
         nargs="+",
-        default=["ours", *peers],
-        help="ours, or names of vLLM's --moe-backend",
+        help="ours, or names of vLLM's --moe-backend; by default ours and those that this device can run",
     )
     serving.add_argument(
         "--routing",
         nargs="+",
-        choices=serve.ROUTINGS,
+        choices=("alike", "spread"),
         help="of dummy weights: alike, all tokens choose the same experts, as vLLM makes them; spread (the "
         "default), each token has its own, as in a trained model; or both, measured in turn",
     )
@@ -100,13 +100,28 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
+def peers_here() -> tuple[str, ...]:
+    """Those of PEERS that this device can run: both are Triton or CUDA, and MARLIN is CUDA alone."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    return PEERS[:1] if torch.version.hip else PEERS
+
+
 def run_layer(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Print a line for each row; the report, and the exit code."""
-    if min(args.tokens) < 1:
-        raise Mxfp4Error("--tokens", "at least 1", min(args.tokens), "Correct it")
-    shapes = [layer_shape(model) for model in args.model]
+    import torch
+
     from vllm_mxfp4_gfx950.bench import layer, vllm_layers
+    from vllm_mxfp4_gfx950.models import TOKENS, layer_shape
     from vllm_mxfp4_gfx950.timing import REPLAYS
+
+    token_counts = list(args.tokens or TOKENS)
+    if min(token_counts) < 1:
+        raise Mxfp4Error("--tokens", "at least 1", min(token_counts), "Correct it")
+    shapes = [layer_shape(model) for model in args.model]
+    peers = peers_here() if args.peers is None else args.peers
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = [str(layer.selected(shape, device)) for shape in shapes]
@@ -126,12 +141,12 @@ def run_layer(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
         f"microseconds of one layer, after its rows were compared with float64: the median of "
         f"{2 * REPLAYS} replays of {layer.CALLS} calls, ± half of the way from fastest to slowest"
     )
-    builders = {"ours": layer.ours} | {name: vllm_layers.BUILDERS[name] for name in args.peers}
+    builders = {"ours": layer.ours} | {name: vllm_layers.BUILDERS[name] for name in peers}
     for shape, choice in zip(shapes, chosen, strict=True):
         print(f"\n{shape}, {layer.copies(shape, device)} layers in turn; ours: {choice}")
         columns = "".join(f"{name:>17}" for name in builders)
         print(f"tokens MB read   GFLOP    floor{columns}  ours/floor  ours/best peer", flush=True)
-        for row in layer.measure(shape, list(args.tokens), builders, reached, device):
+        for row in layer.measure(shape, token_counts, builders, reached, device):
             print(layer_line(row, list(builders)), flush=True)
             done["rows"].append(dataclasses.asdict(row))
             if args.json:
@@ -160,6 +175,8 @@ def spread(times: list[float]) -> float:
 
 def run_serve(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Print each engine's path and loads, a line each, then the comparison; the report, and the exit code."""
+    from vllm_mxfp4_gfx950.bench import serve
+
     if args.rounds < 1:
         raise Mxfp4Error("--rounds", "at least 1", args.rounds, "Correct it")
     if min(args.concurrency) < 1:
@@ -167,7 +184,9 @@ def run_serve(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     loads = list(dict.fromkeys(load for name in args.load for load in serve.loads(name, args.concurrency)))
     routings = serve.routings(args.model, args.routing)
     extra = engine_arguments(args.engine_args)
-    engines = ["ours" if name.lower() == "ours" else name.upper() for name in args.engines]
+    engines = [
+        "ours" if name.lower() == "ours" else name.upper() for name in args.engines or ("ours", *peers_here())
+    ]
     done: dict[str, Any] = {
         "bench": "serve",
         "device": "",
