@@ -226,7 +226,6 @@ VECTOR = "reads vector register {}, which nothing has written"
         pytest.param("ds_bpermute_b32 v1, v2, v0", 0, id="permuted"),
         pytest.param("v_mov_b32_dpp v1, v0 row_shr:1 row_mask:0xf bank_mask:0xf", 0, id="other-lanes"),
         pytest.param("v_readfirstlane_b32 s8, v0", 0, id="first-lane"),
-        pytest.param("v_readlane_b32 s8, v0, 3", 0, id="lane"),
         pytest.param("v_permlane32_swap_b32 v2, v0", 0, id="swapped"),
     ],
 )
@@ -244,14 +243,19 @@ def test_unwritten_vector_register(code: str, register: int) -> None:
     gcn.run(code, v={0: 0, 9: 0, 15: 0, **known}, a={0: 0, **a}, **state)
 
 
-def test_one_lane_is_written() -> None:
-    """Its neighbours stay unknown, and so does what a scalar nobody wrote leaves there."""
+def test_unwritten_lane() -> None:
+    """A lane is as unknown as the scalar that goes there, and a scalar as the lane that it comes from."""
     write = "v_writelane_b32 v0, s0, 5\n"
-    gcn.run(f"{write}v_readlane_b32 s8, v0, 5", s={0: 1})
-    refused(f"{write}v_readlane_b32 s8, v0, 6 ; !", "vector register 0", s={0: 1})
-    refused(f"{write}v_mov_b32_e32 v1, v0 ; !", "vector register 0", s={0: 1})
-    refused("v_writelane_b32 v0, s0, 5 ; !", SCALAR.format(0))
+    for lane, state in ((5, {"s": {0: 1}}), (6, {"v": {0: 1}})):
+        gcn.run(f"{write}v_readlane_b32 s8, v0, {lane}\ns_mov_b32 s9, s8", **state)
+    for lane, state in ((6, {"s": {0: 1}}), (5, {"v": {0: 1}})):
+        read = f"{write}v_readlane_b32 s8, v0, {lane}\n"
+        gcn.run(f"{read}s_mov_b32 s8, 0\ns_mov_b32 s9, s8", **state)
+        refused(f"{read}s_mov_b32 s9, s8 ; !", SCALAR.format(8), **state)
+        refused(f"s_mov_b32 s8, 0\n{read}s_mov_b32 s9, s8 ; !", SCALAR.format(8), **state)
+        refused(f"{write}v_mov_b32_e32 v1, v0 ; !", "vector register 0", **state)
     refused("v_writelane_b32 v0, 1, s0 ; !", SCALAR.format(0))
+    refused("v_readlane_b32 s8, v0, s0 ; !", SCALAR.format(0))
 
 
 @pytest.mark.parametrize("kind", ["v", "s"])

@@ -1671,6 +1671,18 @@ def test_waiting_for_some(used: str, ready: bool) -> None:
             run(code, **inputs)
 
 
+def test_waiting_for_nothing() -> None:
+    """Each counter's largest number lets everything stay outstanding."""
+    memory = np.arange(64, dtype=np.uint32)
+    inputs = {"v": {0: LANE * 4}, "s": buffer(memory, 256), "memory": [memory]}
+    load = f"buffer_load_dword v10, {BUFFER}\ns_waitcnt vmcnt(63) expcnt(7) lgkmcnt(15)\n"
+    run(load, **inputs)
+    with pytest.raises(RuntimeError, match="an s_waitcnt is missing"):
+        run(f"{load}v_mov_b32_e32 v11, v10", **inputs)
+    with pytest.raises(RuntimeError, match="is not something the emulator knows"):
+        run("s_waitcnt expcnt(0)")
+
+
 @pytest.mark.parametrize("barrier", ["", "s_barrier"])
 def test_race(barrier: str) -> None:
     """Reading what another wave has written to LDS is an error unless a barrier lies between."""
@@ -1728,14 +1740,20 @@ def test_comparison_of_pairs(name: str, kind: str, form: str) -> None:
             assert bool(bit(got.s[9] << 32 | got.s[8], lane)) == COMPARE[name](first, second)
 
 
-@pytest.mark.parametrize("name", ["eq", "ge", "gt", "le", "lt"])
+ORDER: dict[str, Callable[[float, float], bool]] = {
+    "o": lambda a, b: not (math.isnan(a) or math.isnan(b)),
+    "u": lambda a, b: math.isnan(a) or math.isnan(b),
+}
+
+
+@pytest.mark.parametrize("name", ["eq", "ge", "gt", "le", "lt", *ORDER])
 def test_every_comparison_of_floats(name: str) -> None:
-    """NaN is not even equal to itself, and both zeros are."""
+    """NaN is not even equal to itself, and both zeros are; "o" is true of two numbers, "u" of all else."""
     numbers = [0.0, -0.0, 1.5, -1.5, math.inf, -math.inf, math.nan, 2.0**-149]
     a, b = zip(*itertools.product(numbers, numbers), strict=True)
     v = {0: np.array([*map(bits, a)], np.uint32), 1: np.array([*map(bits, b)], np.uint32)}
     got = run(f"v_cmp_{name}_f32_e32 vcc, v0, v1", v=v)
-    assert [bool(bit(got.vcc, lane)) for lane in range(64)] == [*map(COMPARE[name], a, b)]
+    assert [bool(bit(got.vcc, lane)) for lane in range(64)] == [*map((COMPARE | ORDER)[name], a, b)]
 
 
 @pytest.mark.parametrize(

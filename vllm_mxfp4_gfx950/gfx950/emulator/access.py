@@ -54,7 +54,9 @@ def wait(form: Form) -> Effect:
     """Wait until at most so many memory instructions of each kind are outstanding."""
     text = form.instruction.text
     counts = {name: int(value) for name, value in re.findall(r"(\w+)\((\d+)\)", text)}
-    if set(counts) - {"vmcnt", "lgkmcnt"} or not counts:
+    # What 7 of expcnt, its largest, waits for is nothing.
+    known = {"vmcnt", "lgkmcnt"} | ({"expcnt"} if counts.get("expcnt") == 7 else set())
+    if set(counts) - known or not counts:
         raise Unknown(f"{text} is not something the emulator knows")
     form.texts, form.modifiers = [], {}
     memory, lds = counts.get("vmcnt"), counts.get("lgkmcnt")

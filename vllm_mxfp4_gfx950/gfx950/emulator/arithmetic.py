@@ -560,6 +560,10 @@ VECTOR |= {
     if (name, kind) != ("ne", "f32")  # Its name is neq, and no kernel has it.
 }
 VECTOR |= {
+    "v_cmp_o_f32": op("mask = f32 f32", lambda a, b: ~(np.isnan(a) | np.isnan(b))),
+    "v_cmp_u_f32": op("mask = f32 f32", lambda a, b: np.isnan(a) | np.isnan(b)),
+}
+VECTOR |= {
     f"v_cmp_{name}_{kind}64": op(
         "mask = u64 u64", lambda a, b, f=function, t=dtype: f(a.astype(t), b.astype(t))
     )

@@ -9,7 +9,6 @@ import numpy as np
 from vllm_mxfp4_gfx950.gfx950.driver import WAVE
 from vllm_mxfp4_gfx950.gfx950.emulator.access import issue
 from vllm_mxfp4_gfx950.gfx950.emulator.arithmetic import E2M1, E8M0, FORMATS, Array
-from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault
 from vllm_mxfp4_gfx950.gfx950.emulator.operands import (
     LANE,
     Effect,
@@ -19,7 +18,7 @@ from vllm_mxfp4_gfx950.gfx950.emulator.operands import (
     Unknown,
     scalar_read,
 )
-from vllm_mxfp4_gfx950.gfx950.emulator.waves import Outstanding, Waves
+from vllm_mxfp4_gfx950.gfx950.emulator.waves import ALL, SCALAR_KEY, Outstanding, Waves, pack
 
 
 def matrix(form: Form, rows: int, depth: int) -> Effect:
@@ -119,29 +118,36 @@ def read_first_lane(form: Form) -> Effect:
 
 
 def read_lane(form: Form) -> Effect:
-    """A vector register's lane of a given number, to a scalar register."""
+    """A vector register's lane of a given number, to a scalar register, which stays unknown if it is."""
     target, source, lane = form.target(), form.parse(form.texts.pop(0)), form.source()
     form.writes.add(source.register)
     number = scalar_read("u32", lane)
 
     def effect(waves: Waves, machine: Machine) -> None:
         lanes = np.broadcast_to(number(waves) & 63, (len(waves),)).astype(np.int64)
-        known = waves.v_known[source.register] >> lanes.astype(np.uint64)
-        if not (known & np.uint64(1)).all():
-            raise Fault(f"reads vector register {source.register} of a lane in which nothing has written it")
-        waves.write_s(target.register, waves.v[source.register][np.arange(len(waves)), lanes])
+        known = waves.v_known[source.register] >> lanes.astype(np.uint64) & np.uint64(1)
+        value = waves.v[source.register][np.arange(len(waves)), lanes]
+        waves.write_s(target.register, value, known.astype(bool))
 
     return effect
 
 
 def write_lane(form: Form) -> Effect:
-    """A scalar, to a vector register's lane of a given number; the others, and EXEC, do not matter."""
-    target, value, lane = form.target(), form.source(), form.source()
-    read, number = scalar_read("u32", value), scalar_read("u32", lane)
+    """A scalar, to a vector register's lane of a given number; the others, and EXEC, do not matter.
+
+    The compiler spills so, and it spills undefined registers, too: the lane is as unknown then.
+    """
+    target, value = form.target(), form.parse(form.texts.pop(0))
+    form.writes.update(SCALAR_KEY + register for register in value.registers if value.kind == "s")
+    read, number = scalar_read("u32", value), scalar_read("u32", form.source())
 
     def effect(waves: Waves, machine: Machine) -> None:
         written = np.broadcast_to(number(waves) & 63, (len(waves),))[:, None] == LANE
         waves.write_lanes(target.register, np.broadcast_to(read(waves), (len(waves),))[:, None], written)
+        if value.kind == "s" and not waves.s_all[value.register]:
+            unknown = pack(written & ~waves.s_known[value.register][:, None])
+            waves.v_known[target.register] &= ~unknown
+            waves.v_all[target.register] = bool((waves.v_known[target.register] == ALL).all())
 
     return effect
 

@@ -147,12 +147,12 @@ class Waves:
             self.v_known[register] |= pack(np.ascontiguousarray(np.broadcast_to(lanes, (len(self), WAVE))))
             self.v_all[register] = bool((self.v_known[register] == ALL).all())
 
-    def write_s(self, register: int, value: Array) -> None:
-        """Write a scalar register."""
+    def write_s(self, register: int, value: Array, known: NDArray[np.bool_] | None = None) -> None:
+        """Write a scalar register, with what may be unknown; None for nothing."""
         self.s[register] = value
-        if not self.s_all[register]:
-            self.s_known[register] = True
-            self.s_all[register] = True
+        if not self.s_all[register] or known is not None:
+            self.s_known[register] = True if known is None else known
+            self.s_all[register] = bool(self.s_known[register].all())
 
     def write_scc(self, value: Array) -> None:
         """Write the scalar condition."""
