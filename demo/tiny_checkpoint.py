@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 BLOCK = 32
 UNKNOWN, END = "<unk>", "<end>"
@@ -99,6 +99,9 @@ def transformers_logprobs(checkpoint: Path, sequences: list[list[int]]) -> list[
     """
     # Not from_pretrained(dtype=torch.float32): that leaves the experts in bf16 and computes nonsense.
     model = transformers_model(checkpoint).float()
+    for name, tensor in load_file(checkpoint / "model.safetensors").items():
+        if name.endswith("_proj_bias"):  # Biases of experts, which may be more exact than bf16.
+            model.get_parameter(name).copy_(tensor)
     return [model(torch.tensor([sequence])).logits[0].log_softmax(-1) for sequence in sequences]
 
 

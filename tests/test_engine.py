@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from engine import FLAG, OUR_METHOD, Served
 from run_python import run_python
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import TinyGptOss
+
+from vllm_mxfp4_gfx950 import checkpoint
 
 pytestmark = pytest.mark.engine
 
@@ -70,9 +73,14 @@ def test_fp32_equals_transformers(name: str, checkpoints: dict[str, Path]) -> No
     """64 greedy tokens on 8 prompts, and the log-probabilities of the 20 likeliest tokens at each step."""
     served = serve_fp32(checkpoints[name], compiled=name == COMPILED)
     assert served.moe_methods == {OUR_METHOD}
+    assert_equals_transformers(served, checkpoints[name])
+
+
+def assert_equals_transformers(served: Served, checkpoint: Path) -> None:
+    """Hold the answers to PROMPTS against transformers on a checkpoint."""
     # Each step is compared after the tokens that vLLM chose. While all agree, transformers chose the same.
     sequences = [prompt + answer for prompt, answer in zip(PROMPTS, served.token_ids, strict=True)]
-    truth = tiny_checkpoint.transformers_logprobs(checkpoints[name], sequences)
+    truth = tiny_checkpoint.transformers_logprobs(checkpoint, sequences)
     for prompt, answer, logprobs, expected in zip(
         PROMPTS, served.token_ids, served.logprobs, truth, strict=True
     ):
@@ -149,30 +157,58 @@ def test_allreduce_fusion(expert_parallel: bool, checkpoints: dict[str, Path]) -
     assert served.token_ids == serve_fp32(whole, compiled=False).token_ids
 
 
-def test_streamed_experts(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """A checkpoint with a tensor for each expert, as vLLM streams them since 0.30, sliced by two ranks."""
-    whole = checkpoints[UNEVEN]
-    for file in whole.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    names = {
-        "gate_up_proj_blocks": "w13_weight",
-        "gate_up_proj_scales": "w13_weight_scale",
-        "gate_up_proj_bias": "w13_bias",
-        "down_proj_blocks": "w2_weight",
-        "down_proj_scales": "w2_weight_scale",
-        "down_proj_bias": "w2_bias",
-    }
-    tensors = {}
-    for name, tensor in load_file(whole / "model.safetensors").items():
-        layer, _, last = name.rpartition(".")
-        if last in names:
-            tensors |= {f"{layer}.{i}.{names[last]}": expert.clone() for i, expert in enumerate(tensor)}
+def change_biases(tensors: dict[str, torch.Tensor]) -> None:
+    """Give experts biases that bf16 has not: fp32 where they are added to gate and up, else fp16."""
+    for name, bias in tensors.items():
+        if name.endswith(".experts.gate_up_proj_bias"):
+            tensors[name] = bias.float() * (1 + 2**-9)
+        elif name.endswith(".experts.down_proj_bias"):
+            tensors[name] = (bias.float() * (1 + 2**-9)).half()
+
+
+def mix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same experts in every form that vLLM's loader takes.
+
+    Layer 0 has all experts of w13 in one tensor, with flat blocks, and a tensor for each expert of w2.
+    Layer 1 has it the other way round, under vLLM's own names. All scales are in float8.
+    """
+    parameters = {checkpoint.TENSORS[field]: parameter for parameter, field in checkpoint.PARAMETERS.items()}
+    mixed = {}
+    for name, tensor in tensors.items():
+        experts, _, last = name.rpartition(".")
+        if last not in parameters:
+            mixed[name] = tensor
+            continue
+        first = ".0." in experts
+        new = f"{experts}.{last if first else parameters[last]}"
+        form = tensor.view(torch.float8_e8m0fnu) if last.endswith("_scales") else tensor
+        if last.startswith("gate_up") == first:
+            mixed[new] = form.flatten(2) if last.endswith("_blocks") else form
         else:
-            tensors[name] = tensor
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    served = engine.serve(tmp_path, PROMPTS, TOKENS, **TWO_RANKS)
+            mixed |= {
+                new.replace(".experts.", f".experts.{i}."): expert.clone() for i, expert in enumerate(form)
+            }
+    return mixed
+
+
+def test_mixed_files(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Experts in every form of `mix`, sliced by two ranks, with the biases exactly as the files have them."""
+    whole, mixed = tmp_path / "whole", tmp_path / "mixed"
+    for directory in (whole, mixed):
+        shutil.copytree(checkpoints[UNEVEN], directory)
+    tensors = load_file(whole / "model.safetensors")
+    change_biases(tensors)
+    save_file(tensors, whole / "model.safetensors", metadata={"format": "pt"})
+    (mixed / "model.safetensors").unlink()
+    forms = mix(tensors)
+    for part in (0, 1):
+        names = sorted(forms)[part::2]
+        save_file({name: forms[name] for name in names}, mixed / f"model-{part}.safetensors")
+    served = engine.serve(mixed, PROMPTS, TOKENS, **TWO_RANKS)
     assert served.moe_methods == {OUR_METHOD}
-    assert served.token_ids == serve_fp32(whole, compiled=False).token_ids
+    assert_equals_transformers(served, whole)
+    with pytest.raises(AssertionError):  # Negative control: biases rounded to bf16 are seen.
+        assert_equals_transformers(served, checkpoints[UNEVEN])
 
 
 def test_dummy_weights(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -144,17 +144,19 @@ def test_config(change: Callable[[Config], object], text: str, tmp_path: Path) -
     [
         pytest.param(
             replace("down_proj_scales", torch.Tensor.float),
-            f"{EXPERTS}.down_proj_scales must be U8 [8, 128, 4]; got F32 [8, 128, 4]. {FIX_LAYOUT}",
+            f"{EXPERTS}.down_proj_scales must be U8 or F8_E8M0 [8, 128, 4]; "
+            f"got F32 [8, 128, 4]. {FIX_LAYOUT}",
             id="scales-of-float32",
         ),
         pytest.param(
             replace("gate_up_proj_scales", lambda scales: scales[..., :-1]),
-            f"{EXPERTS}.gate_up_proj_scales must be U8 [8, 256, 4]; got U8 [8, 256, 3]. {FIX_LAYOUT}",
+            f"{EXPERTS}.gate_up_proj_scales must be U8 or F8_E8M0 [8, 256, 4]; "
+            f"got U8 [8, 256, 3]. {FIX_LAYOUT}",
             id="scales-of-3-blocks",
         ),
         pytest.param(
             replace("down_proj_bias", lambda bias: bias[:, :-1]),
-            f"{EXPERTS}.down_proj_bias must be BF16 [8, 128]; got BF16 [8, 127]. {FIX_LAYOUT}",
+            f"{EXPERTS}.down_proj_bias must be BF16 or F16 or F32 [8, 128]; got BF16 [8, 127]. {FIX_LAYOUT}",
             id="short-bias",
         ),
         pytest.param(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 import torch
@@ -28,6 +29,32 @@ TENSORS = {
     "w2_bias": "down_proj_bias",
 }
 """The name of each field of MoeWeights in a checkpoint, behind `model.layers.N.mlp.experts.`."""
+
+PARAMETERS = {
+    "w13_weight": "w13",
+    "w13_weight_scale": "w13_scale",
+    "w13_bias": "w13_bias",
+    "w2_weight": "w2",
+    "w2_weight_scale": "w2_scale",
+    "w2_bias": "w2_bias",
+}
+"""vLLM's name of each of a layer's parameters, which a file may have too, and its field in MoeWeights."""
+
+DTYPES = {
+    "blocks": {"U8": torch.uint8, "I8": torch.int8},
+    "scales": {"U8": torch.uint8, "F8_E8M0": torch.float8_e8m0fnu},
+    "bias": {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32},
+}
+"""What a checkpoint may have its tensors in without another meaning, by the end of their names in TENSORS."""
+
+FIELDS = PARAMETERS | {name: field for field, name in TENSORS.items()}
+"""The field of MoeWeights behind either name."""
+
+EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(?:routed_experts\.)?(?:(\d+)\.)?(\w+)")
+"""The name of a tensor of all experts, or of the one whose number it has."""
+
+
+OTHER_MODEL = "Check that the checkpoint is GPT-OSS in MXFP4 and fits its config.json"
 
 
 def check_method(quant_method: str | None) -> None:
@@ -57,10 +84,10 @@ def check_files(model: str, layers: int, shape: MoeShape) -> None:
         try:
             with safe_open(file, framework="pt") as tensors:
                 names.update(tensors.keys())
-                for name, expected in expert_tensors(layers, shape).items():
-                    if name in tensors.keys():  # noqa: SIM118  (it is no mapping)
+                for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
+                    if EXPERT.fullmatch(name):
                         header = tensors.get_slice(name)
-                        check_header(name, expected, (header.get_dtype(), header.get_shape()))
+                        check_expert(name, header.get_dtype(), header.get_shape(), layers, shape)
         except SafetensorError as error:
             raise Mxfp4Error(
                 str(file), "a whole safetensors file", str(error), "Download the file again"
@@ -75,25 +102,38 @@ def check_files(model: str, layers: int, shape: MoeShape) -> None:
         )
 
 
-def check_header(name: str, expected: tuple[str, list[int]], found: tuple[str, list[int]]) -> None:
-    """Raise Mxfp4Error unless a tensor has this dtype and shape, as safetensors names them."""
-    if found != expected:
-        rule, got = (f"{dtype} {size}" for dtype, size in (expected, found))
-        fix = "Check that the checkpoint is GPT-OSS in MXFP4 and fits its config.json"
-        raise Mxfp4Error(name, rule, got, fix)
+def check_expert(name: str, dtype: str, size: list[int], layers: int, shape: MoeShape) -> None:
+    """Hold the header of one tensor of experts against the model; other tensors pass.
+
+    Args:
+        name: the tensor's, in the checkpoint or in vLLM.
+        dtype, size: as safetensors gives them.
+        layers: of the model.
+        shape: of one of its layers, all of it.
+
+    Raises:
+        Mxfp4Error: the tensor has the wrong dtype or shape, or is of an expert that the model has not.
+    """
+    match = EXPERT.fullmatch(name)
+    field = match and FIELDS.get(match[3])
+    if not match or not field or int(match[1]) >= layers:
+        return
+    if match[2] and int(match[2]) >= shape.experts:
+        rule = f"of one of the model's experts, 0 to {shape.experts - 1}"
+        fix = "Check num_local_experts in config.json, or take the checkpoint that it belongs to"
+        raise Mxfp4Error(name, rule, f"expert {match[2]}", fix)
+    whole = tensor_shapes(shape.experts, shape.hidden, shape.intermediate)[field][1]
+    packed = list(whole[1:] if match[2] else whole)
+    sizes = [[*packed[:-1], packed[-1] // 16, 16], packed] if field in ("w13", "w2") else [packed]
+    dtypes = DTYPES[kind(field)]
+    if dtype not in dtypes or size not in sizes:
+        rule = f"{' or '.join(dtypes)} {' or '.join(map(str, sizes))}"
+        raise Mxfp4Error(name, rule, f"{dtype} {size}", OTHER_MODEL)
 
 
-def expert_tensors(layers: int, shape: MoeShape) -> dict[str, tuple[str, list[int]]]:
-    """Dtype and shape of all experts' tensors by their names in a checkpoint, as safetensors names them."""
-    tensors = tensor_shapes(shape.experts, shape.hidden, shape.intermediate)
-    found = {}
-    for field, name in TENSORS.items():
-        dtype, size = tensors[field]
-        dims = [*size[:-1], size[-1] // 16, 16] if field in ("w13", "w2") else [*size]
-        found[name] = ("U8" if dtype is torch.uint8 else "BF16", dims)
-    return {
-        f"model.layers.{i}.mlp.experts.{name}": entry for i in range(layers) for name, entry in found.items()
-    }
+def kind(field: str) -> str:
+    """Of what a field of MoeWeights is one: blocks, scales or bias."""
+    return TENSORS[field].rpartition("_")[2]
 
 
 def unquantized_tensors(layers: int) -> set[str]:
@@ -104,6 +144,25 @@ def unquantized_tensors(layers: int) -> set[str]:
     in_layer += ["self_attn.sinks", "input_layernorm.weight", "post_attention_layernorm.weight"]
     outside = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     return outside | {f"model.layers.{index}.{name}" for index in range(layers) for name in in_layer}
+
+
+def read(name: str, field: str, tensor: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    """A loaded tensor, its bytes as MoeWeights has them; a bias may be of any float dtype.
+
+    Args:
+        name: for the error's text.
+        field: the tensor's name in MoeWeights.
+        tensor: this rank's share of it.
+        size: what its shape must be.
+
+    Raises:
+        Mxfp4Error: the tensor has the wrong dtype or shape.
+    """
+    dtypes = DTYPES[kind(field)].values()
+    if tensor.dtype not in dtypes or tuple(tensor.shape) != size:
+        rule = f"{' or '.join(map(str, dtypes))} {list(size)}"
+        raise Mxfp4Error(name, rule, f"{tensor.dtype} {list(tensor.shape)}", OTHER_MODEL)
+    return tensor if field.endswith("bias") else tensor.view(torch.uint8)
 
 
 def slice_expert(field: str, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -22,11 +22,11 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from vllm_mxfp4_gfx950 import backends, checkpoint, serving, settings
+from vllm_mxfp4_gfx950.checkpoint import PARAMETERS
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.moe import (
     MoeShape,
     MoeWeights,
-    check_tensor,
     check_weights,
     tensor_shapes,
     whole_layer,
@@ -36,16 +36,6 @@ from vllm_mxfp4_gfx950.settings import FLAG
 
 # Loggers below `vllm` print where vLLM's own do.
 logger = init_logger("vllm.mxfp4_triton")
-
-PARAMETERS = {
-    "w13_weight": "w13",
-    "w13_weight_scale": "w13_scale",
-    "w13_bias": "w13_bias",
-    "w2_weight": "w2",
-    "w2_weight_scale": "w2_scale",
-    "w2_bias": "w2_bias",
-}
-"""vLLM's name of each of a layer's parameters, and its field in MoeWeights."""
 
 
 def register() -> None:
@@ -230,8 +220,8 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
             target = target[local_id : local_id + 1]
             loaded = checkpoint.slice_expert(field, loaded, start, stop)[None]
             experts = {local_id}
-        dtype, size = tensor_shapes(len(experts), self.shape.hidden, stop - start)[field]
-        check_tensor(f"{self.prefix}.{checkpoint.TENSORS[field]}", loaded, dtype, size)
+        size = tensor_shapes(len(experts), self.shape.hidden, stop - start)[field][1]
+        loaded = checkpoint.read(f"{self.prefix}.{checkpoint.TENSORS[field]}", field, loaded, size)
         if field == "w2_bias" and start > 0:
             loaded = torch.zeros_like(loaded)  # The ranks' outputs are summed: it counts on the first.
         target[tuple(slice(0, n) for n in loaded.shape)].copy_(loaded)
