@@ -402,19 +402,31 @@ def test_spread_refuses_other_names() -> None:
 
 
 @pytest.mark.engine
-def test_spread_refuses_a_packed_router(checkpoint: Path, tmp_path: Path) -> None:
-    """An engine is measured with its dummy weights as they are, and on a CPU that is all."""
+@pytest.mark.parametrize(
+    ("cpu", "dtype", "packed"),
+    [("this-cpu", "float32", True), ("avx2", "float32", True), ("avx2", "bfloat16", False)],
+)
+def test_spread_refuses_a_packed_router(
+    cpu: str, dtype: str, packed: bool, checkpoint: Path, tmp_path: Path
+) -> None:
+    """An engine is measured with its dummy weights as they are, and where vLLM packs them that is all.
+
+    It packs them where oneDNN multiplies their type: fp32 on every x86-64, bf16 not with AVX2 alone.
+    """
     job = {
         "engine": "ours",
-        "arguments": serve.arguments(str(checkpoint), "ours", LOADS, tmp_path, DUMMY),
+        "arguments": serve.arguments(str(checkpoint), "ours", LOADS, tmp_path, DUMMY | {"dtype": dtype}),
         "routings": list(serve.ROUTINGS),
         "loads": LOADS,
         "rounds": 1,
     }
-    row, failed = engine.bench(job).splitlines()
-    assert json.loads(row.removeprefix("ROW "))["routing"] == "alike"
-    assert "FAILED" in failed
-    assert "got none of router." in failed
+    alike, spread = engine.bench(job, cpu).splitlines()
+    assert json.loads(alike.removeprefix("ROW "))["routing"] == "alike"
+    if packed:
+        assert "FAILED" in spread
+        assert "got none of router." in spread
+    else:
+        assert json.loads(spread.removeprefix("ROW "))["routing"] == "spread"
 
 
 @pytest.mark.engine

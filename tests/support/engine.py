@@ -41,6 +41,10 @@ ENVIRONMENT = {
     # An operator whose result is its argument is an error, as it is for torch only where CI is set.
     "TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING": "1",
 }
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+CPUS: dict[str, dict[str, str]] = {"this-cpu": {}, "avx2": AVX2}
+"""Kinds of CPU that an engine can be started for, and what makes torch and oneDNN take this one for it."""
+
 FLAG = "mxfp4-triton"
 OUR_METHOD = "vllm_mxfp4_gfx950.vllm_plugin.Mxfp4TritonMoEMethod"
 TOP = 20
@@ -62,25 +66,28 @@ class Served:
     logprobs: list[list[dict[int, float]]]
 
 
-def serve(checkpoint: Path, prompts: list[list[int]], tokens: int, **arguments: Any) -> Served:
+def serve(
+    checkpoint: Path, prompts: list[list[int]], tokens: int, cpu: str = "this-cpu", **arguments: Any
+) -> Served:
     """Answer prompts greedily.
 
     Args:
         checkpoint: a directory.
         prompts: their token ids.
         tokens: how many to generate for each.
+        cpu: one of CPUS.
         arguments: of vllm.LLM.
     """
-    return _in_engine_process(serve_here, checkpoint, prompts, tokens, arguments)
+    return _in_engine_process(cpu, serve_here, checkpoint, prompts, tokens, arguments)
 
 
-def score(checkpoint: Path, sequences: list[list[int]], **arguments: Any) -> np.ndarray:
-    """Log-probabilities of all tokens at each position of given sequences.
+def score(checkpoint: Path, sequences: list[list[int]], cpu: str, **arguments: Any) -> np.ndarray:
+    """Log-probabilities of all tokens at each position of given sequences, which have one length.
 
     Returns:
-        float64[positions of all sequences, vocab]; a sequence of n tokens has n - 1 positions.
+        float64[sequences, tokens - 1, vocab].
     """
-    return _in_engine_process(_score, checkpoint, sequences, arguments)
+    return _in_engine_process(cpu, _score, checkpoint, sequences, arguments)
 
 
 def fuse(
@@ -91,27 +98,27 @@ def fuse(
     Returns:
         What was answered; and for each rank how many it fused, in each graph that it compiled.
     """
-    return _in_engine_process(_fuse, checkpoint, prompts, tokens, arguments)
+    return _in_engine_process("this-cpu", _fuse, checkpoint, prompts, tokens, arguments)
 
 
 def outcome(checkpoint: Path, **arguments: Any) -> str:
     """Start an engine: "served by" and its MoE methods, or the error that ended it."""
-    return _in_engine_process(_outcome, checkpoint, arguments)
+    return _in_engine_process("this-cpu", _outcome, checkpoint, arguments)
 
 
 def load_again(checkpoint: Path, **arguments: Any) -> tuple[str, str]:
     """The error of loading weights into an engine that has them, and that of the next request."""
-    return _in_engine_process(_load_again, checkpoint, arguments)
+    return _in_engine_process("this-cpu", _load_again, checkpoint, arguments)
 
 
 def quantization_class(checkpoint: Path, quantization: str | None) -> str:
     """The class of vLLM's quantization config for a checkpoint and a flag, without building the model."""
-    return _in_engine_process(create_config, checkpoint, quantization)
+    return _in_engine_process("this-cpu", create_config, checkpoint, quantization)
 
 
-def bench(job: dict[str, Any]) -> str:
+def bench(job: dict[str, Any], cpu: str = "this-cpu") -> str:
     """What an engine of `vllm-mxfp4 bench serve` prints for its job, without starting a process for it."""
-    return _in_engine_process(_bench, job)
+    return _in_engine_process(cpu, _bench, job)
 
 
 def create_config(checkpoint: Path, quantization: str | None) -> str:
@@ -123,18 +130,20 @@ def create_config(checkpoint: Path, quantization: str | None) -> str:
     return f"{method.__module__}.{method.__qualname__}"
 
 
-def _in_engine_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    return _engine_process().submit(function, *args, **kwargs).result()
+def _in_engine_process(cpu: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    return _engine_process(cpu).submit(function, *args, **kwargs).result()
 
 
 @functools.cache
-def _engine_process() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=start)
+def _engine_process(cpu: str) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=start, initargs=(cpu,))
 
 
-def start() -> None:
-    """Make this process one for engines."""
-    os.environ.update(ENVIRONMENT)
+def start(cpu: str = "this-cpu") -> None:
+    """Make this process one for engines, on one of CPUS."""
+    os.environ.update(ENVIRONMENT | CPUS[cpu])
+    if cpu == "avx2":  # vLLM asks torch what the CPU has, not what torch was told to use.
+        torch.cpu._is_avx512_supported = torch.cpu._is_avx512_bf16_supported = lambda: False
     torch.set_num_threads(1)
     import vllm  # noqa: F401
 
@@ -197,10 +206,17 @@ def _score(checkpoint: Path, sequences: list[list[int]], arguments: dict[str, An
     from vllm import SamplingParams
 
     with _llm(checkpoint, arguments) as llm:
-        parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1)
+        parameters = SamplingParams(
+            temperature=0, max_tokens=1, prompt_logprobs=-1, flat_logprobs=True, detokenize=False
+        )
         requests = llm.generate([{"prompt_token_ids": s} for s in sequences], parameters, use_tqdm=False)
-    positions = [position for request in requests for position in request.prompt_logprobs[1:]]
-    return np.array([[position[i].logprob for i in range(len(position))] for position in positions])
+    found = []
+    for flat in (request.prompt_logprobs for request in requests):
+        scores = np.full((len(flat) - 1, max(flat.token_ids) + 1), np.nan)
+        for row, begin, end in zip(scores, flat.start_indices[1:], flat.end_indices[1:], strict=True):
+            row[flat.token_ids[begin:end]] = flat.logprobs[begin:end]
+        found.append(scores)
+    return np.array(found)
 
 
 def _fuse(

@@ -151,7 +151,7 @@ def spread(model: torch.nn.Module) -> None:
     Those of a norm and of a router are so small that the router's bias decides, for all tokens alike.
 
     Raises:
-        Mxfp4Error: the model has no such weights, as on a CPU, where vLLM packs those of the router.
+        Mxfp4Error: the model has no such weights, as on most CPUs, where vLLM packs those of the router.
     """
     generator = torch.Generator().manual_seed(0)
     found = set()
