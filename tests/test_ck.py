@@ -68,7 +68,7 @@ def generation(aiter: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[.
 def check(prepared: ck.Prepared, weights: MoeWeights, shape: MoeShape, tokens: int, **options: Any) -> None:
     """Run a layer and hold it against float64."""
     x, logits = random_tokens(shape, tokens, seed=tokens, **options)
-    out = ck.run(prepared, x, logits)
+    out = prepared.run(x, logits)
     assert out.dtype == torch.bfloat16
     assert out.is_contiguous()
     assert_rows_close(out, *reference.truth_and_plain(x, logits, weights, shape))
@@ -123,7 +123,7 @@ def test_ranks_of_experts_add_up(tokens: int) -> None:
     total = torch.zeros(x.shape, dtype=torch.float64)
     for mine in ([6, 1, 3], [0, 2, 4, 5, 7]):
         part, shape = rank_of(weights, SMALL, mine)
-        out = ck.run(ck.prepare(part, shape), x, logits)
+        out = ck.prepare(part, shape).run(x, logits)
         assert_rows_close(out, *reference.truth_and_plain(x, logits, part, shape))
         total += out.double()
     assert_rows_close(total, *reference.truth_and_plain(x, logits, weights, SMALL))
@@ -143,7 +143,7 @@ def test_route_is_that_of_the_reference(aiter: ModuleType) -> None:
 
     x, logits = random_tokens(SMALL, 199, seed=5)
     for scores in (logits, logits.float()):
-        ck.run(replace(prepared, fused_moe=fused_moe), x, scores)
+        replace(prepared, fused_moe=fused_moe).run(x, scores)
         topk_weights, topk_ids = seen.pop()
         ids, expected = reference.route(scores, SMALL.topk)
         assert topk_ids.dtype == torch.int32

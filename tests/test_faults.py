@@ -176,7 +176,7 @@ def test_no_false_alarm_in_ck(aiter: None) -> None:
 @pytest.mark.gpu
 @NEEDS_GPU
 def test_planted_fault_on_a_gpu() -> None:
-    """Each is caught in the backend that serves here, decode kernels included, and sound layers pass."""
+    """Each is caught in the backend that serves here, our own matmuls included, and sound layers pass."""
     arch = backends.arch_of(torch.device("cuda"))
     shapes = (make_shape(32, 4, 2880, 2880), make_shape(8, 2, 320, 288), make_shape(32, 4, 2880, 736))
     serving = backends.select(shapes[0], arch, Settings()).backend
@@ -195,10 +195,10 @@ def test_changed_call_of_aiter(aiter: None, monkeypatch: pytest.MonkeyPatch) -> 
         return sound(*arguments, **options)
 
     shape, weights = SHAPES[0], random_weights(SHAPES[0], seed=0)
-    assert self_check.check(ck, ck.prepare(weights.clone(), shape), weights, shape, BATCHES).miss == ""
+    assert self_check.check(ck.prepare(weights.clone(), shape), weights, shape, BATCHES).miss == ""
     monkeypatch.setattr(module, "fused_moe", fused_moe)
     assert ck.why_not(shape, "gfx950") is None
-    miss = self_check.check(ck, ck.prepare(weights.clone(), shape), weights, shape, BATCHES).miss
+    miss = self_check.check(ck.prepare(weights.clone(), shape), weights, shape, BATCHES).miss
     assert re.match(r"1 tokens: TypeError: .* missing 1 required keyword-only argument: 'block_scale'", miss)
 
 
@@ -215,10 +215,10 @@ def test_no_memory_on_a_gpu() -> None:
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**24) / total)
     try:
         with pytest.raises(Mxfp4Error, match="the GPU's free memory must be enough to prepare"):
-            serving.Choice(shape, arch, Settings()).prepare(weights, "layers.0")
+            serving.ModelLayers(shape, arch, Settings()).prepare(weights, "layers.0")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    serving.Choice(shape, arch, Settings()).prepare(weights, "layers.0")
+    serving.ModelLayers(shape, arch, Settings()).prepare(weights, "layers.0")
 
 
 # --- activations that are not finite, and none at all -----------------------------------------------
@@ -247,7 +247,7 @@ def poisoned_on_the_cpu(run: plant_preparation.Run) -> dict[str, str]:
 def test_poisoned_row_on_the_cpu(aiter: None, backend: Any) -> None:
     """Likewise."""
     prepared = backend.prepare(random_weights(SHAPES[0], seed=0), SHAPES[0])
-    found = poisoned_on_the_cpu(lambda *batch: backend.run(prepared, *batch))
+    found = poisoned_on_the_cpu(prepared.run)
     assert not any(found.values()), found
 
 
@@ -264,7 +264,7 @@ def test_poisoned_row_on_the_cpu(aiter: None, backend: Any) -> None:
 def test_poisoned_row_notices(spoil: Callable[..., torch.Tensor], case: str, text: str) -> None:
     """Negative control."""
     prepared = reference.prepare(random_weights(SHAPES[0], seed=0), SHAPES[0])
-    run = lambda x, logits: spoil(reference.run(prepared, x, logits), x)  # noqa: E731
+    run = lambda x, logits: spoil(prepared.run(x, logits), x)  # noqa: E731
     assert poisoned_on_the_cpu(run)[case] == text
 
 
@@ -273,10 +273,10 @@ def test_poisoned_row_notices(spoil: Callable[..., torch.Tensor], case: str, tex
 @pytest.mark.parametrize("tokens", [6, 600])
 @pytest.mark.parametrize("shape", ON_GPU, ids=str)
 def test_poisoned_row_on_a_gpu(shape: Any, tokens: int) -> None:
-    """Likewise, through the decode kernels and through matmul_ogs."""
+    """Likewise, through our own matmuls and through matmul_ogs."""
     backend = backends.select(shape, backends.arch_of(torch.device("cuda")), Settings()).backend
     prepared = backend.prepare(random_weights(shape, 0, "cuda"), shape)
-    found = plant_preparation.poisoned(lambda *batch: backend.run(prepared, *batch), shape, "cuda", tokens)
+    found = plant_preparation.poisoned(prepared.run, shape, "cuda", tokens)
     torch.cuda.synchronize()
     assert not any(found.values()), found
 
@@ -291,10 +291,10 @@ def test_graph_at_another_size(shape: Any, captured: int, tokens: int) -> None:
     weights = random_weights(shape, 0, "cuda")
     prepared = backend.prepare(weights.clone(), shape)
     x, logits = random_tokens(shape, captured, seed=1, device="cuda")
-    backend.run(prepared, x, logits)
+    prepared.run(x, logits)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = backend.run(prepared, x, logits)
+        out = prepared.run(x, logits)
     for seed, behind in enumerate((0.0, float("nan"), float("inf"))):
         x2, logits2 = random_tokens(shape, tokens, seed=seed, device="cuda")
         for whole, part in ((x, x2), (logits, logits2)):

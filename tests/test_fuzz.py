@@ -55,9 +55,9 @@ TABLES = {
     arch: json.loads((ROOT / f"vllm_mxfp4_gfx950/tables/{arch}.json").read_text())
     for arch in ("gfx950", "sm90")
 }
-DECODE_ROWS = [row for row in TABLES["sm90"]["rows"] if row[0] == "decode" and row[5] == 32 and row[7] <= 2]
+OWN_ROWS = [row for row in TABLES["sm90"]["rows"] if row[0] == "own" and row[5] == 32 and row[7] <= 2]
 HOPPER_ROW = ["matmul_ogs", "3.6", "w13", 2880, 5760, 32, 32, 64, 16, 256, 128, 1, 8, 4, 0]
-ROWS = {"gfx950": [*TABLES["gfx950"]["rows"][:3], *DECODE_ROWS], "sm90": [*DECODE_ROWS, HOPPER_ROW]}
+ROWS = {"gfx950": [*TABLES["gfx950"]["rows"][:3], *OWN_ROWS], "sm90": [*OWN_ROWS, HOPPER_ROW]}
 
 MODEL = TinyGptOss(experts=4, topk=2, hidden=64, intermediate=96, layers=1)
 PACKAGE = ROOT / "vllm_mxfp4_gfx950"
@@ -182,16 +182,16 @@ def test_table(
     """A user's table: whatever it says, every number of tokens gets a tile that the kernels can take."""
     file.write_bytes(spoiled_table(arch, cells, changed) if content is None else content)
     with served_or_refused():
-        for (kernels, _, gemm), rungs in tuning.decode(tuning.read(file, arch)["rows"]).items():
+        for (kernels, _, gemm), rungs in tuning.parse(tuning.read(file, arch)["rows"]).items():
             for tokens in (1, 64, 65, 2**20):
                 tile = rungs.at(tokens)
                 for value in dataclasses.astuple(tile)[:3]:
                     assert value in (8, 16, 32, 64, 128, 256, 512)
                 assert 1 <= tile.split_k <= 8
                 assert tile.num_warps in (1, 2, 4, 8, 16)
-                assert tile.block_m >= 16 or kernels == "decode"
+                assert tile.block_m >= 16 or kernels == "own"
                 assert (tile.num_warps == 8) == (kernels == "matmul_ogs") or arch != "sm90"
-                assert tile.split_k == 1 or (kernels, gemm.name) != ("decode", "w13")
+                assert tile.split_k == 1 or (kernels, gemm.name) != ("own", "w13")
 
 
 # --- what vLLM reads, and hands to the plugin -------------------------------------------------------

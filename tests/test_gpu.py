@@ -8,8 +8,7 @@ import torch
 
 from vllm_mxfp4_gfx950 import backends, settings
 from vllm_mxfp4_gfx950.backends import reference
-from vllm_mxfp4_gfx950.backends.triton import matmul_ogs as triton_ogs
-from vllm_mxfp4_gfx950.backends.triton import own as triton_decode
+from vllm_mxfp4_gfx950.backends.triton import own
 from vllm_mxfp4_gfx950.backends.triton import routing as triton_routing
 from vllm_mxfp4_gfx950.backends.triton.routing import Routing
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
@@ -56,30 +55,30 @@ def layer(request: pytest.FixtureRequest) -> Layer:
 @pytest.mark.parametrize("tokens", TOKENS, ids=lambda t: f"T{t}")
 def test_run(layer: Layer, tokens: int) -> None:
     """Every row is as close to float64 as the one tolerance asks, whatever memory held before."""
-    shape, weights, backend, prepared = layer
+    shape, weights, _, prepared = layer
     x, logits = random_tokens(shape, tokens, seed=tokens, device="cuda", unchosen=shape.experts - 1)
     poison()
-    out = backend.run(prepared, x, logits)
+    out = prepared.run(x, logits)
     assert_rows_close(out, *reference.truth_and_plain(x, logits, weights, shape))
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 333], ids=lambda t: f"T{t}")
 def test_run_twice_gives_the_same_bits(layer: Layer, tokens: int) -> None:
     """Nothing is summed in an order that varies."""
-    shape, _, backend, prepared = layer
+    shape, _, _, prepared = layer
     x, logits = random_tokens(shape, tokens, seed=tokens, device="cuda")
-    assert torch.equal(backend.run(prepared, x, logits), backend.run(prepared, x, logits))
+    assert torch.equal(prepared.run(x, logits), prepared.run(x, logits))
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 1024], ids=lambda t: f"T{t}")
 def test_run_is_captured_in_a_graph(layer: Layer, tokens: int) -> None:
     """A replayed graph computes with what its inputs then hold."""
-    shape, weights, backend, prepared = layer
+    shape, weights, _, prepared = layer
     x, logits = random_tokens(shape, tokens, seed=tokens, device="cuda")
-    backend.run(prepared, x, logits)
+    prepared.run(x, logits)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = backend.run(prepared, x, logits)
+        out = prepared.run(x, logits)
     x2, logits2 = random_tokens(shape, tokens, seed=tokens + 1, device="cuda")
     x.copy_(x2)
     logits.copy_(logits2)
@@ -90,13 +89,13 @@ def test_run_is_captured_in_a_graph(layer: Layer, tokens: int) -> None:
 
 def test_run_does_not_wait_for_the_gpu(layer: Layer) -> None:
     """No host synchronization; and the check itself notices one."""
-    shape, _, backend, prepared = layer
+    shape, _, _, prepared = layer
     x, logits = random_tokens(shape, 64, seed=0, device="cuda")
-    backend.run(prepared, x, logits)
+    prepared.run(x, logits)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        backend.run(prepared, x, logits)
+        prepared.run(x, logits)
         with pytest.raises(RuntimeError, match="synchroniz"):
             int(x[0, 0])
     finally:
@@ -131,31 +130,31 @@ def assert_routing(routing: Routing, logits: torch.Tensor, shape: MoeShape, smal
 def test_route_is_exact(layer: Layer, tokens: int) -> None:
     """As matmul_ogs gets it."""
     shape, _, backend, prepared = layer
-    if backend is not triton_ogs:
+    if backend.NAME != "triton_ogs":
         pytest.skip("needs triton_kernels with matmul_ogs")
     _, logits = random_tokens(shape, tokens, seed=tokens, device="cuda")
-    assert_routing(triton_ogs.route(prepared, logits), logits, shape, 16)
+    assert_routing(prepared.route(logits), logits, shape, 16)
 
 
 @pytest.mark.parametrize("tokens", ROUTED, ids=lambda t: f"T{t}")
-def test_decode_route_is_exact(layer: Layer, tokens: int) -> None:
+def test_own_route_is_exact(layer: Layer, tokens: int) -> None:
     """As our own matmuls get it: small tiles."""
     shape, _, _, prepared = layer
     _, logits = random_tokens(shape, tokens, seed=tokens, device="cuda")
-    block = prepared.decode.tiles[0].at(tokens).block_m
+    block = prepared.own.tiles[0].at(tokens).block_m
     routing = triton_routing.route(logits, shape.topk, shape.experts, None, 1, smallest=block, overlaps=True)
     assert_routing(routing, logits, shape, block)
 
 
-def test_decode_declines_what_it_cannot_scale(layer: Layer) -> None:
+def test_own_declines_what_it_cannot_scale(layer: Layer) -> None:
     """A scale whose bf16 would overflow: matmul_ogs serves, and the layer is right."""
     shape, _, backend, _ = layer
     weights = random_weights(shape, seed=1, device="cuda")
-    weights.w2_scale[0, 0, 0] = triton_decode.MAX_SCALE + 1
+    weights.w2_scale[0, 0, 0] = own.MAX_SCALE + 1
     prepared = backend.prepare(weights.clone(), shape)
-    assert prepared.decode is None
+    assert prepared.own is None
     x, logits = random_tokens(shape, 7, seed=7, device="cuda")
-    assert_rows_close(backend.run(prepared, x, logits), *reference.truth_and_plain(x, logits, weights, shape))
+    assert_rows_close(prepared.run(x, logits), *reference.truth_and_plain(x, logits, weights, shape))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -178,7 +177,7 @@ def test_ranks_of_experts_add_up(ranks: int, tokens: int) -> None:
         backend = backends.select(shape, arch, settings.Settings("triton")).backend
         prepared = backend.prepare(part.clone(), shape)
         poison()
-        out = backend.run(prepared, x, logits)
+        out = prepared.run(x, logits)
         assert_rows_close(out, *reference.truth_and_plain(x, logits, part, shape))
         total += out.double()
     truth, plain = reference.truth_and_plain(x, logits, weights, whole)

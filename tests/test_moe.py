@@ -160,5 +160,5 @@ def test_pad_intermediate_adds_nothing(multiple: int, intermediate: int) -> None
     assert (padded is weights) == (wider == shape)
     check_weights(padded, wider)
     x, logits = (tensor.double() for tensor in random_tokens(shape, 37, seed=1))
-    got, expected = (reference.run((w, s), x, logits) for w, s in ((padded, wider), (weights, shape)))
+    got, expected = (reference.prepare(w, s).run(x, logits) for w, s in ((padded, wider), (weights, shape)))
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)

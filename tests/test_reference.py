@@ -29,7 +29,7 @@ def shape_id(shape: MoeShape) -> str:  # noqa: D103
 
 def run(weights: MoeWeights, shape: MoeShape, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """What the backend answers."""
-    return reference.run(reference.prepare(weights, shape), x, logits)
+    return reference.prepare(weights, shape).run(x, logits)
 
 
 def run_double(weights: MoeWeights, shape: MoeShape, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,7 @@ import pytest
 import torch
 from run_python import run_python
 
-from vllm_mxfp4_gfx950.backends.triton import matmul as triton_matmul
-from vllm_mxfp4_gfx950.backends.triton import matmul_ogs as triton_ogs
+from vllm_mxfp4_gfx950.backends.triton.package import NEEDS
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,9 @@ IMPOSTOR = {"triton_kernels/__init__.py": "", "triton_kernels/add_vectors.py": "
 UNKNOWN = {"triton_kernels/__init__.py": "", "triton_kernels/matmul_ogs.py": "def matmul_ogs(): ..."}
 OLD_LAYOUTS = {"triton_kernels/__init__.py": ""} | {
     f"triton_kernels/{module.replace('.', '/')}.py": "\n".join(
-        f"{name} = None"
-        for needs in (triton_ogs.NEEDS, triton_matmul.NEEDS)
-        for name in needs.get(module, ())
+        f"{name} = None" for needs in NEEDS.values() for name in needs.get(module, ())
     )
-    for module in triton_ogs.NEEDS | triton_matmul.NEEDS
+    for module in NEEDS["matmul_ogs"] | NEEDS["matmul"]
 }
 AITER_METADATA = {
     "amd_aiter-0.1.20.dist-info/METADATA": "Metadata-Version: 2.1\nName: amd-aiter\nVersion: 0.1.20\n",

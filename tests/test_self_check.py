@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,18 +25,33 @@ from vllm_mxfp4_gfx950.tuning import Ladder
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPE = make_shape(8, 2, 96, 64)
-Run = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+Run = Callable[[reference.Prepared, torch.Tensor, torch.Tensor], torch.Tensor]
+run_reference = reference.Prepared.run
 
 
-def backend(name: str, run: Run = reference.run, prepare: Any = reference.prepare) -> Any:
+@dataclass
+class Layer:
+    """The reference's, with a fault in it."""
+
+    sound: reference.Prepared
+    fault: Run
+
+    def run(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """What the fault makes of it."""
+        return self.fault(self.sound, x, logits)
+
+
+def layer_of(weights: MoeWeights, run: Run = run_reference) -> Layer:
+    """A prepared layer."""
+    return Layer(reference.prepare(weights, SHAPE), run)
+
+
+def backend(name: str, run: Run = run_reference, prepare: Any = None) -> Any:
     """The reference under another name, with a fault in it."""
     return SimpleNamespace(
         NAME=name,
-        run=run,
-        prepare=prepare,
-        why_not=lambda shape, arch: None,
+        prepare=prepare or (lambda weights, *_: layer_of(weights, run)),
         source=lambda: "a test",
-        without_decode=lambda prepared: None,
     )
 
 
@@ -46,7 +62,7 @@ def raises(*_: Any) -> Any:
 
 def one_wrong_row(prepared: Any, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """A layer that is right but for a row of its largest batch."""
-    out = reference.run(prepared, x, logits)
+    out = run_reference(prepared, x, logits)
     if len(out) == max(self_check.TOKENS):
         out[-1] *= 1.05
     return out
@@ -54,7 +70,7 @@ def one_wrong_row(prepared: Any, x: torch.Tensor, logits: torch.Tensor) -> torch
 
 def nan(prepared: Any, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """One element of one row."""
-    out = reference.run(prepared, x, logits)
+    out = run_reference(prepared, x, logits)
     out[0, 3] = float("nan")
     return out
 
@@ -68,7 +84,7 @@ BROKEN = {
         "while preparing, RuntimeError: out of resource: shared memory",
     ),
     "swapped": (
-        backend("bad", lambda p, x, logits: reference.run(p, x, logits.flip(1))),
+        backend("bad", lambda p, x, logits: run_reference(p, x, logits.flip(1))),
         "1 tokens: row 0 errs by ",
     ),
 }
@@ -82,7 +98,10 @@ def fixture_weights() -> MoeWeights:
 
 def choose_from(monkeypatch: pytest.MonkeyPatch, *some: Any) -> backends.Selection:
     """Let these be the backends of a GPU, each a family of its own."""
-    families = {each.NAME: (each,) for each in some}
+    families = {
+        each.NAME: (backends.Entry(each.NAME, lambda *_: None, lambda each=each: each),)  # type: ignore[misc]
+        for each in some
+    }
     monkeypatch.setattr(backends, "FAMILIES", families)
     monkeypatch.setattr(backends, "ORDER", {"gfx950": tuple(families)})
     return backends.select(SHAPE, "gfx950", Settings())
@@ -91,8 +110,7 @@ def choose_from(monkeypatch: pytest.MonkeyPatch, *some: Any) -> backends.Selecti
 def test_right(weights: MoeWeights) -> None:
     """A right layer passes, its weights stay, and the line says how far from wrong it was."""
     before = weights.w13.clone()
-    prepared = reference.prepare(weights, SHAPE)
-    outcome = self_check.check(backend("good"), prepared, weights, SHAPE)
+    outcome = self_check.check(layer_of(weights), weights, SHAPE)
     assert outcome.miss == ""
     assert 0 < outcome.row < 1
     batches = "1, 8, 32, 64, 256, 1024, 2048 tokens against float64: "
@@ -111,7 +129,7 @@ def test_absent_experts() -> None:
     ids, _ = reference.route(logits, shape.topk)
     assert set(ids.flatten().tolist()) == {1, 3, 4, 6}
     prepared = reference.prepare(weights, shape)
-    assert self_check.check(backend("good"), prepared, weights, shape).miss == ""
+    assert self_check.check(prepared, weights, shape).miss == ""
 
 
 @pytest.mark.parametrize("fault", BROKEN)
@@ -129,13 +147,13 @@ def test_fault(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights, fault: str)
     assert outcomes["good"].miss == ""
     assert f"not bad: the self-check: {outcomes['bad'].miss}" in str(chosen)
     x, logits = self_check.batch(weights, SHAPE, 3)
-    assert torch.equal(chosen.backend.run(prepared, x, logits), reference.run((weights, SHAPE), x, logits))
+    assert torch.equal(prepared.run(x, logits), reference.prepare(weights, SHAPE).run(x, logits))
 
 
 @pytest.mark.parametrize(
     "settings", [Settings(strict=True), Settings(backend="bad")], ids=["strict", "named"]
 )
-def test_no_second_choice(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights, settings: Settings) -> None:
+def test_no_second_layers(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights, settings: Settings) -> None:
     """Where the user forbids another backend, loading stops with what was found."""
     selection = choose_from(monkeypatch, BROKEN["row"][0], backend("good"))
     with pytest.raises(Mxfp4Error, match="bad: the self-check: 2048 tokens: row 2047 errs by"):
@@ -157,25 +175,40 @@ def test_last_expert() -> None:
     weights = random_weights(shape, seed=0)
     broken = weights.clone()
     broken.w2[-1] = 0x11
-    outcome = self_check.check(backend("bad"), reference.prepare(broken, shape), weights, shape)
+    outcome = self_check.check(reference.prepare(broken, shape), weights, shape)
     assert "errs by" in outcome.miss
 
 
-def test_without_decode(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
-    """Where only the backend's own decode kernels are wrong, it serves without them."""
+class TwoKernels:
+    """A layer with own matmuls for few tokens, which are wrong."""
 
-    def run(prepared: Any, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        layer, decode = prepared
-        return reference.run(layer, x, logits) * (1.1 if decode and len(x) <= 64 else 1)
+    SCATTERS = False
 
-    some = backend("some", run, lambda weights, shape, _: (reference.prepare(weights, shape), True))
-    some.without_decode = lambda prepared: (prepared[0], False) if prepared[1] else None
+    def __init__(self, weights: MoeWeights, own: bool) -> None:
+        self.weights, self.own = weights, own
+
+    def run(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Ten percent too much from the own matmuls."""
+        return layer_of(self.weights).run(x, logits) * (1.1 if self.own and len(x) <= 64 else 1)
+
+    def without_own(self) -> TwoKernels | None:
+        """As in TiledLayer."""
+        return TwoKernels(self.weights, own=False) if self.own else None
+
+    first_batches = staticmethod(set)
+    route = tiles_at = with_tiles = with_own_tiles = raises
+
+
+def test_without_own(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
+    """Where only our own matmuls are wrong, the backend serves without them."""
+    some = backend("some", prepare=lambda weights, *_: TwoKernels(weights, own=True))
     names: list[str] = []
     chosen, prepared, narrow = self_check.prepare(
         choose_from(monkeypatch, some), weights, SHAPE, Settings(), lambda name, outcome: names.append(name)
     )
-    assert (chosen.backend, prepared[1], narrow) == (some, False, True)
-    assert names == ["some", "some without its decode kernels"]
+    assert isinstance(prepared, TwoKernels)
+    assert (chosen.backend, prepared.own, narrow) == (some, False, True)
+    assert names == ["some", "some without our own matmuls"]
 
 
 @pytest.mark.parametrize(("when", "times"), [("first", 1), ("all", 3), ("off", 0)])
@@ -186,52 +219,63 @@ def test_which_layers(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights, when
     checks: list[str] = []
     check = self_check.check
 
-    def counted(some: Any, *arguments: Any) -> self_check.Outcome:
-        checks.append(some.NAME)
-        return check(some, *arguments)
+    def counted(layer: Layer, *arguments: Any) -> self_check.Outcome:
+        checks.append(faults[layer.fault])
+        return check(layer, *arguments)
 
     monkeypatch.setattr(self_check, "check", counted)
-    choice = serving.Choice(SHAPE, "gfx950", Settings(self_check=when))
-    served = [choice.prepare(weights, f"layers.{i}")[0].NAME for i in range(3)]
+    layers = serving.ModelLayers(SHAPE, "gfx950", Settings(self_check=when))
+    faults = {run_reference: "good", BROKEN["swapped"][0].prepare(weights).fault: "bad"}
+    served = [faults[layers.prepare(weights, f"layers.{i}").fault] for i in range(3)]
     assert served == (["bad"] * 3 if when == "off" else ["good"] * 3)
     assert checks == (["bad"] if times else []) + ["good"] * times
 
 
-def test_layer_without_decode_kernels(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
+def test_layer_without_own_matmuls(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
     """Where a backend serves without them, a layer that never had any serves as it is."""
     serving = pytest.importorskip("vllm_mxfp4_gfx950.serving")
-    some = backend("some")
-    choose_from(monkeypatch, some)
-    choice = serving.Choice(SHAPE, "gfx950", Settings(self_check="off"))
-    choice.narrow = True
-    assert choice.prepare(weights, "layers.0") == (some, (weights, SHAPE))
+    layers = {own: TwoKernels(weights, own) for own in (True, False)}
+    for own, layer in layers.items():
+        choose_from(monkeypatch, backend("some", prepare=lambda *_, layer=layer: layer))
+        serve = serving.ModelLayers(SHAPE, "gfx950", Settings(self_check="off"))
+        assert serve.prepare(weights, "layers.0") is layer
+        serve.without_own = True
+        assert (serve.prepare(weights, "layers.0") is layer) == (not own)
 
 
-def test_every_rung() -> None:
+class Tiled(TwoKernels):
+    """A layer as `sizes` sees it."""
+
+    def __init__(self, tiles: Any, own: Any = None) -> None:
+        self.tiles, self.own = tiles, own
+
+    def first_batches(self) -> set[int]:  # type: ignore[override]
+        """Those of the real layer."""
+        return pytest.importorskip("vllm_mxfp4_gfx950.backends.triton.layer").Prepared.first_batches(self)
+
+
+def test_every_rung(weights: MoeWeights) -> None:
     """A batch for each of the kernels that a layer has tiles for."""
     flags = Ladder((64, 512, 4096, 8192), "abcd")
     tiles = Ladder((1, 2, 256), "xyz")
-    assert self_check.sizes(SimpleNamespace()) == self_check.TOKENS
-    assert self_check.sizes(SimpleNamespace(flags=(flags,), decode=None)) == (
-        1, 8, 32, 64, 65, 256, 513, 1024, 2048, 4097
-    )  # fmt: skip
-    both = SimpleNamespace(flags=(flags,), decode=SimpleNamespace(tiles=(tiles, tiles)))
-    # 257, as the rung of 65 to 512 tokens begins where the decode kernels serve, and ends behind them.
+    assert self_check.sizes(layer_of(weights)) == self_check.TOKENS
+    assert self_check.sizes(Tiled((flags,))) == (1, 8, 32, 64, 65, 256, 513, 1024, 2048, 4097)
+    both = Tiled((flags,), SimpleNamespace(tiles=(tiles, tiles)))
+    # 257, as the rung of 65 to 512 tokens begins where our own matmuls serve, and ends behind them.
     assert self_check.sizes(both) == (1, 2, 3, 8, 32, 64, 65, 256, 257, 513, 1024, 2048, 4097)
 
 
 def test_rung_of_its_own(weights: MoeWeights) -> None:
     """A kernel that is wrong for some batches only is met."""
-    flags = (Ladder((64, 96, 8192), ("good", "bad", "good")),)
+    tiles = (Ladder((64, 96, 8192), ("good", "bad", "good")),)
 
     def run(prepared: Any, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        return reference.run((weights, SHAPE), x, logits) * (1.1 if flags[0].at(len(x)) == "bad" else 1)
+        return run_reference(prepared, x, logits) * (1.1 if tiles[0].at(len(x)) == "bad" else 1)
 
-    def check(prepared: Any) -> str:
-        return self_check.check(backend("some", run), prepared, weights, SHAPE).miss
-
-    assert check(SimpleNamespace(flags=flags)).startswith("65 tokens: row ")
-    assert check(SimpleNamespace()) == ""
+    tiled = Tiled(tiles)
+    tiled.run = layer_of(weights, run).run  # type: ignore[method-assign]
+    assert self_check.check(tiled, weights, SHAPE).miss.startswith("65 tokens: row ")
+    assert self_check.check(layer_of(weights, run), weights, SHAPE).miss == ""
 
 
 @pytest.mark.parametrize(("least", "most"), [(1, 4), (5, 8), (17, 32), (33, 64)])
@@ -239,9 +283,9 @@ def test_every_kernel_of_the_routing(weights: MoeWeights, least: int, most: int)
     """Our routing is compiled anew for so many tokens: what is wrong for them only is met."""
 
     def run(prepared: Any, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        return reference.run((weights, SHAPE), x, logits) * (1.1 if least <= len(x) <= most else 1)
+        return run_reference(prepared, x, logits) * (1.1 if least <= len(x) <= most else 1)
 
-    miss = self_check.check(backend("some", run), SimpleNamespace(), weights, SHAPE).miss
+    miss = self_check.check(layer_of(weights, run), weights, SHAPE).miss
     tried, found = miss.split(" tokens: row ")
     assert least <= int(tried) <= most
     assert "errs by" in found
@@ -255,7 +299,7 @@ def test_quiet_layer(weights: MoeWeights) -> None:
     w13 = dequantize(quiet.w13, scale, torch.float32)
     assert (x[::2].float() @ w13.mT).abs().max() < SHAPE.limit
     unlimited = reference.prepare(quiet, dataclasses.replace(SHAPE, limit=plant_preparation.UNLIMITED))
-    assert "8 tokens: row " in self_check.check(backend("bad"), unlimited, quiet, SHAPE).miss
+    assert "8 tokens: row " in self_check.check(unlimited, quiet, SHAPE).miss
 
 
 def test_later_layer(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
@@ -268,12 +312,13 @@ def test_later_layer(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> No
         return raises() if len(prepared) == 3 else reference.prepare(weights, shape)
 
     choose_from(monkeypatch, backend("some", prepare=prepare), backend("good"))
-    choice = serving.Choice(SHAPE, "gfx950", Settings())
+    layers = serving.ModelLayers(SHAPE, "gfx950", Settings())
     for layer in range(2):
-        assert choice.prepare(weights, f"layers.{layer}")[0].NAME == "some"
+        layers.prepare(weights, f"layers.{layer}")
+        assert layers.selection.backend.NAME == "some"
     with pytest.raises(RuntimeError, match="out of resource"):
-        choice.prepare(weights, "layers.2")
-    assert choice.selection.backend.NAME == "some"
+        layers.prepare(weights, "layers.2")
+    assert layers.selection.backend.NAME == "some"
 
 
 def test_no_memory(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
@@ -294,7 +339,7 @@ def test_no_memory(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None
         ("off", backend("bad", prepare=exhausted)),
     ):
         choose_from(monkeypatch, bad, backend("good"))
-        choice = serving.Choice(SHAPE, "gfx950", Settings(self_check=when))
+        layers = serving.ModelLayers(SHAPE, "gfx950", Settings(self_check=when))
         with pytest.raises(Mxfp4Error, match=f"^{re.escape(text)}$"):
-            choice.prepare(weights, "layers.0")
-        assert choice.selection.backend is bad
+            layers.prepare(weights, "layers.0")
+        assert layers.selection.backend is bad

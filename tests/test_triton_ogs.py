@@ -1,6 +1,7 @@
 """The backend on matmul_ogs: vLLM's copy of the kernels, run in Triton's interpreter as if on a gfx950."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,6 @@ import pytest
 from interpreter import BROKEN, LAYERS, RANKS, TILED, UNPADDED, Case, check_layout, outcomes
 
 from vllm_mxfp4_gfx950.backends import reference
-from vllm_mxfp4_gfx950.backends.triton import matmul_ogs as triton_ogs
 from vllm_mxfp4_gfx950.backends.triton import package as triton_package
 from vllm_mxfp4_gfx950.random_layer import make_shape
 from vllm_mxfp4_gfx950.tolerance import assert_rows_close
@@ -72,23 +72,24 @@ def test_an_address_out_of_bounds_is_seen(results: dict[str, Any]) -> None:
 
 
 SHAPE = make_shape(8, 4, 320, 288)
+why_not = partial(triton_package.why_not_layer, "matmul_ogs")
 
 
 def test_why_not_on_another_arch() -> None:
     """Only where the kernels have been looked at."""
-    reason = triton_ogs.why_not(SHAPE, "gfx90a")
+    reason = why_not(SHAPE, "gfx90a")
     assert reason == "it runs on gfx950, gfx942, sm90, not on gfx90a"
 
 
 def test_why_not_with_another_topk() -> None:
     """Routing cannot."""
-    reason = triton_ogs.why_not(make_shape(8, 3, 320, 288), "gfx950")
+    reason = why_not(make_shape(8, 3, 320, 288), "gfx950")
     assert reason == "routing takes a topk that is a power of two, not 3"
 
 
 def test_why_not_on_hopper() -> None:
     """Its layout of values cannot end anywhere."""
-    reason = triton_ogs.why_not(make_shape(8, 4, 288, 288), "sm90")
+    reason = why_not(make_shape(8, 4, 288, 288), "sm90")
     assert reason == (
         "on sm90 it takes a hidden size above 128 in steps of 64 and an intermediate size above 64, "
         "not 288 and 288"
@@ -98,7 +99,7 @@ def test_why_not_on_hopper() -> None:
 def test_why_not_is_the_package_s_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passed on as it is."""
     monkeypatch.setattr(triton_package, "why_not", lambda entry, needs: f"no {entry}")
-    assert triton_ogs.why_not(SHAPE, "gfx950") == "no matmul_ogs"
+    assert why_not(SHAPE, "gfx950") == "no matmul_ogs"
 
 
 @pytest.mark.parametrize("name", triton_package.CDNA4_SCALE_LAYOUTS)
@@ -106,13 +107,14 @@ def test_why_not_without_the_scale_layout(monkeypatch: pytest.MonkeyPatch, name:
     """Refused by name on gfx950 only; either name will do."""
     monkeypatch.setattr(triton_package, "why_not", lambda entry, needs: None)
     monkeypatch.setattr(triton_package, "locate", lambda: Path("/there"))
-    monkeypatch.setattr(triton_ogs, "to_opt_flags", lambda tile, arch: None)
+    ours = SimpleNamespace(to_opt_flags=lambda tile, arch: None)
+    monkeypatch.setattr(triton_package, "backend", lambda kernels: ours)
     monkeypatch.setattr(triton_package, "load", lambda module: SimpleNamespace())
-    reason = triton_ogs.why_not(SHAPE, "gfx950")
+    reason = why_not(SHAPE, "gfx950")
     assert reason == "triton_kernels in /there has no CDNA4MXScaleLayout or GFX950MXScaleLayout"
-    assert triton_ogs.why_not(SHAPE, "gfx942") is None
+    assert why_not(SHAPE, "gfx942") is None
     monkeypatch.setattr(triton_package, "load", lambda module: SimpleNamespace(**{name: object}))
-    assert triton_ogs.why_not(SHAPE, "gfx950") is None
+    assert why_not(SHAPE, "gfx950") is None
 
 
 def test_why_not_with_other_opt_flags(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +126,8 @@ def test_why_not_with_other_opt_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_package, "why_not", lambda entry, needs: None)
     monkeypatch.setattr(triton_package, "locate", lambda: Path("/there"))
     monkeypatch.setattr(triton_package, "load", lambda module: SimpleNamespace(CDNA4MXScaleLayout=object))
-    monkeypatch.setattr(triton_ogs, "to_opt_flags", to_opt_flags)
+    ours = SimpleNamespace(to_opt_flags=to_opt_flags)
+    monkeypatch.setattr(triton_package, "backend", lambda kernels: ours)
     reason = "triton_kernels in /there does not take our tiles: unexpected keyword argument 'xcd_swizzle'"
-    assert triton_ogs.why_not(SHAPE, "gfx950") == reason
-    assert triton_ogs.why_not(SHAPE, "gfx942") is None
+    assert why_not(SHAPE, "gfx950") == reason
+    assert why_not(SHAPE, "gfx942") is None

@@ -45,7 +45,7 @@ def emulated(directory: Path, triton: str, kernels: str) -> dict[str, Any]:
 
 def assert_tuned(found: dict[str, Any], kernels: str) -> None:
     """Measured once, resumed, written when whole, and served from."""
-    assert found["kernels"] == ([kernels, "decode"] if kernels == "matmul_ogs" else [kernels])
+    assert found["kernels"] == ([kernels, "own"] if kernels == "matmul_ogs" else [kernels])
     # Half of it does not serve yet; the rest takes no second look at what was measured, nor a third run any.
     assert found["interrupted"]["rows"] == []
     assert {row[7] for row in found["interrupted"]["measured"]} == {1}
@@ -67,13 +67,13 @@ def assert_tuned(found: dict[str, Any], kernels: str) -> None:
 @pytest.mark.compile
 @pytest.mark.timeout(900)
 def test_tune_emulated(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The decode kernels take more instructions for one token and for three: they never serve."""
+    """Our own matmuls take more instructions for one token and for three: they never serve."""
     found = emulated(tmp_path_factory.mktemp("tune"), "3.6.0", "matmul_ogs")
     assert_tuned(found, "matmul_ogs")
     us = {(row[0], row[7]): row[-1] for row in found["whole"]["measured"]}
-    assert us["decode", 1] > us["matmul_ogs", 1]
-    assert {row[7] for row in found["whole"]["rows"] if row[0] == "decode"} == {0}
-    assert found["decode"] is None
+    assert us["own", 1] > us["matmul_ogs", 1]
+    assert {row[7] for row in found["whole"]["rows"] if row[0] == "own"} == {0}
+    assert found["own"] is None
     # Negative control: the best tile of w13 computes wrongly. It is named, and is in no row.
     (line,) = found["spoilt_lines"]
     assert f"refused; matmul_ogs {tuple(found['wrong'])}" in line
@@ -92,7 +92,7 @@ def test_every_triton(tmp_path: Path, pair: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm90", "gfx950"])
-@pytest.mark.parametrize("kernels", ["matmul_ogs", "matmul", "decode"])
+@pytest.mark.parametrize("kernels", ["matmul_ogs", "matmul", "own"])
 def test_candidates_keep_to_the_bounds(tmp_path: Path, arch: str, kernels: str) -> None:
     """Every candidate of every division may stand in a table, and every batch has some."""
     if (arch, kernels) == ("sm90", "matmul"):
@@ -105,15 +105,15 @@ def test_candidates_keep_to_the_bounds(tmp_path: Path, arch: str, kernels: str) 
             for tokens in TOKENS:
                 some = tune.groups(arch, kernels, shape, tokens)
                 rows = tokens * 4 / shape.global_experts
-                assert some or (kernels == "decode" and rows > 128)
+                assert some or (kernels == "own" and rows > 128)
                 pairs = {pair for ups, downs in some for pair in [(up, downs[0]) for up in ups]}
                 pairs |= {(ups[0], down) for ups, downs in some for down in downs}
                 every |= {tile for pair in pairs for tile in pair}
                 assert len(pairs) < 130  # A tenth of a second each: minutes in all.
                 for at, pair in enumerate(pairs):
-                    assert pair[0].block_m == pair[1].block_m or kernels != "decode", at
+                    assert pair[0].block_m == pair[1].block_m or kernels != "own", at
     assert {replace(tile, split_k=1) for tile in every} == set(tune.candidates(arch, kernels))
-    assert {tile.split_k for tile in every} == ({*tune.DECODE_SPLITS} if kernels == "decode" else {1})
+    assert {tile.split_k for tile in every} == ({*tune.OWN_SPLITS} if kernels == "own" else {1})
     w13, w2 = gemms(shape)
     rows = []
     for tokens, tile in enumerate(sorted(every, key=astuple), start=1):
@@ -163,14 +163,14 @@ def test_groups_follow_the_rows() -> None:
     assert {tile.block_m for tile in tune.groups("sm90", "matmul_ogs", SHAPE, 1)[0][0]} == {16, 32}
     assert {tile.block_m for tile in tune.groups("sm90", "matmul_ogs", SHAPE, 512)[0][0]} == {32, 64, 128}
     assert {tile.block_m for tile in tune.groups("sm90", "matmul_ogs", SHAPE, 8192)[0][0]} == {64, 128}
-    assert [ups[0].block_m for ups, _ in tune.groups("sm90", "decode", SHAPE, 1)] == [8, 16]
-    assert [ups[0].block_m for ups, _ in tune.groups("sm90", "decode", SHAPE, 256)] == [8, 16, 32, 64]
-    assert {down.split_k for _, downs in tune.groups("sm90", "decode", SHAPE, 64) for down in downs} == {
+    assert [ups[0].block_m for ups, _ in tune.groups("sm90", "own", SHAPE, 1)] == [8, 16]
+    assert [ups[0].block_m for ups, _ in tune.groups("sm90", "own", SHAPE, 256)] == [8, 16, 32, 64]
+    assert {down.split_k for _, downs in tune.groups("sm90", "own", SHAPE, 64) for down in downs} == {
         1,
         2,
         3,
     }
-    assert {up.split_k for ups, _ in tune.groups("sm90", "decode", SHAPE, 64) for up in ups} == {1}
+    assert {up.split_k for ups, _ in tune.groups("sm90", "own", SHAPE, 64) for up in ups} == {1}
 
 
 def test_nan_in_new_memory() -> None:
@@ -190,7 +190,7 @@ def test_fastest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("decode", "others", "last"),
+    ("own", "others", "last"),
     [
         ({1: 30.0, 2: 40.0}, {1: 60.0, 2: 70.0}, 2),
         ({1: 30.0, 2: 40.0, 4: 80.0}, {1: 60.0, 2: 70.0, 4: 70.0}, 2),
@@ -200,9 +200,9 @@ def test_fastest() -> None:
         ({2: 40.0}, {1: 60.0, 2: 70.0}, 0),
     ],
 )
-def test_crossover(decode: dict[int, float], others: dict[int, float], last: int) -> None:
+def test_crossover(own: dict[int, float], others: dict[int, float], last: int) -> None:
     """The last batch that is faster, unless what lies before it loses more."""
-    assert tune.crossover(decode, others) == last
+    assert tune.crossover(own, others) == last
 
 
 def table_in(directory: Path, evidence: str = "timed on one X, torch 2") -> tune.Table:
@@ -210,33 +210,33 @@ def table_in(directory: Path, evidence: str = "timed on one X, torch 2") -> tune
     return tune.Table(directory / "sm90.json", "sm90", SHAPE, "matmul_ogs", "3.6.0", evidence, "tune")
 
 
-def fill(directory: Path, decode_us: dict[int, float]) -> tune.Table:
+def fill(directory: Path, own_us: dict[int, float]) -> tune.Table:
     """Measure all: matmul_ogs takes 100 us each, with A up to 64 tokens and B above."""
     table = table_in(directory)
     for tokens in TOKENS:
         tile = A if tokens <= 64 else B
         found = {"matmul_ogs": ((tile, tile), 100.0)}
-        if tokens in decode_us:
+        if tokens in own_us:
             small = TileConfig(8 if tokens < 4 else 16, 64, 256, 1, 4, 3, 6)
-            found["decode"] = (small, small), decode_us[tokens]
+            found["own"] = (small, small), own_us[tokens]
         table.add(tokens, found)
     return table
 
 
 def ladders(directory: Path, gemm: Gemm) -> tuple[Any, Any]:
     """What serves from such a table with Triton 3.6."""
-    some = (tuning.ladder("sm90", kernels, "3.6.1", gemm, directory) for kernels in ("matmul_ogs", "decode"))
+    some = (tuning.ladder("sm90", kernels, "3.6.1", gemm, directory) for kernels in ("matmul_ogs", "own"))
     return tuple(some)
 
 
 def test_table(tmp_path: Path) -> None:
-    """Rows for the decode kernels up to the crossover; equal neighbours of matmul_ogs are one."""
+    """Rows for our own matmuls up to the crossover; equal neighbours of matmul_ogs are one."""
     table = fill(tmp_path, {1: 50.0, 2: 60.0, 4: 70.0, 8: 120.0})
     for gemm in gemms(SHAPE):
-        matmul, decode = ladders(tmp_path, gemm)
+        matmul, own = ladders(tmp_path, gemm)
         assert matmul == Ladder((64, 8192), (A, B))
-        assert decode.bounds == (1, 2, 4)
-        assert [tile.block_m for tile in decode.rungs] == [8, 8, 16]
+        assert own.bounds == (1, 2, 4)
+        assert [tile.block_m for tile in own.rungs] == [8, 8, 16]
     assert table.gave_up(16)
     assert not table.gave_up(8)
     assert all(table_in(tmp_path).has(tokens) for tokens in TOKENS)
@@ -296,11 +296,11 @@ def test_compiler_that_aborts() -> None:
         tune.compile_all(jobs, workers=1)
 
 
-def test_table_where_decode_is_never_faster(tmp_path: Path) -> None:
+def test_table_where_own_are_never_faster(tmp_path: Path) -> None:
     """A row for up to 0 tokens keeps our own table's tiles from serving."""
     fill(tmp_path, {1: 101.0})
-    _, decode = ladders(tmp_path, gemms(SHAPE)[0])
-    assert decode.bounds == (0,)
+    _, own = ladders(tmp_path, gemms(SHAPE)[0])
+    assert own.bounds == (0,)
 
 
 def test_table_keeps_other_rows(tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_run_on_a_gpu(
     prepared = layers.backend.prepare(layers.weights(0), shape, tmp_path / "tables")
     for tokens in (1, 7, 64, 999, 1024):
         x, logits = random_tokens(shape, tokens, tokens, "cuda")
-        out = layers.backend.run(prepared, x, logits)
+        out = prepared.run(x, logits)
         assert_rows_close(out, *reference.truth_and_plain(x, logits, layers.weights(0), shape))
 
 

@@ -18,7 +18,7 @@ from vllm_mxfp4_gfx950.gfx950 import ranking
 from vllm_mxfp4_gfx950.gfx950.ranking import MAX_OVERREAD, WEIGHT_BOUND_TOKENS, expected_tiles
 from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, layer_shape
 from vllm_mxfp4_gfx950.settings import Settings
-from vllm_mxfp4_gfx950.tuning import Gemm, Ladder, TileConfig, decode, encode, gemms, ladder
+from vllm_mxfp4_gfx950.tuning import Gemm, Ladder, TileConfig, encode, gemms, ladder, parse
 
 TABLE = json.loads((ROOT / "vllm_mxfp4_gfx950/tables/gfx950.json").read_text())
 RELEASES = {
@@ -45,7 +45,7 @@ def test_ladder_exact(caplog: pytest.LogCaptureFixture) -> None:
     """A matmul of GPT-OSS is found without a word, whatever Triton's last number is."""
     found = ladder("gfx950", "matmul_ogs", "3.6.1+rocm", W13)
     assert found is not None
-    assert found == decode(TABLE["rows"])["matmul_ogs", "3.6", W13]
+    assert found == parse(TABLE["rows"])["matmul_ogs", "3.6", W13]
     assert not caplog.records
 
 
@@ -66,7 +66,7 @@ def test_ladder_nearest(caplog: pytest.LogCaptureFixture) -> None:
     odd = Gemm("w13", 2880, 5728, 32, 32)
     with caplog.at_level(logging.WARNING):
         found = [ladder("gfx950", "matmul", "3.12.0", odd) for _ in range(2)]
-    assert found[0] == found[1] == decode(TABLE["rows"])["matmul", "3.9", W13]
+    assert found[0] == found[1] == parse(TABLE["rows"])["matmul", "3.9", W13]
     assert len(caplog.records) == 1
     text = caplog.records[0].getMessage()
     assert "n=5728" in text
@@ -79,12 +79,12 @@ def test_encode_is_read_back() -> None:
     rungs = Ladder((4, 64), (TILE, TileConfig(64, 128, 256, 1, 8, 2, 2)))
     rows = encode("matmul", "3.8.0", W13, rungs)
     assert all(len(row) == len(tuning.columns()) for row in rows)
-    assert decode(rows[::-1]) == {("matmul", "3.8", W13): rungs}
+    assert parse(rows[::-1]) == {("matmul", "3.8", W13): rungs}
 
 
 def test_table_is_whole() -> None:
     """Each Triton has every matmul of GPT-OSS in every division, and says where its rows come from."""
-    found = decode(TABLE["rows"])
+    found = parse(TABLE["rows"])
     wanted = {gemm for model in GPT_OSS for d in DIVISIONS for gemm in gemms(layer_shape(model, *d))}
     assert set(found) == {(*release, gemm) for release in RELEASES for gemm in wanted}
     assert set(TABLE["provenance"]) == {" ".join(release) for release in RELEASES}
@@ -98,7 +98,7 @@ def test_table_is_whole() -> None:
 
 def test_table_reads_no_more_weights_than_there_are() -> None:
     """Where reading the weights is the work, at most 2% more than the checkpoint's bytes are read."""
-    for (_, _, gemm), rungs in decode(TABLE["rows"]).items():
+    for (_, _, gemm), rungs in parse(TABLE["rows"]).items():
         for tokens in (1, 2, 4, 8, 16, 32, WEIGHT_BOUND_TOKENS):
             tile = rungs.at(tokens)
             block_bytes = -(-gemm.n // tile.block_n) * tile.block_n * gemm.k // 2
@@ -108,7 +108,7 @@ def test_table_reads_no_more_weights_than_there_are() -> None:
 
 
 def test_ranking_keeps_what_was_measured(tmp_path: Path) -> None:
-    """A user's table that is brought up to date by compiling has its times still, and its decode rows."""
+    """A user's table that is brought up to date by compiling keeps its times and rows of our own."""
     file = own_table(tmp_path) / "gfx950.json"
     content = tuning.read(file, "gfx950")
     measured = [[*row, 9.5] for row in content["rows"]]
@@ -152,8 +152,8 @@ W2 = gemms(layer_shape("gpt-oss-20b"))[1]
 def own_table(directory: Path, arch: str = "gfx950", triton: str = "3.6") -> Path:
     """A user's table for GPT-OSS-20B."""
     rows = encode("matmul_ogs", triton, W13, Ladder((64, 8192), (TILE, OTHER)))
-    rows += encode("decode", triton, W13, Ladder((8,), (SMALL,)))
-    rows += encode("decode", triton, W2, Ladder((8,), (SMALL,)))
+    rows += encode("own", triton, W13, Ladder((8,), (SMALL,)))
+    rows += encode("own", triton, W2, Ladder((8,), (SMALL,)))
     tuning.write(directory / f"{arch}.json", arch, {"matmul_ogs 3.6": {"evidence": "here"}}, rows)
     return directory
 
@@ -161,7 +161,7 @@ def own_table(directory: Path, arch: str = "gfx950", triton: str = "3.6") -> Pat
 def test_own_table_serves_what_it_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The user's rows for their matmul and their Triton; ours for every other; the log says whose, once."""
     own = own_table(tmp_path)
-    ours = decode(TABLE["rows"])
+    ours = parse(TABLE["rows"])
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             found = ladder("gfx950", "matmul_ogs", "3.6.1", W13, own)
@@ -177,19 +177,19 @@ def test_own_table_serves_what_it_has(tmp_path: Path, caplog: pytest.LogCaptureF
     assert ladder("gfx950", "matmul", "3.8.0", W13, own) == ours["matmul", "3.8", W13]
     # What was timed with another Triton does not serve, be it the nearest.
     assert ladder("gfx950", "matmul_ogs", "3.7.1", W13, own) == ours["matmul_ogs", "3.7", W13]
-    assert ladder("gfx950", "decode", "3.6.1", W13, own) == Ladder((8,), (SMALL,))
-    assert ladder("gfx950", "decode", "3.7.1", W13, own) is None
-    assert ladder("gfx950", "decode", "3.6.1", big, own) is None
+    assert ladder("gfx950", "own", "3.6.1", W13, own) == Ladder((8,), (SMALL,))
+    assert ladder("gfx950", "own", "3.7.1", W13, own) is None
+    assert ladder("gfx950", "own", "3.6.1", big, own) is None
     # Nor on another arch, nor where there is no file.
-    for kernels in ("matmul_ogs", "decode"):
+    for kernels in ("matmul_ogs", "own"):
         assert ladder("sm90", kernels, "3.6.1", W13, own) == ladder("sm90", kernels, "3.6.1", W13)
     assert ladder("sm90", "matmul", "3.6.1", W13, own) is None
 
 
 def test_timed_tiles_of_ours_serve_with_their_triton_only() -> None:
     """Ranked ones are lent to the nearest Triton."""
-    assert ladder("sm90", "decode", "3.6.0", W13) is not None
-    assert ladder("sm90", "decode", "3.7.0", W13) is None
+    assert ladder("sm90", "own", "3.6.0", W13) is not None
+    assert ladder("sm90", "own", "3.7.0", W13) is None
     assert ladder("gfx950", "matmul_ogs", "3.12.0", W13) is not None
 
 
@@ -228,8 +228,8 @@ BAD = {
     "commands": (put("provenance", "x", {"commands": 5}), ": provenance['x'].commands must be a list; got 5"),
     "nested": (put("rows", 0, [[1]]), ": rows[0] must be 15 values; got [[1]]"),
     "short": (lambda c: c["rows"][0].pop(), ": rows[0] must be 15 values; got ['"),
-    "kernels": (put("rows", 0, 0, "cuda"), ": rows[0].kernels must be one of matmul_ogs, matmul, decode; "),
-    "kernels list": (put("rows", 0, 0, ["decode"]), ": rows[0].kernels must be one of matmul_ogs, matmul, "),
+    "kernels": (put("rows", 0, 0, "cuda"), ": rows[0].kernels must be one of matmul_ogs, matmul, own; "),
+    "kernels list": (put("rows", 0, 0, ["own"]), ": rows[0].kernels must be one of matmul_ogs, matmul, "),
     "triton": (put("rows", 0, 1, "3.6.0"), ": rows[0].triton must be the first two numbers of a release, "),
     "triton float": (put("rows", 0, 1, 3.6), ": rows[0].triton must be the first two numbers of a release"),
     "name": (put("rows", 0, 2, "w1"), ": rows[0].name must be one of w13, w2; got 'w1'"),
@@ -247,13 +247,13 @@ BAD = {
     "nan": (put("rows", 0, ROW, math.nan), f": rows[0].block_m must be {POWERS}; got nan"),
     "infinite": (put("rows", 0, ROW, math.inf), f": rows[0].block_m must be {POWERS}; got inf"),
     "huge": (put("rows", 0, ROW, 10**4000), f": rows[0].block_m must be {POWERS}; got 1000000000000"),
-    "decode's rows": (put("rows", 2, ROW, 8), f": rows[2].block_m must be {POWERS.replace(' 8,', '')}; "),
+    "rows of own": (put("rows", 2, ROW, 8), f": rows[2].block_m must be {POWERS.replace(' 8,', '')}; "),
     "past the scales": (put("rows", 2, ROW + 2, 512), ": rows[2].block_k must be one of 32, 64, 128, 256; "),
     "split": (put("rows", 1, ROW + 3, 2), ": rows[1].split_k must be 1; got 2"),
     "twice": (lambda c: c["rows"].append(c["rows"][2]), ": rows[4] must be the only one for its tokens"),
-    "block_m differs": (put("rows", 0, ROW, 32), ": the rows of decode must be of w13 and w2 alike in "),
-    "half of decode": (lambda c: c["rows"].pop(0), ": the rows of decode must be of w13 and w2 alike in "),
-    "us": (put("measured", [["decode", "3.6", "w2", 32, 32, 1, 1, 1, *[16, 64, 64, 1, 4, 1, 0], math.nan]]),
+    "block_m differs": (put("rows", 0, ROW, 32), ": the rows of own must be of w13 and w2 alike in "),
+    "half of own": (lambda c: c["rows"].pop(0), ": the rows of own must be of w13 and w2 alike in "),
+    "us": (put("measured", [["own", "3.6", "w2", 32, 32, 1, 1, 1, *[16, 64, 64, 1, 4, 1, 0], math.nan]]),
            ": measured[0].us must be a time above 0.0; got nan"),
 }  # fmt: skip
 
@@ -264,7 +264,7 @@ def test_read_refuses(tmp_path: Path, fault: str) -> None:
     file = own_table(tmp_path) / "gfx950.json"
     content = json.loads(file.read_text())
     assert [row[:3] for row in content["rows"][:3]] == [
-        ["decode", "3.6", "w2"], ["decode", "3.6", "w13"], ["matmul_ogs", "3.6", "w13"]
+        ["own", "3.6", "w2"], ["own", "3.6", "w13"], ["matmul_ogs", "3.6", "w13"]
     ]  # fmt: skip
     edit, text = BAD[fault]
     edit(content)
@@ -354,7 +354,7 @@ def test_read_knows_our_own_kernels(tmp_path: Path, tile: TileConfig, rule: str)
     """What does not run on Hopper, or not right, may on gfx950."""
 
     def table(arch: str, tile: TileConfig) -> Path:
-        rows = [row for gemm in (W13, W2) for row in encode("decode", "3.6", gemm, Ladder((64,), (tile,)))]
+        rows = [row for gemm in (W13, W2) for row in encode("own", "3.6", gemm, Ladder((64,), (tile,)))]
         tuning.write(tmp_path / f"{arch}.json", arch, {}, rows)
         return tmp_path / f"{arch}.json"
 

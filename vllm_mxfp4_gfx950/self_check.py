@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -53,8 +52,7 @@ class Outcome:
 
 
 def check(
-    backend: backends.Backend,
-    prepared: Any,
+    layer: backends.Layer,
     weights: MoeWeights,
     shape: MoeShape,
     tokens: tuple[int, ...] = (),
@@ -65,8 +63,7 @@ def check(
     dequantized. Each batch is the beginning of the largest, whose truth is computed once.
 
     Args:
-        backend: what prepared the layer.
-        prepared: the layer.
+        layer: as a backend has prepared it.
         weights: the same layer as it was loaded; stays as it is.
         shape: its sizes.
         tokens: sizes of the batches; none for those of `sizes`.
@@ -75,13 +72,13 @@ def check(
         torch.OutOfMemoryError: it says nothing of the backend.
     """
     began = time.perf_counter()
-    tokens = tokens or sizes(prepared)
+    tokens = tokens or sizes(layer)
     x, logits = batch(weights, shape, max(tokens))
     truth, plain = reference.truth_and_plain(x, logits, weights, shape)
     worst = 0.0
     for index, count in enumerate(tokens):
         try:
-            out = backend.run(prepared, x[:count], logits[:count])
+            out = layer.run(x[:count], logits[:count])
             found = compare(out, truth[:count], plain[:count])
             miss, worst = found.miss, max(worst, found.row)
         except torch.OutOfMemoryError:
@@ -93,16 +90,10 @@ def check(
     return Outcome("", worst, tokens, time.perf_counter() - began)
 
 
-def sizes(prepared: Any) -> tuple[int, ...]:
-    """TOKENS, and the smallest batches of every rung that the layer has tiles for, so that each kernel runs.
-
-    A rung of matmul_ogs may begin where the decode kernels still serve, and end behind them.
-    """
-    decode = getattr(prepared, "decode", None)
-    ladders = (*getattr(prepared, "flags", ()), *(decode.tiles if decode else ()))
-    lasts = [bound for ladder in ladders for bound in ladder.bounds[:-1]]
-    lasts += [decode.tiles[0].bounds[-1]] if decode else []
-    return tuple(sorted({*TOKENS, *(last + 1 for last in lasts)}))
+def sizes(layer: backends.Layer) -> tuple[int, ...]:
+    """TOKENS, and the smallest batch of each tile that the layer has, so that each kernel runs."""
+    more = layer.first_batches() if isinstance(layer, backends.TiledLayer) else set()
+    return tuple(sorted({*TOKENS, *more}))
 
 
 def batch(weights: MoeWeights, shape: MoeShape, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +118,7 @@ def prepare(
     shape: MoeShape,
     settings: Settings,
     report: Callable[[str, Outcome], None],
-) -> tuple[backends.Selection, Any, bool]:
+) -> tuple[backends.Selection, backends.Layer, bool]:
     """Prepare a layer with the first backend that computes it right.
 
     A copy of the weights is kept meanwhile, as backends consume what they are given.
@@ -140,7 +131,7 @@ def prepare(
         report: called with a backend's name and what its check found.
 
     Returns:
-        the choice, the prepared layer, and whether it had to do without the backend's own decode kernels.
+        the choice, the prepared layer, and whether it had to do without our own matmuls.
 
     Raises:
         Mxfp4Error: no backend is left.
@@ -148,22 +139,21 @@ def prepare(
     """
     failed: dict[str, str] = {}
     while True:
-        backend = selection.backend
+        backend, layer = selection.backend, None
         try:
-            prepared = backend.prepare(weights.clone(), shape, settings.tables)
-            outcome = check(backend, prepared, weights, shape)
+            layer = backend.prepare(weights.clone(), shape, settings.tables)
+            outcome = check(layer, weights, shape)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             outcome = Outcome(f"while preparing, {brief(error)}", 0.0, (), 0.0)
-            prepared = None
         report(backend.NAME, outcome)
-        if not outcome.miss:
-            return selection, prepared, False
-        narrow = prepared is not None and backend.without_decode(prepared)
-        if narrow:
-            outcome = check(backend, narrow, weights, shape)
-            report(f"{backend.NAME} without its decode kernels", outcome)
+        if layer is not None and not outcome.miss:
+            return selection, layer, False
+        narrow = layer.without_own() if isinstance(layer, backends.TiledLayer) else None
+        if narrow is not None:
+            outcome = check(narrow, weights, shape)
+            report(f"{backend.NAME} without our own matmuls", outcome)
             if not outcome.miss:
                 return selection, narrow, True
         failed[backend.NAME] = f"the self-check: {outcome.miss}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
 
 import torch
 
@@ -16,8 +15,8 @@ from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 logger = logging.getLogger("vllm.mxfp4_triton")
 
 
-class Choice:
-    """The backend of a model's layers: chosen before they are loaded, and again if a layer comes out wrong.
+class ModelLayers:
+    """A model's layers. Their backend is chosen before they are loaded, and again if a layer comes out wrong.
 
     Args:
         shape: each layer on this rank.
@@ -31,11 +30,11 @@ class Choice:
     def __init__(self, shape: MoeShape, arch: str, wanted: settings.Settings) -> None:
         self.shape, self.wanted = shape, wanted
         self.selection = backends.select(shape, arch, wanted)
-        self.checked = self.narrow = False
+        self.checked = self.without_own = False
         if wanted.self_check == "off":
             logger.info("Layers are not checked: %s=off.", settings.SELF_CHECK_VAR)
 
-    def prepare(self, weights: MoeWeights, prefix: str) -> tuple[backends.Backend, Any]:
+    def prepare(self, weights: MoeWeights, prefix: str) -> backends.Layer:
         """A layer for the backend that serves it, compared with float64 where the user wants that.
 
         The reference is what others are compared with, so it is not.
@@ -54,33 +53,33 @@ class Choice:
             fix = "Stop what else uses this GPU, or serve with a larger --tensor-parallel-size"
             raise Mxfp4Error(name, rule, brief(error).rstrip("."), fix) from error
 
-    def _prepare(self, weights: MoeWeights, prefix: str) -> tuple[backends.Backend, Any]:
+    def _prepare(self, weights: MoeWeights, prefix: str) -> backends.Layer:
         backend, when = self.selection.backend, self.wanted.self_check
         if backend.NAME == "reference" or when == "off" or (when == "first" and self.checked):
-            prepared = backend.prepare(weights, self.shape, self.wanted.tables)
-            if self.narrow:
+            layer = backend.prepare(weights, self.shape, self.wanted.tables)
+            if self.without_own and isinstance(layer, backends.TiledLayer):
                 # None where this layer's scales are not for those kernels anyway.
-                prepared = backend.without_decode(prepared) or prepared
-            return backend, prepared
+                return layer.without_own() or layer
+            return layer
 
         def report(name: str, outcome: self_check.Outcome) -> None:
             log = logger.warning if outcome.miss else logger.info
             log("Self-check of %s through %s: %s.", prefix, name, outcome)
 
         before = self.selection
-        self.selection, prepared, self.narrow = self_check.prepare(
+        self.selection, layer, self.without_own = self_check.prepare(
             before, weights, self.shape, self.wanted, report
         )
         self.checked = True
         if self.selection is not before:
             logger.warning("MoE layers run through %s.", self.selection)
-        return self.selection.backend, prepared
+        return layer
 
 
 @functools.cache
-def choose_once(shape: MoeShape, arch: str, wanted: settings.Settings) -> Choice:
-    """The choice that all layers share."""
-    return Choice(shape, arch, wanted)
+def model_layers(shape: MoeShape, arch: str, wanted: settings.Settings) -> ModelLayers:
+    """What all layers of a model share."""
+    return ModelLayers(shape, arch, wanted)
 
 
 def check_activation_dtype(dtype: torch.dtype, arch: str) -> None:

@@ -24,11 +24,11 @@ from vllm_mxfp4_gfx950.moe import MoeShape
 
 # Loggers below `vllm` print where vLLM's own do.
 logger = logging.getLogger("vllm.mxfp4_triton.tuning")
-T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 U = TypeVar("U")
 
 OURS = Path(str(resources.files("vllm_mxfp4_gfx950") / "tables"))
-KERNELS = ("matmul_ogs", "matmul", "decode")
+KERNELS = ("matmul_ogs", "matmul", "own")
 RANKED = (("gfx950", "matmul_ogs"), ("gfx950", "matmul"))
 """Tiles of ours that were ranked by compiling: those of the nearest Triton are better than the package's own,
 which spill. All others were timed, and serve with that Triton alone."""
@@ -67,7 +67,7 @@ Source: triton_kernels in vLLM 0.26, tensor_details/layout_details/hopper_scale.
 _matmul_ogs.py, routing.py.
 """
 
-HOPPER_DECODE: dict[str, tuple[int, ...]] = {"block_k": (64, 128, 256), "num_warps": (1, 2, 4)}
+HOPPER_OWN: dict[str, tuple[int, ...]] = {"block_k": (64, 128, 256), "num_warps": (1, 2, 4)}
 """And those of our own matmuls there: a line of the values is 64 columns, and `vllm-mxfp4 tune` found some of
 8 warps wrong with Triton 3.6."""
 
@@ -113,7 +113,7 @@ class Gemm:
 
 
 @dataclass(frozen=True)
-class Ladder(Generic[T]):
+class Ladder(Generic[T_co]):
     """What to use for up to how many tokens.
 
     Args:
@@ -122,17 +122,17 @@ class Ladder(Generic[T]):
     """
 
     bounds: tuple[int, ...]
-    rungs: tuple[T, ...]
+    rungs: tuple[T_co, ...]
 
-    def at(self, tokens: int) -> T:
+    def at(self, tokens: int) -> T_co:
         """The value for this many tokens."""
         return self.rungs[min(bisect_left(self.bounds, tokens), len(self.rungs) - 1)]
 
-    def map(self, convert: Callable[[T], U]) -> Ladder[U]:
+    def map(self, convert: Callable[[T_co], U]) -> Ladder[U]:
         """The same ladder with converted values."""
         return Ladder(self.bounds, tuple(convert(rung) for rung in self.rungs))
 
-    def merged(self) -> Ladder[T]:
+    def merged(self) -> Ladder[T_co]:
         """The same ladder with equal neighbours made one: a rung serves up to its bound."""
         pairs = list(zip(self.bounds, self.rungs, strict=True))
         last = [
@@ -162,7 +162,7 @@ def ladder(
 
     Args:
         arch: whose table.
-        kernels: "matmul_ogs", "matmul", or "decode" for our own.
+        kernels: "matmul_ogs", "matmul", or "own".
         triton: Triton's release, such as "3.6.0"; tables go by its first two numbers.
         gemm: the matmul. Where our table does not have it, the nearest one that it has serves, which is
             logged; the nearest Triton likewise, if the tiles were ranked and not timed.
@@ -178,9 +178,9 @@ def ladder(
     if tables is not None:
         found = whose(arch, kernels, triton, gemm, tables)
         _log_once(f"{kernels} tiles for triton {release} are those of {found}", logging.INFO)
-        own = users(tables, arch).get((kernels, release, gemm))
-        if own:
-            return own
+        users_own = users(tables, arch).get((kernels, release, gemm))
+        if users_own:
+            return users_own
     if not _has_tiles(arch, kernels, release):
         return None
     closest = min(sorted(releases(arch, kernels)), key=lambda r: abs(_number(r) - _number(release)))
@@ -238,7 +238,7 @@ def columns() -> list[str]:
 @functools.cache
 def _ours(arch: str) -> dict[Key, Ladder[TileConfig]]:
     file = OURS / f"{arch}.json"
-    return decode(read(file, arch)["rows"]) if file.is_file() else {}
+    return parse(read(file, arch)["rows"]) if file.is_file() else {}
 
 
 @functools.cache
@@ -249,7 +249,7 @@ def users(tables: Path, arch: str) -> dict[Key, Ladder[TileConfig]]:
         Mxfp4Error: the file is not a table, or a value of it is out of its bounds.
     """
     file = tables / f"{arch}.json"
-    return decode(read(file, arch)["rows"]) if file.exists() else {}
+    return parse(read(file, arch)["rows"]) if file.exists() else {}
 
 
 def read(file: Path, arch: str) -> dict[str, Any]:
@@ -315,9 +315,9 @@ def _check_row(arch: str, row: list[Any], at: str) -> None:
     bounds = dict(BOUNDS)
     if (arch, values["kernels"]) == ("sm90", "matmul_ogs"):
         bounds |= HOPPER_MATMUL
-    if (arch, values["kernels"]) == ("sm90", "decode"):
-        bounds |= HOPPER_DECODE
-    if values["kernels"] != "decode":
+    if (arch, values["kernels"]) == ("sm90", "own"):
+        bounds |= HOPPER_OWN
+    if values["kernels"] != "own":
         bounds["tokens"] = bounds["tokens"][1:]
         # Routing schedules no tiles of fewer rows.
         bounds["block_m"] = tuple(rows for rows in bounds["block_m"] if rows >= 16)
@@ -330,7 +330,7 @@ def _check_row(arch: str, row: list[Any], at: str) -> None:
 
 
 def _check_ladders(rows: list[list[Any]], file: str) -> None:
-    """No rung twice; and for the decode kernels as many rows to a tile of w2 as to one of w13."""
+    """No rung twice; and for our own matmuls as many rows to a tile of w2 as to one of w13."""
     found: dict[Key, dict[int, int]] = {}
     for index, (kernels, triton, *rest) in enumerate(rows):
         rungs = found.setdefault((kernels, triton, Gemm(*rest[:5])), {})
@@ -338,11 +338,11 @@ def _check_ladders(rows: list[list[Any]], file: str) -> None:
         rungs[rest[5]] = rest[6]
     sides: dict[str, dict[tuple[str | float, ...], dict[int, int]]] = {"w13": {}, "w2": {}}
     for (kernels, triton, gemm), rungs in found.items():
-        if kernels == "decode":
+        if kernels == "own":
             hidden, inner = (gemm.k, gemm.n / 2) if gemm.name == "w13" else (gemm.n, gemm.k)
             sides[gemm.name][triton, gemm.experts, gemm.global_experts, hidden, inner] = rungs
     rule = "of w13 and w2 alike in tokens and block_m"
-    _require(sides["w13"] == sides["w2"], f"{file}: the rows of decode", rule, "others")
+    _require(sides["w13"] == sides["w2"], f"{file}: the rows of own", rule, "others")
 
 
 def _one_of(some: range | tuple[object, ...]) -> str:
@@ -378,7 +378,7 @@ def write(
     part.replace(file)
 
 
-def decode(rows: list[list[Any]]) -> dict[Key, Ladder[TileConfig]]:
+def parse(rows: list[list[Any]]) -> dict[Key, Ladder[TileConfig]]:
     """The ladders of a table's rows."""
     found: dict[Key, list[tuple[int, TileConfig]]] = {}
     for kernels, triton, *rest in rows:

@@ -137,13 +137,12 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         self.shape = moe_shape(config.model_config.hf_text_config, moe)
         arch = backends.arch_of(torch.device(moe.device))
         serving.check_activation_dtype(moe.in_dtype, arch)
-        self.choice = serving.choose_once(self.shape, arch, settings.from_environment())
-        check_capture(config, self.choice.selection)
+        self.layers = serving.model_layers(self.shape, arch, settings.from_environment())
+        check_capture(config, self.layers.selection)
         logger.info_once(
-            "MoE layers run through %s. Each is %s.", str(self.choice.selection), str(self.shape)
+            "MoE layers run through %s. Each is %s.", str(self.layers.selection), str(self.shape)
         )
-        self.backend = self.choice.selection.backend
-        self.prepared: Any = None
+        self.prepared: backends.Layer | None = None
         # Local experts that each parameter still waits for.
         from_checkpoint = config.load_config.load_format != "dummy"
         self.missing = {name: set(range(self.shape.experts if from_checkpoint else 0)) for name in PARAMETERS}
@@ -248,7 +247,7 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
             expert_map = expert_map.to(fields["w13"].device)
         weights = MoeWeights(**fields, expert_map=expert_map)
         check_weights(weights, self.shape, f"{self.prefix}.")
-        self.backend, self.prepared = self.choice.prepare(weights, self.prefix)
+        self.prepared = self.layers.prepare(weights, self.prefix)
         for name in PARAMETERS:
             delattr(layer, name)
 
@@ -260,8 +259,8 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         input_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """bf16[T, H] and the router's logits [T, global_experts] to bf16[T, H]."""
-        out: torch.Tensor = self.backend.run(self.prepared, x, router_logits)
-        return out
+        assert self.prepared is not None
+        return self.prepared.run(x, router_logits)
 
 
 def check_servable(config: VllmConfig, moe: FusedMoEConfig) -> None:

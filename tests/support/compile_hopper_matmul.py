@@ -17,11 +17,13 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as triton_driver
+from triton_kernels import matmul_ogs
+from triton_kernels.matmul_ogs_details.opt_flags import make_opt_flags
 
-from vllm_mxfp4_gfx950.backends.triton import matmul_ogs as triton_ogs
+from vllm_mxfp4_gfx950.backends.triton.matmul_ogs import MatmulOgs
 from vllm_mxfp4_gfx950.gfx950 import driver
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
-from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig
+from vllm_mxfp4_gfx950.tuning import TileConfig
 
 SHARED_BYTES = 232448
 """What a workgroup of an H200 may have."""
@@ -87,9 +89,6 @@ def spills(binary: bytes) -> int:
 
 def main(tiles: list[list[int]]) -> dict[str, Any]:
     """Its own choices and ours for the same tile, and the spills of each tile's two matmuls."""
-    from triton_kernels import matmul_ogs
-    from triton_kernels.matmul_ogs_details.opt_flags import make_opt_flags
-
     shape = make_shape(8, 4, 320, 320)
     kernels: list[driver.Launch] = []
     own: list[Any] = []
@@ -107,24 +106,21 @@ def main(tiles: list[list[int]]) -> dict[str, Any]:
         return own[-1]
 
     with presented(lambda launch: None):
-        prepared = triton_ogs.prepare(random_weights(shape, 0), shape)
+        prepared = MatmulOgs.prepare(random_weights(shape, 0), shape)
     pairs = []
-    by_package = Ladder[Any]((1,), (None,))
-    untuned = dataclasses.replace(prepared, flags=(by_package, by_package))
+    untuned = prepared.with_tiles(None, None)
     for tokens in (1, 1024):
         with presented(launched), mock.patch.object(matmul_ogs, "make_opt_flags", noted):
-            triton_ogs.run_matmul_ogs(untuned, *random_tokens(shape, tokens, 0))
+            untuned.run(*random_tokens(shape, tokens, 0))
     for flags in own:
         tile = {field.name: getattr(flags, field.name, 0) for field in dataclasses.fields(TileConfig)}
-        ours = triton_ogs.to_opt_flags(TileConfig(**tile), "sm90")
+        ours = MatmulOgs.to_opt_flags(TileConfig(**tile), "sm90")
         pairs.append([str(flags), str(dataclasses.replace(ours, target_kernel_kwargs={}))])
     found = []
     for tile in tiles:
         kernels.clear()
-        rungs = Ladder((1,), (triton_ogs.to_opt_flags(TileConfig(*tile), "sm90"),))
         with presented(launched):
-            layer = dataclasses.replace(prepared, flags=(rungs, rungs))
-            triton_ogs.run_matmul_ogs(layer, *random_tokens(shape, 64, 0))
+            prepared.with_tiles(TileConfig(*tile), TileConfig(*tile)).run(*random_tokens(shape, 64, 0))
         found.append([spills(launch.assembly) for launch in kernels])
     return {"pairs": pairs, "spills": found}
 

@@ -5,11 +5,10 @@ import json
 import sys
 from typing import Any
 
-from vllm_mxfp4_gfx950.gfx950.driver import ARCH
 from vllm_mxfp4_gfx950.gfx950.verification import EmulatedLayer
 from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights
-from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig
+from vllm_mxfp4_gfx950.tuning import TileConfig
 
 
 def check(case: dict[str, Any]) -> dict[str, Any]:
@@ -21,11 +20,11 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
     weights = dataclasses.replace(random_weights(shape, seed=0), expert_map=expert_map)
     layer = EmulatedLayer(weights, shape)
     if case["tile"] is not None:
-        rungs = Ladder((1,), (layer.backend.to_opt_flags(TileConfig(*case["tile"]), ARCH),))
+        tile = TileConfig(*case["tile"])
         # The matmul generation refuses to split K where it scatters rows.
-        splits = layer.backend.NAME == "triton_matmul" and TileConfig(*case["tile"]).split_k > 1
-        w2 = layer.prepared.flags[1] if splits else rungs
-        layer.prepared = dataclasses.replace(layer.prepared, flags=(rungs, w2))
+        splits = layer.backend.NAME == "triton_matmul" and tile.split_k > 1
+        w2 = layer.prepared.tiles_at(case["tokens"])[1] if splits else tile
+        layer.prepared = layer.prepared.with_tiles(tile, w2)
     x, logits = random_tokens(shape, case["tokens"], seed=case["tokens"], unchosen=case["unchosen"])
     checks = layer.check(x, logits, sample=case["sample"])
     return {"backend": layer.backend.NAME, "checks": [dataclasses.asdict(each) for each in checks]}

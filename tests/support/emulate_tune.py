@@ -28,7 +28,7 @@ TOKENS = (1, 3)
 TILES = {
     "matmul_ogs": [TileConfig(16, 64, 256, 1, 4, 1, 0), TileConfig(32, 128, 256, 1, 4, 1, 0)],
     "matmul": [TileConfig(16, 64, 256, 1, 4, 1, 0), TileConfig(32, 128, 256, 1, 4, 1, 0)],
-    "decode": [TileConfig(16, 64, 256, 1, 4, 1, 0)],
+    "own": [TileConfig(16, 64, 256, 1, 4, 1, 0)],
 }
 
 
@@ -47,9 +47,7 @@ class Counted(tune.Batch):
 
         layer = self.layers.prepared[0]
         with presented(count):
-            self.layers.backend.run(
-                layer if tiles is None else self.layers.with_tiles(layer, tiles), *self.inputs[0]
-            )
+            (layer if tiles is None else self.layers.with_tiles(layer, tiles)).run(*self.inputs[0])
         return sum(counts) / 1e3
 
 
@@ -63,12 +61,11 @@ class Spoilt(tune.Layers):
         layer = super().with_tiles(prepared, tiles)
         if tiles[1][0] != self.wrong:
             return layer
-        scale = layer.w13_precision.weight_scale
+        scale = layer.w13.precision.weight_scale
         storage = dataclasses.replace(scale.storage, data=scale.storage.data.roll(1, dims=1))
         rolled = dataclasses.replace(scale, storage=storage)
-        return dataclasses.replace(
-            layer, w13_precision=dataclasses.replace(layer.w13_precision, weight_scale=rolled)
-        )
+        precision = dataclasses.replace(layer.w13.precision, weight_scale=rolled)
+        return dataclasses.replace(layer, w13=dataclasses.replace(layer.w13, precision=precision))
 
 
 def tuned(layers: tune.Layers, directory: Path, tokens: tuple[int, ...]) -> tuple[list[str], dict[str, Any]]:
@@ -101,18 +98,18 @@ def main(directory: Path) -> dict[str, Any]:
         found["again"], _ = tuned(layers, directory, TOKENS)
 
         served = layers.backend.prepare(layers.weights(0), SHAPE, directory)
-        found["served"] = [[flags.at(n).block_n for n in TOKENS] for flags in served.flags]
-        decode = getattr(served, "decode", None)
-        found["decode"] = decode and [[rung.block_n for rung in rungs.rungs] for rungs in decode.tiles]
+        found["served"] = [[rungs.at(n).block_n for n in TOKENS] for rungs in served.tiles]
+        own = served.own
+        found["own"] = own and [[rung.block_n for rung in rungs.rungs] for rungs in own.tiles]
         x, logits = random_tokens(SHAPE, 3, 9)
         truth = reference.truth_and_plain(x, logits, layers.weights(0), SHAPE)
-        found["miss"] = compare(layers.backend.run(served, x, logits), *truth).miss
+        found["miss"] = compare(served.run(x, logits), *truth).miss
 
         if layers.backend.KERNELS == "matmul_ogs":
             best = [row for row in found["whole"]["measured"] if row[0] == "matmul_ogs" and row[2] == "w13"]
             found["wrong"] = best[0][8:-1]
             spoilt = Spoilt(SHAPE, ARCH, "cpu", copies=1)
-            spoilt.wrong, spoilt.decode = TileConfig(*found["wrong"]), None
+            spoilt.wrong, spoilt.has_own = TileConfig(*found["wrong"]), False
             (directory / "spoilt").mkdir()
             found["spoilt_lines"], found["spoilt"] = tuned(spoilt, directory / "spoilt", TOKENS[:1])
     return found

@@ -6,7 +6,6 @@ One process can hold one triton_kernels, so each backend runs its cases in a pro
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -20,10 +19,11 @@ from typing import Any, ClassVar
 
 import torch
 
+from vllm_mxfp4_gfx950 import backends
 from vllm_mxfp4_gfx950.backends.triton import package as triton_package
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
-from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, decode
+from vllm_mxfp4_gfx950.tuning import TileConfig, parse
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "vllm_mxfp4_gfx950/tables/gfx950.json"
@@ -109,7 +109,7 @@ RANKS = [
 TABLE_TILES = sorted(
     {
         (tile.block_m, tile.block_n)
-        for rungs in decode(json.loads(TABLE.read_text())["rows"]).values()
+        for rungs in parse(json.loads(TABLE.read_text())["rows"]).values()
         for tile in rungs.rungs
     }
 )
@@ -181,25 +181,24 @@ def main(backend_name: str, out: str) -> None:
 
     stand_in_for_a_gpu()
     stand_in_for_the_interpreter()
-    backend = importlib.import_module(f"vllm_mxfp4_gfx950.backends.{backend_name}")
     stand_in_for_specialize(triton_package)
+    (entry,) = (each for each in backends.FAMILIES["triton"] if each.name == backend_name)
     results: dict[str, Any] = {}
     for case in CASES:
         try:
-            results[str(case)] = _outcome(backend, case)
+            results[str(case)] = _outcome(entry, case)
         except Exception:
             results[str(case)] = traceback.format_exc()
     torch.save(results, out)
 
 
-def _outcome(backend: ModuleType, case: Case) -> dict[str, Any]:
+def _outcome(entry: backends.Entry, case: Case) -> dict[str, Any]:
     weights, shape, x, logits = case.inputs()
-    reason = backend.why_not(shape, "gfx950")
+    reason = entry.why_not(shape, "gfx950")
     assert reason is None, reason
-    scale_rows, route, ladder = triton_package.SCALE_ROWS, backend.route, backend.ladder
-    if case.tile:
-        tile = TileConfig(*case.tile, 256, 1, 4, 2, 0)
-        backend.ladder = lambda *_: Ladder((1,), (tile,))
+    from vllm_mxfp4_gfx950.backends.triton import routing
+
+    scale_rows, route = triton_package.SCALE_ROWS, routing.route
     Specialized.tiles.clear()
     if case.broken == "gate and up swapped":
         for tensor in (weights.w13, weights.w13_scale, weights.w13_bias):
@@ -211,35 +210,35 @@ def _outcome(backend: ModuleType, case: Case) -> dict[str, Any]:
         triton_package.SCALE_ROWS = 32
 
     def route_without_weights(*args: Any) -> Any:
-        routing = route(*args)
-        routing.weights.fill_(1)
-        return routing
+        routed = route(*args)
+        routed.weights.fill_(1)
+        return routed
 
     if case.broken == "gammas dropped":
-        backend.route = route_without_weights
+        routing.route = route_without_weights
     scales = {"w13": weights.w13_scale.clone(), "w2": weights.w2_scale.clone()}
     try:
-        prepared = backend.prepare(weights, shape)
+        prepared: Any = entry.load().prepare(weights, shape)
+        if case.tile:
+            tile = TileConfig(*case.tile, 256, 1, 4, 2, 0)
+            prepared = prepared.with_tiles(tile, tile)
         if case.broken == "scales not swizzled":
             for name, plain in scales.items():
-                _unswizzle(getattr(prepared, f"{name}_precision"), plain)
-        scale = getattr(prepared.w13_precision, "weight_scale", None) or prepared.w13_precision.b_mx_scale
+                _unswizzle(getattr(prepared, name).scales, plain)
         return {
-            "w13": prepared.w13.storage.data,
-            "w13_in_place": prepared.w13.storage.data.data_ptr() == weights.w13.data_ptr(),
-            "biases_in_place": prepared.w13_bias is weights.w13_bias and prepared.w2_bias is weights.w2_bias,
-            "w13_scale": scale.storage.data,
-            "out": backend.run(prepared, x, logits),
+            "w13": prepared.w13.values.mT,
+            "w13_in_place": prepared.w13.values.data_ptr() == weights.w13.data_ptr(),
+            "biases_in_place": prepared.w13.bias is weights.w13_bias and prepared.w2.bias is weights.w2_bias,
+            "w13_scale": prepared.w13.scales.mT,
+            "out": prepared.run(x, logits),
             "tiles": Specialized.tiles[:2],
         }
     finally:
-        triton_package.SCALE_ROWS, backend.route, backend.ladder = scale_rows, route, ladder
+        triton_package.SCALE_ROWS, routing.route = scale_rows, route
 
 
-def _unswizzle(precision: Any, plain: torch.Tensor) -> None:
+def _unswizzle(memory: torch.Tensor, plain: torch.Tensor) -> None:
     """Put the scales back in checkpoint order, in the memory of the swizzled ones."""
-    swizzled = getattr(precision, "weight_scale", None) or precision.b_mx_scale
-    memory = swizzled.storage.data.mT
     rows, groups = memory.shape[1] * 32, memory.shape[2] // 32
     padding = (0, groups - plain.shape[2], 0, rows - plain.shape[1])
     memory.copy_(torch.nn.functional.pad(plain, padding).view(memory.shape))

@@ -29,9 +29,8 @@ from vllm_mxfp4_gfx950.gfx950.layer import MATMULS
 from vllm_mxfp4_gfx950.gfx950.verification import EmulatedLayer
 from vllm_mxfp4_gfx950.moe import MoeWeights
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
-from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tolerance import compare
-from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig
+from vllm_mxfp4_gfx950.tuning import TileConfig
 
 TILES = {
     "matmul_ogs": (TileConfig(16, 128, 256, 1, 4, 2, 0), TileConfig(16, 64, 256, 1, 2, 2, 0)),
@@ -78,10 +77,8 @@ class Layer:
 
     def __init__(self, hidden: int, intermediate: int, tokens: int) -> None:
         self.shape = make_shape(4, 2, hidden, intermediate)
-        self.backend: Any = backends.select(self.shape, ARCH, Settings(backend="triton")).backend
-        self.flags = tuple(
-            Ladder((1,), (self.backend.to_opt_flags(tile, ARCH),)) for tile in TILES[self.backend.KERNELS]
-        )
+        self.backend = backends.select_tiled(self.shape, ARCH)
+        self.tiles = TILES[self.backend.KERNELS]
         self.x, self.logits = random_tokens(self.shape, tokens, seed=1)
         self.truth, self.plain = reference.truth_and_plain(self.x, self.logits, self.weights(), self.shape)
 
@@ -108,10 +105,10 @@ class Layer:
         weights = self.weights()
         spoil_weights(weights)
         with presented(on_launch):
-            prepared = dataclasses.replace(self.backend.prepare(weights, self.shape), flags=self.flags)
+            prepared = self.backend.prepare(weights, self.shape).with_tiles(*self.tiles)
             spoil_prepared(prepared, self.weights())
             try:
-                out = self.backend.run(prepared, self.x, self.logits)
+                out = prepared.run(self.x, self.logits)
             except Fault as fault:
                 return {"fault": str(fault), "miss": "", "frobenius": 0.0}
         found = compare(out, self.truth, self.plain)
@@ -184,9 +181,7 @@ def end_codes_early(name: str, codes: int) -> Callable[[MoeWeights], None]:
 
 def scale_bytes(prepared: Any, name: str) -> torch.Tensor:
     """A weight's scales as the kernels read them: uint8[E, N / 32, K], 32 rows in each of the second axis."""
-    precision = getattr(prepared, f"{name}_precision")
-    scale = getattr(precision, "weight_scale", None) or precision.b_mx_scale
-    memory: torch.Tensor = scale.storage.data.mT
+    memory: torch.Tensor = getattr(prepared, name).scales
     return memory
 
 
@@ -429,7 +424,7 @@ def drop_stores(layer: Layer) -> list[dict[str, str]]:
 
     def check(edit: Callable[[Launch], Launch]) -> str:
         emulated = EmulatedLayer(layer.weights(), layer.shape, edit)
-        emulated.prepared = dataclasses.replace(emulated.prepared, flags=layer.flags)
+        emulated.prepared = emulated.prepared.with_tiles(*layer.tiles)
         return "".join(each.miss for each in emulated.check(layer.x, layer.logits, SAMPLE))
 
     found = [{"text": "", "found": check(note)}]

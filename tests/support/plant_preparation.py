@@ -12,6 +12,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 
 from vllm_mxfp4_gfx950 import backends, self_check
-from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.errors import brief
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
@@ -90,9 +90,7 @@ def misses(backend: Any, shape: MoeShape, seed: int, tokens: tuple[int, ...], de
     def check(spoil: Spoil, prepared_as: MoeShape = shape, served_as: MoeShape = shape) -> str:
         spoiled = weights.clone()
         spoil(spoiled)
-        return self_check.check(
-            backend, backend.prepare(spoiled, prepared_as), weights, served_as, tokens
-        ).miss
+        return self_check.check(backend.prepare(spoiled, prepared_as), weights, served_as, tokens).miss
 
     found = {"": check(lambda _: None)}
     found |= {fault: check(spoil) for fault, spoil in WEIGHTS.items()}
@@ -112,7 +110,7 @@ def alarms(
         shape = shapes[seed % len(shapes)]
         weights = random_weights(shape, seed, device)
         prepared = backend.prepare(weights.clone(), shape)
-        miss = self_check.check(backend, prepared, weights, shape, tokens).miss
+        miss = self_check.check(prepared, weights, shape, tokens).miss
         found += [f"{shape}, seed {seed}: {miss}"] * bool(miss)
     return found
 
@@ -165,19 +163,19 @@ def launches(backend: Any) -> dict[str, Any]:
     """A table with a bad tile for up to 64 tokens, or for more: what is said, and what serves then."""
     shape, found = SHAPES[0], {}
     self_check.TOKENS = BATCHES
+    reference = backends.FAMILIES["reference"]
     for name, tile in TILES.items():
-        bad, good = (backend.to_opt_flags(each, ARCH) for each in (tile, FITS))
-        for place, rungs in {"first": (bad, good), "last": (good, bad)}.items():
-            flags = Ladder((64, 128), rungs)
+        for place, rungs in {"first": (tile, FITS), "last": (FITS, tile)}.items():
+            tiles = Ladder((64, 128), rungs)
 
-            def prepare(*arguments: Any, flags: Any = flags) -> Any:
-                return dataclasses.replace(backend.prepare(*arguments), flags=(flags, flags))
+            def prepare(*arguments: Any, tiles: Any = tiles) -> Any:
+                layer: Any = backend.prepare(*arguments)
+                flags = tiles.map(partial(type(layer).to_opt_flags, arch=ARCH))
+                return dataclasses.replace(layer, tiles=(tiles, tiles), flags=(flags, flags))
 
-            broken = SimpleNamespace(
-                **{n: getattr(backend, n) for n in ("NAME", "why_not", "source", "run", "without_decode")}
-            )
-            broken.prepare = prepare
-            backends.FAMILIES = {"triton": (broken,), "ck": (reference,)}
+            broken = SimpleNamespace(NAME=backend.NAME, source=backend.source, prepare=prepare)
+            entry = backends.Entry(backend.NAME, lambda *_: None, lambda broken=broken: broken)
+            backends.FAMILIES = {"triton": (entry,), "ck": reference}
             weights = random_weights(shape, seed=0)
             outcomes: dict[str, str] = {}
             chosen, prepared, _ = self_check.prepare(
@@ -187,7 +185,7 @@ def launches(backend: Any) -> dict[str, Any]:
             found[f"{name}-{place}"] = {
                 "miss": outcomes[backend.NAME],
                 "serves": chosen.backend.NAME,
-                "left": self_check.check(chosen.backend, prepared, weights, shape, BATCHES).miss,
+                "left": self_check.check(prepared, weights, shape, BATCHES).miss,
             }
     return found
 
@@ -204,7 +202,7 @@ def main(layers: str, findings: str) -> None:
             "backend": backend.NAME,
             "misses": misses(backend, SHAPES[0], 0, BATCHES, "cpu"),
             "alarms": alarms(backend, SHAPES, int(layers), BATCHES, "cpu"),
-            "poisoned": poisoned(lambda *batch: backend.run(prepared, *batch), SHAPES[0], "cpu"),
+            "poisoned": poisoned(prepared.run, SHAPES[0], "cpu"),
             "launches": launches(backend),
         }
     Path(findings).write_text(json.dumps(found, indent=1))

@@ -1,54 +1,115 @@
-"""The ways to compute the experts, and the one place that chooses between them."""
+"""The ways to compute the experts, and the one place that chooses between them.
+
+A backend is known by name here; its file is loaded when it is chosen.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import torch
 
 from vllm_mxfp4_gfx950 import tuning
 from vllm_mxfp4_gfx950.backends import ck, reference
-from vllm_mxfp4_gfx950.backends.triton import matmul, matmul_ogs
+from vllm_mxfp4_gfx950.backends.triton import package
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.settings import BACKEND_VAR, STRICT_VAR, Settings
+from vllm_mxfp4_gfx950.tuning import TileConfig
+
+if TYPE_CHECKING:
+    from vllm_mxfp4_gfx950.backends.triton.routing import Routing
 
 
-class Backend(Protocol):
-    """A module that computes the experts of one MoE layer."""
+class Layer(Protocol):
+    """One MoE layer, prepared: it holds what its kernels read."""
 
-    NAME: str
-
-    def why_not(self, shape: MoeShape, arch: str) -> str | None:
-        """The reason why it cannot compute this shape on this arch; None when it can."""
-
-    def source(self) -> str:
-        """Which package does the work, and where it came from. Only asked when why_not is None."""
-
-    def prepare(self, weights: MoeWeights, shape: MoeShape, tables: Path | None = None) -> Any:
-        """Bring the weights into the backend's layout. Consumes them: their memory may be reused.
-
-        `tables` is the directory of the user's own tiles, for kernels that take any.
-        """
-
-    def run(self, prepared: Any, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
+    def run(self, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
         """bf16[T, H] and [T, global_experts] to bf16[T, H].
 
         Without waiting for the GPU, so that graphs capture it; the reference alone does wait.
         """
 
-    def without_decode(self, prepared: Any) -> Any | None:
-        """The same layer without kernels of its own for few tokens; None where it has none."""
+
+class Backend(Protocol):
+    """A module that computes the experts of MoE layers."""
+
+    NAME: str
+
+    def source(self) -> str:
+        """Which package does the work, and where it came from."""
+
+    def prepare(self, weights: MoeWeights, shape: MoeShape, tables: Path | None = None) -> Layer:
+        """Bring the weights into the backend's layout. Consumes them: their memory may be reused.
+
+        `tables` is the directory of the user's own tiles, for kernels that take any.
+        """
 
 
-FAMILIES: dict[str, tuple[Backend, ...]] = {
-    "triton": (matmul_ogs, matmul),
-    "ck": (ck,),
-    "reference": (reference,),
+@runtime_checkable
+class TiledLayer(Layer, Protocol):
+    """A prepared layer whose kernels' tiles can be chosen; None leaves a matmul's to its package."""
+
+    SCATTERS: ClassVar[bool]
+    """Whether its w2 writes each row to the place of its pair, and not in the order of the rows."""
+
+    def route(self, router_logits: torch.Tensor) -> Routing:
+        """Choose experts, and sort the choices that live on this rank."""
+
+    def first_batches(self) -> set[int]:
+        """The smallest batch that each of its tiles serves, but those of one token."""
+
+    def tiles_at(self, tokens: int) -> tuple[TileConfig | None, TileConfig | None]:
+        """The tiles of w13 and of w2 with which the package serves so many tokens."""
+
+    def with_tiles(self, w13: TileConfig | None, w2: TileConfig | None) -> TiledLayer:
+        """The same layer with these tiles for every batch, and without our own matmuls."""
+
+    def with_own_tiles(self, w13: TileConfig, w2: TileConfig) -> TiledLayer | None:
+        """The same layer through our own matmuls for every batch; None where they cannot read it."""
+
+    def without_own(self) -> TiledLayer | None:
+        """The same layer through the package alone; None when it has nothing else."""
+
+
+@runtime_checkable
+class TiledBackend(Backend, Protocol):
+    """A backend of such layers."""
+
+    KERNELS: str
+    """What the tile tables call them."""
+
+    def prepare(self, weights: MoeWeights, shape: MoeShape, tables: Path | None = None) -> TiledLayer:
+        """As in Backend."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A backend that can be asked for.
+
+    Args:
+        name: its NAME.
+        why_not: the reason why it cannot compute a shape on an arch; None when it can.
+        load: imports its file. Only when why_not has given None.
+    """
+
+    name: str
+    why_not: Callable[[MoeShape, str], str | None]
+    load: Callable[[], Backend]
+
+
+FAMILIES: dict[str, tuple[Entry, ...]] = {
+    "triton": tuple(
+        Entry(name, partial(package.why_not_layer, kernels), partial(package.backend, kernels))
+        for name, kernels in (("triton_ogs", "matmul_ogs"), ("triton_matmul", "matmul"))
+    ),
+    "ck": (Entry(ck.NAME, ck.why_not, lambda: ck),),
+    "reference": (Entry(reference.NAME, reference.why_not, lambda: reference),),
 }
 """The backends behind each value of VLLM_MXFP4_BACKEND."""
 
@@ -108,11 +169,11 @@ def select(
         if refused and settings.strict:
             refused.append((family, f"a second choice, and {STRICT_VAR}=1 forbids falling back"))
             continue
-        for backend in FAMILIES[family]:
-            reason = failed.get(backend.NAME) or backend.why_not(shape, arch)
+        for entry in FAMILIES[family]:
+            reason = failed.get(entry.name) or entry.why_not(shape, arch)
             if reason is None:
-                return Selection(backend, arch, tuple(refused))
-            refused.append((backend.NAME, reason))
+                return Selection(entry.load(), arch, tuple(refused))
+            refused.append((entry.name, reason))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
     raise Mxfp4Error(
         "the machine",
@@ -120,3 +181,14 @@ def select(
         reasons or f"{arch}, for which there is none (there is for {', '.join(ORDER)})",
         f"Mend what is named, run `vllm-mxfp4 doctor`, or choose another with {BACKEND_VAR}",
     )
+
+
+def select_tiled(shape: MoeShape, arch: str, tables: Path | None = None) -> TiledBackend:
+    """The backend with tiles to choose that serves a shape on an arch.
+
+    Raises:
+        Mxfp4Error: there is none, or the user's table is not a table.
+    """
+    backend = select(shape, arch, Settings("triton", tables=tables)).backend
+    assert isinstance(backend, TiledBackend)  # As all of that family are.
+    return backend

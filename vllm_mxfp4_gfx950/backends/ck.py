@@ -61,6 +61,24 @@ class Prepared:
     options: Mapping[str, Any]
     topk: int
 
+    def run(self, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
+        """Route, and let aiter compute and combine the experts.
+
+        Args:
+            x: bf16[T, H].
+            router_logits: bf16 or fp32[T, global_experts].
+
+        Returns:
+            bf16[T, H]
+        """
+        topk_ids, topk_weights = route(router_logits, self.topk)
+        hidden = x.shape[1]
+        padding = self.w2.shape[1] - hidden
+        if padding:
+            x = pad(x, (0, padding))
+        out = self.fused_moe(x, self.w13, self.w2, topk_weights.float(), topk_ids.int(), **self.options)
+        return out[:, :hidden].contiguous()
+
 
 def why_not(shape: MoeShape, arch: str) -> str | None:
     """The reason why this shape cannot run on this arch with the aiter at hand."""
@@ -127,32 +145,6 @@ def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) ->
     modes = {"gate_mode": "interleave", "quant_dtype_a": torch.bfloat16}
     options |= {name: mode for name, mode in modes.items() if name in _parameters(fused_moe)}
     return Prepared(fused_moe, w13, w2, options, shape.topk)
-
-
-def run(prepared: Prepared, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
-    """Route, and let aiter compute and combine the experts.
-
-    Args:
-        prepared: what `prepare` returned.
-        x: bf16[T, H].
-        router_logits: bf16 or fp32[T, global_experts].
-
-    Returns:
-        bf16[T, H]
-    """
-    topk_ids, topk_weights = route(router_logits, prepared.topk)
-    hidden = x.shape[1]
-    padding = prepared.w2.shape[1] - hidden
-    if padding:
-        x = pad(x, (0, padding))
-    out = prepared.fused_moe(
-        x, prepared.w13, prepared.w2, topk_weights.float(), topk_ids.int(), **prepared.options
-    )
-    return out[:, :hidden].contiguous()
-
-
-def without_decode(prepared: Prepared) -> None:
-    """It has no kernels for few tokens."""
 
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

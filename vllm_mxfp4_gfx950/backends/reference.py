@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,33 +23,35 @@ def source() -> str:
     return f"torch {torch.__version__}"
 
 
-def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) -> tuple[MoeWeights, MoeShape]:
+def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) -> Prepared:
     """Keep the weights as they are; they are dequantized expert by expert as tokens choose them."""
-    return weights, shape
+    return Prepared(weights, shape)
 
 
-def run(prepared: tuple[MoeWeights, MoeShape], x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
-    """Route each token and compute its experts in fp32, rounding where the kernels round.
+@dataclass(frozen=True)
+class Prepared:
+    """A layer as it was loaded."""
 
-    Args:
-        prepared: what `prepare` returned.
-        x: bf16 or fp32[T, H], the tokens.
-        router_logits: bf16 or fp32[T, global_experts].
+    weights: MoeWeights
+    shape: MoeShape
 
-    Returns:
-        x.dtype[T, H]
-    """
-    weights, shape = prepared
-    out: torch.Tensor = torch.ops.vllm_mxfp4.reference_moe(
-        x, router_logits, weights.w13, weights.w13_scale, weights.w13_bias,
-        weights.w2, weights.w2_scale, weights.w2_bias, weights.expert_map,
-        shape.topk, shape.alpha, shape.limit,
-    )  # fmt: skip
-    return out
+    def run(self, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
+        """Route each token and compute its experts in fp32, rounding where the kernels round.
 
+        Args:
+            x: bf16 or fp32[T, H], the tokens.
+            router_logits: bf16 or fp32[T, global_experts].
 
-def without_decode(prepared: tuple[MoeWeights, MoeShape]) -> None:
-    """It has no kernels for few tokens."""
+        Returns:
+            x.dtype[T, H]
+        """
+        weights, shape = self.weights, self.shape
+        out: torch.Tensor = torch.ops.vllm_mxfp4.reference_moe(
+            x, router_logits, weights.w13, weights.w13_scale, weights.w13_bias,
+            weights.w2, weights.w2_scale, weights.w2_bias, weights.expert_map,
+            shape.topk, shape.alpha, shape.limit,
+        )  # fmt: skip
+        return out
 
 
 def route(router_logits: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,8 +115,8 @@ def experts(
         token, slot = torch.where(local_ids == expert)
         if not token.numel():
             continue
-        rows = up(x[token].to(compute_dtype), expert, weights, shape).to(x.dtype)
-        rows = down(rows.to(compute_dtype), expert, weights)
+        rows = through_w13(x[token].to(compute_dtype), expert, weights, shape).to(x.dtype)
+        rows = through_w2(rows.to(compute_dtype), expert, weights)
         out.index_add_(0, token, rows * topk_weights[token, slot, None].to(compute_dtype))
     return out.to(x.dtype)
 
@@ -128,13 +131,13 @@ def truth_and_plain(
     return truth, plain
 
 
-def up(x: torch.Tensor, expert: int, weights: MoeWeights, shape: MoeShape) -> torch.Tensor:
+def through_w13(x: torch.Tensor, expert: int, weights: MoeWeights, shape: MoeShape) -> torch.Tensor:
     """One expert's w13, bias and SwiGLU: float[rows, H] to [rows, I], in the dtype of x."""
     w13 = dequantize(weights.w13[expert], weights.w13_scale[expert], x.dtype)
     return swiglu(x @ w13.mT + weights.w13_bias[expert].to(x.dtype), shape.alpha, shape.limit)
 
 
-def down(x: torch.Tensor, expert: int, weights: MoeWeights) -> torch.Tensor:
+def through_w2(x: torch.Tensor, expert: int, weights: MoeWeights) -> torch.Tensor:
     """One expert's w2 and bias: float[rows, I] to [rows, H], in the dtype of x."""
     w2 = dequantize(weights.w2[expert], weights.w2_scale[expert], x.dtype)
     return x @ w2.mT + weights.w2_bias[expert].to(x.dtype)

@@ -75,8 +75,7 @@ class Row:
 def ours(weights: MoeWeights, shape: MoeShape) -> Layer:
     """The backend of this package that would serve here."""
     backend = selected(shape, weights.w13.device).backend
-    prepared = backend.prepare(weights, shape, settings.from_environment().tables)
-    return lambda x, logits: backend.run(prepared, x, logits)
+    return backend.prepare(weights, shape, settings.from_environment().tables).run
 
 
 def selected(shape: MoeShape, device: torch.device) -> backends.Selection:

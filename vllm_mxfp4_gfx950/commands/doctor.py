@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from vllm_mxfp4_gfx950.errors import brief
 
 if TYPE_CHECKING:
-    from vllm_mxfp4_gfx950.backends import Backend
+    from vllm_mxfp4_gfx950.backends import Entry
     from vllm_mxfp4_gfx950.moe import MoeShape
 
 DISTRIBUTION = "vllm-mxfp4-gfx950"
@@ -195,13 +195,13 @@ def check_backends(arch: str | None) -> list[Check]:
             refused[model] = str(error) if isinstance(error, Mxfp4Error) else brief(error)
     tried = backends.ORDER.get(arch, ()) if asked.backend == "auto" else (asked.backend,)
 
-    def backend_check(family: str, backend: Backend) -> Check:
-        works, found = state_of(backend, shapes["gpt-oss-20b"], arch)
-        if backend.NAME in chosen.values():
-            return Check(True, backend.NAME, found, "chosen")
+    def backend_check(family: str, entry: Entry) -> Check:
+        works, found = state_of(entry, shapes["gpt-oss-20b"], arch)
+        if entry.name in chosen.values():
+            return Check(True, entry.name, found, "chosen")
         if refused and family in tried:
-            return Check(works, backend.NAME, found, "one that works", FIXES[family])
-        return Check(True, backend.NAME, found, "not needed here")
+            return Check(works, entry.name, found, "one that works", FIXES[family])
+        return Check(True, entry.name, found, "not needed here")
 
     return [
         Check(
@@ -221,11 +221,7 @@ def check_backends(arch: str | None) -> list[Check]:
             "Correct it or unset it",
         ),
         Check(True, "triton", installed("triton"), "for the triton backends"),
-        *(
-            backend_check(family, backend)
-            for family, members in backends.FAMILIES.items()
-            for backend in members
-        ),
+        *(backend_check(family, entry) for family, members in backends.FAMILIES.items() for entry in members),
         *(
             Check(model in chosen, model, chosen.get(model) or refused[model], "a backend", "See above")
             for model in shapes
@@ -233,14 +229,14 @@ def check_backends(arch: str | None) -> list[Check]:
     ]
 
 
-def state_of(backend: Backend, shape: MoeShape, arch: str) -> tuple[bool, str]:
+def state_of(entry: Entry, shape: MoeShape, arch: str) -> tuple[bool, str]:
     """Whether a backend works on this arch; and why not, or which package does the work.
 
     It is asked about gfx950 too, so that a package's own faults show wherever one looks.
     """
     try:
-        here, package = (backend.why_not(shape, a) for a in (arch, "gfx950"))
-        texts = dict.fromkeys((here, package or backend.source()))
+        here, package = (entry.why_not(shape, a) for a in (arch, "gfx950"))
+        texts = dict.fromkeys((here, package or entry.load().source()))
     except Exception as error:
         return False, brief(error)
     return here is None, "; ".join(filter(None, texts))

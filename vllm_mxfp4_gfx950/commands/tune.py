@@ -11,7 +11,6 @@ import math
 import multiprocessing
 import os
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -28,9 +27,9 @@ from vllm_mxfp4_gfx950.commands.compile import progress
 from vllm_mxfp4_gfx950.errors import Mxfp4Error, brief
 from vllm_mxfp4_gfx950.gfx950 import ranking
 from vllm_mxfp4_gfx950.models import TOKENS, add_shape_arguments, layer_shape
-from vllm_mxfp4_gfx950.moe import MoeShape
+from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights
-from vllm_mxfp4_gfx950.settings import TABLES_VAR, Settings
+from vllm_mxfp4_gfx950.settings import TABLES_VAR
 from vllm_mxfp4_gfx950.timing import Calls
 from vllm_mxfp4_gfx950.tolerance import compare
 from vllm_mxfp4_gfx950.tuning import Gemm, Ladder, TileConfig, encode, gemms
@@ -54,19 +53,19 @@ COPIES = (8, 64)
 """But no fewer and no more."""
 
 GIVE_UP = 1.1
-"""Once the decode kernels take so many times as long as the others, no larger batch is tried with them."""
+"""Once our own matmuls take so many times as long as the others, no larger batch is tried with them."""
 
 HOPPER_STEPS = ((128, 4, 0), (128, 3, 0), (128, 3, 4), (128, 2, 4), (64, 4, 0), (64, 4, 4), (256, 2, 0))
 """block_k, num_stages and waves_per_eu of matmul_ogs on Hopper; of the rest, see tuning.HOPPER_MATMUL."""
 
-HOPPER_DECODE_TILES = (
+HOPPER_OWN_TILES = (
     (8, 64, 64, 1, 0), (8, 64, 128, 2, 0), (8, 32, 128, 1, 0), (8, 32, 128, 1, 5), (8, 32, 256, 2, 0),
     (8, 32, 256, 2, 5), (8, 64, 256, 4, 0), (16, 64, 64, 1, 0), (16, 64, 128, 2, 0), (16, 128, 128, 4, 0),
     (16, 128, 128, 4, 5), (32, 128, 128, 4, 0), (64, 128, 128, 4, 0),
 )  # fmt: skip
-"""block_m, block_n, block_k, num_warps and waves_per_eu of the decode kernels on Hopper."""
+"""block_m, block_n, block_k, num_warps and waves_per_eu of our own matmuls on Hopper."""
 
-DECODE_SPLITS = (1, 2, 3)
+OWN_SPLITS = (1, 2, 3)
 SPLIT_TOKENS = 64
 """w2's depth is split for up to so many tokens; then there are workgroups enough."""
 
@@ -103,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     import triton
 
     arch = backends.arch_of(torch.device("cuda"))
-    backend: Any = backends.select(shape, arch, Settings("triton")).backend
+    backend = backends.select_tiled(shape, arch)
     args.out.mkdir(parents=True, exist_ok=True)
     table = Table(
         args.out / f"{arch}.json",
@@ -140,11 +139,9 @@ class Layers:
     """
 
     def __init__(self, shape: MoeShape, arch: str, device: str, copies: int | None = None) -> None:
-        import triton
-
         from vllm_mxfp4_gfx950.gfx950.layer import first_experts
 
-        backend: Any = backends.select(shape, arch, Settings("triton")).backend
+        backend = backends.select_tiled(shape, arch)
         if not candidates(arch, backend.KERNELS):
             fix = "Serve without a table of your own"
             raise Mxfp4Error("the backend", "one that takes tiles here", f"{backend.NAME} on {arch}", fix)
@@ -157,33 +154,27 @@ class Layers:
             copies = min(max(-(-ROTATED_BYTES // layer_bytes), COPIES[0]), COPIES[1])
         self.layer_bytes = layer_bytes
         self.prepared = [backend.prepare(self.weights(seed), shape) for seed in range(copies)]
-        # Whether the decode kernels read this layout is theirs to say; any tile makes them say it.
-        self.decode: Any = None
-        for tile in candidates(arch, "decode")[:1]:
-            rungs = Ladder((1,), (tile,))
-            rows = [encode("decode", triton.__version__, gemm, rungs)[0] for gemm in gemms(shape)]
-            with tempfile.TemporaryDirectory() as tables:
-                tuning.write(Path(tables) / f"{arch}.json", arch, {}, rows)
-                self.decode = getattr(backend.prepare(weights, shape, Path(tables)), "decode", None)
+        # Whether our own matmuls read this layout is theirs to say, of any tile.
+        own = candidates(arch, "own")[:1]
+        self.has_own = any(self.prepared[0].with_own_tiles(tile, tile) is not None for tile in own)
 
-    def weights(self, seed: int) -> Any:
+    def weights(self, seed: int) -> MoeWeights:
         """A layer as it is loaded."""
         return replace(random_weights(self.shape, seed, self.device), expert_map=self.expert_map)
 
     @property
     def kernels(self) -> tuple[str, ...]:
         """Which kernels there are to choose from."""
-        return (self.backend.KERNELS, "decode") if self.decode else (self.backend.KERNELS,)
+        return (self.backend.KERNELS, "own") if self.has_own else (self.backend.KERNELS,)
 
-    def with_tiles(self, prepared: Any, tiles: Tiles) -> Any:
+    def with_tiles(self, layer: backends.TiledLayer, tiles: Tiles) -> backends.Layer:
         """A layer that serves every batch through these kernels with these tiles."""
         kernels, pair = tiles
-        if kernels == "decode":
-            always = tuple(Ladder((2**30,), (tile,)) for tile in pair)
-            return replace(prepared, decode=replace(self.decode, tiles=always))
-        flags = tuple(Ladder((1,), (self.backend.to_opt_flags(tile, self.arch),)) for tile in pair)
-        prepared = replace(prepared, flags=flags)
-        return replace(prepared, decode=None) if hasattr(prepared, "decode") else prepared
+        if kernels != "own":
+            return layer.with_tiles(*pair)
+        changed = layer.with_own_tiles(*pair)
+        assert changed is not None
+        return changed
 
 
 class Batch:
@@ -206,18 +197,18 @@ class Batch:
         try:
             prepared = self.layers.with_tiles(self.layers.prepared[0], tiles)
             with nan_in_new_memory():
-                out = self.layers.backend.run(prepared, *self.inputs[0])
+                out = prepared.run(*self.inputs[0])
             return compare(out, self.truth, self.plain).miss
         except Exception as error:  # A compiler or a driver may raise anything.
             return brief(error)
 
     def time_us(self, tiles: Tiles | None) -> float:
         """Microseconds of a layer with these tiles; as it serves now when None."""
-        layers = self.layers.prepared
+        layers: list[backends.Layer] = [*self.layers.prepared]
         if tiles is not None:
-            layers = [self.layers.with_tiles(prepared, tiles) for prepared in layers]
-        run, device = self.layers.backend.run, torch.device(self.layers.device)
-        calls = Calls(lambda i: run(layers[i], *self.inputs[i]), len(layers), device)
+            layers = [self.layers.with_tiles(each, tiles) for each in self.layers.prepared]
+        device = torch.device(self.layers.device)
+        calls = Calls(lambda i: layers[i].run(*self.inputs[i]), len(layers), device)
         return statistics.median(calls.microseconds())
 
 
@@ -245,14 +236,14 @@ def candidates(arch: str, kernels: str) -> list[TileConfig]:
             TileConfig(block_m, block_n, block_k, 1, warps, stages, waves)
             for block_m, (block_k, stages, waves) in itertools.product(rows, HOPPER_STEPS)
         ]
-    if (arch, kernels) == ("sm90", "decode"):
+    if (arch, kernels) == ("sm90", "own"):
         return [
             TileConfig(block_m, block_n, block_k, 1, warps, stages, waves)
             for (block_m, block_n, block_k, warps, waves), stages in itertools.product(
-                HOPPER_DECODE_TILES, (3, 4)
+                HOPPER_OWN_TILES, (3, 4)
             )
         ]
-    if arch == "gfx950" and kernels == "decode":
+    if arch == "gfx950" and kernels == "own":
         return [
             TileConfig(block_m, block_n, ranking.BLOCK_K, 1, warps, stages, 0)
             for block_m, block_n, warps, stages in itertools.product((16, 32), (32, 64, 128), (2, 4), (1, 2))
@@ -264,14 +255,14 @@ def groups(arch: str, kernels: str, shape: MoeShape, tokens: int) -> list[Group]
     """The candidates for so many tokens: those whose rows are about as many as an expert gets."""
     rows = tokens * shape.topk / shape.global_experts
     tiles = candidates(arch, kernels)
-    if kernels != "decode":
+    if kernels != "own":
         middle = min(max(16, 1 << (math.ceil(rows) - 1).bit_length()), 128)
         tiles = [tile for tile in tiles if tile.block_m in (middle // 2, middle, 2 * middle)]
         return [(tiles, tiles)]
     found = []
     for block_m in sorted({tile.block_m for tile in tiles}):
         ups = [tile for tile in tiles if tile.block_m == block_m]
-        splits = DECODE_SPLITS if tokens <= SPLIT_TOKENS else (1,)
+        splits = OWN_SPLITS if tokens <= SPLIT_TOKENS else (1,)
         if rows / 4 <= block_m and (block_m <= 16 or block_m <= 4 * rows):
             found.append((ups, [replace(tile, split_k=split) for tile in ups for split in splits]))
     return found
@@ -310,7 +301,7 @@ def tune(batch: Batch, table: Table) -> str:
     refused: list[str] = []
     found: dict[str, Pair] = {}
     for kernels in layers.kernels:
-        if kernels == "decode" and table.gave_up(tokens):
+        if kernels == "own" and table.gave_up(tokens):
             continue
         pair = search(batch, kernels, refused)
         if pair is not None:
@@ -357,7 +348,7 @@ class Table:
         file: the table; made where it is missing.
         arch: whose it is.
         shape: the layer.
-        kernels: of the backend that serves it, beside the decode kernels.
+        kernels: of the backend that serves it, beside our own matmuls.
         triton: Triton's version.
         evidence: what the times are taken on.
         command: what takes them.
@@ -379,7 +370,7 @@ class Table:
         empty: dict[str, Any] = {"provenance": {}, "rows": [], "measured": []}
         content = tuning.read(self.file, self.arch) if self.file.exists() else empty
         self.provenance, self.rows, self.measured = (content[name] for name in empty)
-        for name in (self.kernels, "decode"):
+        for name in (self.kernels, "own"):
             other = self.provenance.get(self.source(name), {}).get("evidence", self.evidence)
             if other != self.evidence:
                 raise Mxfp4Error(
@@ -400,11 +391,9 @@ class Table:
         return tokens in self.times(self.kernels)
 
     def gave_up(self, tokens: int) -> bool:
-        """Whether the decode kernels were too slow for fewer tokens, or not right."""
-        others, decode = self.times(self.kernels), self.times("decode")
-        return any(
-            decode.get(fewer, math.inf) > GIVE_UP * us for fewer, us in others.items() if fewer < tokens
-        )
+        """Whether our own matmuls were too slow for fewer tokens, or not right."""
+        others, own = self.times(self.kernels), self.times("own")
+        return any(own.get(fewer, math.inf) > GIVE_UP * us for fewer, us in others.items() if fewer < tokens)
 
     def add(self, tokens: int, found: dict[str, tuple[Pair, float]]) -> None:
         """Add what was measured to the file."""
@@ -442,10 +431,10 @@ def serving(measured: list[list[Any]]) -> list[list[Any]]:
     rows = []
     timed = by_matmul(measured)
     for (kernels, release, gemm), found in timed.items():
-        peers = timed.get(("matmul_ogs", release, gemm), {}) if kernels == "decode" else found
+        peers = timed.get(("matmul_ogs", release, gemm), {}) if kernels == "own" else found
         if not set(TOKENS) <= set(peers):
             continue
-        if kernels == "decode":
+        if kernels == "own":
             last = crossover(*({n: us for n, (_, us) in each.items()} for each in (found, peers)))
             tiles = {n: tile for n, (tile, _) in sorted(found.items()) if n <= last}
             rungs = tiles or {0: found[min(found)][0]}
@@ -456,21 +445,21 @@ def serving(measured: list[list[Any]]) -> list[list[Any]]:
     return rows
 
 
-def crossover(decode: dict[int, float], others: dict[int, float]) -> int:
-    """Up to how many tokens the decode kernels should serve; 0 if none.
+def crossover(own: dict[int, float], others: dict[int, float]) -> int:
+    """Up to how many tokens our own matmuls should serve; 0 if none.
 
     One slow batch among fast ones does not end it: what counts is the time over all batches up to there,
     each against the other kernels'.
 
     Args:
-        decode, others: microseconds by tokens.
+        own, others: microseconds by tokens.
     """
     gain = best = 0.0
     last = 0
     for tokens in TOKENS:
-        if tokens not in decode:
+        if tokens not in own:
             break
-        gain += math.log(others[tokens] / decode[tokens])
+        gain += math.log(others[tokens] / own[tokens])
         if gain > best:
             best, last = gain, tokens
     return last
@@ -523,7 +512,7 @@ def compile_one(job: Job) -> None:
     with contextlib.suppress(Exception):
         layers = _one_layer(shape, arch)
         prepared = layers.with_tiles(layers.prepared[0], tiles)
-        layers.backend.run(prepared, *random_tokens(shape, tokens, 0, "cuda"))
+        prepared.run(*random_tokens(shape, tokens, 0, "cuda"))
 
 
 @functools.cache

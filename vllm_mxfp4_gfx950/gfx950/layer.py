@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,11 +12,13 @@ from vllm_mxfp4_gfx950.gfx950.driver import ARCH, Launch, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import Counts, execute
 from vllm_mxfp4_gfx950.gfx950.report import KernelReport, read
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, tensor_shapes
-from vllm_mxfp4_gfx950.settings import Settings
-from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig
+from vllm_mxfp4_gfx950.tuning import TileConfig
 
 MATMULS = ("_matmul", "_p_matmul")
 """How the names of the two matmuls' kernels begin, in both generations of triton_kernels."""
+
+SMALL = TileConfig(16, 64, 256, 1, 4, 1, 0)
+"""A tile that fits with every Triton."""
 
 INDEX_DTYPES = (torch.int16, torch.int32, torch.int64)
 
@@ -72,8 +72,7 @@ class CompiledLayer:
 
     def __init__(self, shape: MoeShape, tables: Path | None = None) -> None:
         self.shape = shape
-        selection = backends.select(shape, ARCH, Settings(backend="triton", tables=tables))
-        self.backend: Any = selection.backend
+        self.backend = backends.select_tiled(shape, ARCH, tables)
         sizes = tensor_shapes(shape.experts, shape.hidden, shape.intermediate).items()
         tensors = {name: torch.empty(size, dtype=dtype) for name, (dtype, size) in sizes}
         weights = MoeWeights(**tensors, expert_map=first_experts(shape))
@@ -82,21 +81,19 @@ class CompiledLayer:
 
     def served(self, tokens: int) -> list[CompiledMatmul]:
         """Both matmuls with the tiles that serve this many tokens."""
-        return [self._with_tiles(tokens, i, self.prepared.flags[i].at(tokens)) for i in (0, 1)]
+        return [self._compiled(tokens, i, self.prepared.tiles_at(tokens)[i]) for i in (0, 1)]
 
     def upstream(self, tokens: int) -> list[CompiledMatmul]:
         """Both matmuls with the package's own tiles."""
-        return [self._with_tiles(tokens, index, None) for index in (0, 1)]
+        return [self._compiled(tokens, index, None) for index in (0, 1)]
 
     def tried(self, tokens: int, tile: TileConfig) -> list[CompiledMatmul]:
         """Both matmuls with one tile."""
-        return [self._with_tiles(tokens, index, self.backend.to_opt_flags(tile, ARCH)) for index in (0, 1)]
+        return [self._compiled(tokens, index, tile) for index in (0, 1)]
 
     def executed(self, tokens: int, tile: TileConfig) -> list[Counts]:
         """What the first workgroup of each matmul executes with one tile, on tokens that chose at random."""
         found = []
-        rungs = Ladder((1,), (self.backend.to_opt_flags(tile, ARCH),))
-        prepared = dataclasses.replace(self.prepared, flags=(rungs, rungs))
         x = torch.zeros(tokens, self.shape.hidden, dtype=torch.bfloat16)
         logits = torch.randn(tokens, self.shape.global_experts, generator=torch.Generator().manual_seed(0))
 
@@ -107,16 +104,12 @@ class CompiledLayer:
                 execute(launch)
 
         with presented(run):
-            self.backend.run(prepared, x, logits.bfloat16())
+            self.prepared.with_tiles(tile, tile).run(x, logits.bfloat16())
         return found
 
-    def _with_tiles(self, tokens: int, index: int, flags: Any) -> CompiledMatmul:
+    def _compiled(self, tokens: int, index: int, tile: TileConfig | None) -> CompiledMatmul:
         # The other matmul takes a tile that fits, so that one failure does not hide behind another.
-        small = self.backend.to_opt_flags(TileConfig(16, 64, 256, 1, 4, 1, 0), ARCH)
-        pair = tuple(Ladder((1,), (flags if i == index else small,)) for i in (0, 1))
-        return self._compile(tokens, index, dataclasses.replace(self.prepared, flags=pair))
-
-    def _compile(self, tokens: int, index: int, prepared: Any) -> CompiledMatmul:
+        prepared = self.prepared.with_tiles(*((tile, SMALL) if index == 0 else (SMALL, tile)))
         launches: list[Launch] = []
         gemm = ("w13", "w2")[index]
         x = torch.empty(tokens, self.shape.hidden, dtype=torch.bfloat16)
@@ -132,7 +125,7 @@ class CompiledLayer:
 
         with presented(note):
             try:
-                self.backend.run(prepared, x, logits)
+                prepared.run(x, logits)
             except Exception as error:  # Triton has a dozen kinds, from out of LDS to a failed pass.
                 if len(launches) <= index:
                     return CompiledMatmul(gemm, tokens, 0, None, f"{type(error).__name__}: {error}")

@@ -18,15 +18,13 @@ import torch
 
 from vllm_mxfp4_gfx950 import backends
 from vllm_mxfp4_gfx950.backends import reference
-from vllm_mxfp4_gfx950.backends.triton.package import Choices
+from vllm_mxfp4_gfx950.backends.triton.routing import Routing
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH, Launch, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import Counts, execute
 from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault
 from vllm_mxfp4_gfx950.gfx950.layer import MATMULS
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
-from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tolerance import compare
-from vllm_mxfp4_gfx950.tuning import Ladder
 
 MAX_FROBENIUS = 4e-3
 """Relative error of a matmul as a whole, beside the rule for its rows."""
@@ -86,13 +84,13 @@ class EmulatedLayer:
         tables: Path | None = None,
     ) -> None:
         self.weights, self.shape, self.edit = weights, shape, edit
-        self.backend: Any = backends.select(shape, ARCH, Settings(backend="triton", tables=tables)).backend
+        self.backend = backends.select_tiled(shape, ARCH, tables)
         with presented(self._execute):
             self.prepared = self.backend.prepare(weights.clone(), shape, tables)
 
     def use_upstream_tiles(self) -> None:
         """Leave the choice of tiles to triton_kernels."""
-        self.prepared = dataclasses.replace(self.prepared, flags=(Ladder((1,), (None,)),) * 2)
+        self.prepared = self.prepared.with_tiles(None, None)
 
     def check(self, x: torch.Tensor, logits: torch.Tensor, sample: int | None = None) -> list[Check]:
         """Run the layer on some tokens, and compare every stage.
@@ -109,7 +107,7 @@ class EmulatedLayer:
         tokens = len(x)
         with presented(self._execute):
             began = time.perf_counter()
-            routed = self.backend.choices(self.prepared, logits)
+            routed = self.prepared.route(logits)
             seconds = time.perf_counter() - began
         topk_ids, topk_weights = reference.route(logits, self.shape.topk)
         miss = self._routing_miss(routed, topk_ids, topk_weights)
@@ -124,7 +122,7 @@ class EmulatedLayer:
 
         with presented(launched):
             try:
-                out = self.backend.run(self.prepared, x, logits)
+                out = self.prepared.run(x, logits)
             except Fault:
                 raise
             except Exception as error:  # Triton has a dozen kinds, from out of LDS to a failed pass.
@@ -140,16 +138,17 @@ class EmulatedLayer:
     def _execute(self, launch: Launch) -> None:
         execute(self.edit(launch))
 
-    def _routing_miss(self, routed: Choices, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> str:
+    def _routing_miss(self, routed: Routing, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> str:
         """Why the routing is not the reference's, bit for bit."""
         for local, expert in enumerate(self._experts()):
             token, slot = torch.where(topk_ids == expert)
-            if routed.count[local] != len(token):
-                return f"expert {expert} has {routed.count[local]} tokens instead of {len(token)}"
-            rows = slice(routed.start[local], routed.start[local] + len(token))
-            if not torch.equal(routed.position[rows].long() // self.shape.topk, token):
+            start, count = int(routed.start[local]), int(routed.count[local])
+            if count != len(token):
+                return f"expert {expert} has {count} tokens instead of {len(token)}"
+            rows = slice(start, start + count)
+            if not torch.equal(routed.gather[rows].long() // self.shape.topk, token):
                 return f"expert {expert} has other tokens"
-            if not torch.equal(routed.weight[rows], topk_weights[token, slot]):
+            if not torch.equal(routed.weights[rows], topk_weights[token, slot]):
                 return f"expert {expert} has other weights"
         return ""
 
@@ -161,7 +160,7 @@ class EmulatedLayer:
         return [int(each) for each in torch.argsort(expert_map)[(expert_map < 0).sum() :]]
 
     def _matmul(
-        self, launch: Launch, index: int, tokens: int, x: torch.Tensor, routed: Choices, sample: int | None
+        self, launch: Launch, index: int, tokens: int, x: torch.Tensor, routed: Routing, sample: int | None
     ) -> Callable[[], Check]:
         """Execute a matmul's launch; what is returned compares it, when all is done."""
         named = dict(zip(launch.signature, launch.arguments, strict=True))
@@ -183,14 +182,14 @@ class EmulatedLayer:
         counts = execute(launch, chosen)
         seconds = time.perf_counter() - began
         got = y.reshape(-1, y.shape[-1]).clone()
-        split, rows_expected = named["SPLIT_K"], len(routed.position)
+        split, rows_expected = named["SPLIT_K"], len(routed.gather)
         if len(got) != split * rows_expected:
             raise Fault(f"{launch.name} gives {len(got)} rows instead of {split} x {rows_expected}")
         check = Check(tokens, ("w13", "w2")[index], counts.workgroups, total, None, None, seconds, counts, "")
         if split > 1:
             miss = "" if sample is None else "what a split K leaves cannot be sampled"
             return lambda: dataclasses.replace(check, miss=miss, note="in layer")
-        if sum(routed.count) == 0:
+        if not routed.count.any():
             return lambda: dataclasses.replace(check, note="no rows")
         tile = named["BLOCK_M"], named["BLOCK_N"] * got.shape[1] // named["N"]
         busy = counts.workgroups - counts.idle_workgroups
@@ -204,7 +203,7 @@ class EmulatedLayer:
         tile: tuple[int, int],
         given: torch.Tensor,
         got: torch.Tensor,
-        routed: Choices,
+        routed: Routing,
         *,
         whole: bool,
     ) -> Check:
@@ -214,12 +213,13 @@ class EmulatedLayer:
         plain = torch.zeros(got.shape, dtype=torch.bfloat16)
         where = torch.zeros(got.shape, dtype=torch.bool)
         tiles = 0
-        for expert, (start, count) in enumerate(zip(routed.start, routed.count, strict=True)):
+        starts, counts = routed.start[:-1].tolist(), routed.count.tolist()
+        for expert, (start, count) in enumerate(zip(starts, counts, strict=True)):
             for first in range(start, start + count, tile[0]):
                 row = torch.arange(first, min(first + tile[0], start + count))
-                target = row if index == 0 else routed.output[row].long()
-                starts = range(0, got.shape[1], tile[1])
-                computed = torch.stack([touched[target, n : n + tile[1]].any() for n in starts])
+                target = routed.gather[row].long() if index and self.prepared.SCATTERS else row
+                columns_at = range(0, got.shape[1], tile[1])
+                computed = torch.stack([touched[target, n : n + tile[1]].any() for n in columns_at])
                 tiles += int(computed.sum())
                 columns = (computed | whole).repeat_interleave(tile[1])[: got.shape[1]]
                 where[target] = columns
@@ -246,17 +246,17 @@ class EmulatedLayer:
         given: torch.Tensor,
         row: torch.Tensor,
         columns: torch.Tensor,
-        routed: Choices,
+        routed: Routing,
         dtype: torch.dtype,
     ) -> torch.Tensor:
         """What w13 (index 0) or w2 (1) of an expert must give: dtype[len(row), columns.sum()]."""
         if index == 0:
             part = self._part(expert, columns.repeat_interleave(2), slice(0))
-            return reference.up(
-                given[routed.position[row].long() // self.shape.topk].to(dtype), 0, part, self.shape
+            return reference.through_w13(
+                given[routed.gather[row].long() // self.shape.topk].to(dtype), 0, part, self.shape
             )
         part = self._part(expert, slice(0), columns)
-        return reference.down(given[row].to(dtype), 0, part) * routed.weight[row, None].to(dtype)
+        return reference.through_w2(given[row].to(dtype), 0, part) * routed.weights[row, None].to(dtype)
 
     def _part(self, expert: int, w13: Any, w2: Any) -> MoeWeights:
         """One expert, with some of the rows of its matrices."""

@@ -1,4 +1,4 @@
-"""Kernels of our own for few tokens: w13 with SwiGLU, w2, and the sum over a token's experts.
+"""Matmuls of our own for few tokens: w13 with SwiGLU, w2, and the sum over a token's experts.
 
 matmul_ogs gives each expert a tile of many rows. Where an expert has a handful, reading its weights is the
 work, so these kernels cut the weights finely instead and put them on the matrix unit's long side. They take
@@ -12,19 +12,24 @@ import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import triton
 
 from vllm_mxfp4_gfx950.backends.triton import own_kernels as kernels
-from vllm_mxfp4_gfx950.backends.triton.package import CDNA4_SCALE_LAYOUTS, hopper_registers, launch_options
+from vllm_mxfp4_gfx950.backends.triton.package import (
+    CDNA4_SCALE_LAYOUTS,
+    Weight,
+    hopper_registers,
+    launch_options,
+)
 from vllm_mxfp4_gfx950.backends.triton.routing import Routing, route
 from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, gemms, ladder, releases
 
 # Loggers below `vllm` print where vLLM's own do.
-logger = logging.getLogger("vllm.mxfp4_triton.decode")
+logger = logging.getLogger("vllm.mxfp4_triton.own")
 
 MAX_SCALE = 128
 """The largest E8M0 scale, 2^1: on Hopper a code is widened to itself times 2^-126, and where codes are scaled
@@ -36,23 +41,23 @@ HOPPER_WARPS = 8
 COMBINE_BLOCK = 512
 """Columns that a workgroup sums."""
 
-Parts: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""A matmul's values and scales, uint8 as the layout has them with the depth last, and bias: fp32[E, N]."""
-
 
 @dataclass(frozen=True)
-class Decode:
-    """What the kernels need beside a layer's weights.
+class Own:
+    """A layer as these kernels take it.
 
     Args:
         layout: "hopper" or "cdna4".
         shape: the layer.
+        w13, w2: its matmuls.
         tiles: w13's and w2's by number of tokens.
         order: as `routing.order_of` returns it.
     """
 
     layout: str
     shape: MoeShape
+    w13: Weight
+    w2: Weight
     tiles: tuple[Ladder[TileConfig], Ladder[TileConfig]]
     order: torch.Tensor | None
 
@@ -64,48 +69,118 @@ class Decode:
         """Whether the table has tiles for so many tokens."""
         return tokens <= self.tiles[0].bounds[-1]
 
+    def run(self, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
+        """bf16[T, H] and bf16 or fp32[T, global_experts] to bf16[T, H]."""
+        x = x.contiguous()
+        tokens, hidden = x.shape
+        topk = self.shape.topk
+        w13_tile, w2_tile = (rungs.at(tokens) for rungs in self.tiles)
+        routing = route(
+            router_logits, topk, self.shape.experts, self.order, sizes=1, smallest=w13_tile.block_m,
+            overlaps=self.layout == "hopper",
+        )  # fmt: skip
+        rows = x.new_empty(tokens * topk, self.w13.bias.shape[1] // 2)
+        self.multiply(w13_tile, x, routing, self.w13, rows, gated=True)
+        parts = x.new_empty(w2_tile.split_k, tokens * topk, hidden, dtype=torch.float32)
+        self.multiply(w2_tile, rows, routing, self.w2, parts, gated=False)
+        out = torch.empty_like(x)
+        kernels.combine[(tokens, triton.cdiv(hidden, COMBINE_BLOCK))](
+            parts, routing.scatter, out, tokens * topk * hidden, hidden, TOPK=topk, SPLITS=w2_tile.split_k,
+            BLOCK=COMBINE_BLOCK, **self.launch(4),
+        )  # fmt: skip
+        return out
 
-def decode_for(
-    arch: str,
-    shape: MoeShape,
-    layouts: tuple[object, object],
-    scales: tuple[torch.Tensor, torch.Tensor],
-    order: torch.Tensor | None,
-    tables: Path | None = None,
-) -> Decode | None:
-    """The decode path for a prepared layer; None where the table has no tiles, or the kernels cannot read it.
+    def multiply(
+        self,
+        tile: TileConfig,
+        x: torch.Tensor,
+        routing: Routing,
+        weight: Weight,
+        y: torch.Tensor,
+        *,
+        gated: bool,
+    ) -> None:
+        """One matmul over the tiles of a routing whose smallest are this tile's.
+
+        Args:
+            tile: how to cut it up.
+            x: bf16[T, H], the tokens, for w13; bf16[T * topk, I], the rows, for w2.
+            routing: of the tokens.
+            weight: w13 or w2.
+            y: bf16[T * topk, I] for w13, fp32[split_k, T * topk, H] for w2.
+            gated: whether it is w13, with the SwiGLU.
+        """
+        values, scales, bias = weight.values, weight.scales, weight.bias
+        depth, columns = x.shape[1], bias.shape[1]
+        options = self.launch(tile.num_warps) | {"WARPS": tile.num_warps, "STAGES": tile.num_stages}
+        block_k = tile.block_k
+        if self.layout == "hopper":
+            values = values.view(torch.int32)
+            # By the type of the scales the kernel knows which of the two it is to do.
+            if scales_codes(tile):
+                scales = scales.view(torch.int16)
+            options |= {"maxnreg": hopper_registers(tile)}
+            block_k = min(block_k, 1 << depth.bit_length() - 1)
+        else:
+            options |= {"waves_per_eu": tile.waves_per_eu, "matrix_instr_nonkdim": 16}
+        kernels.mxfp4_matmul[(triton.cdiv(columns, tile.block_n), routing.schedule.shape[1], tile.split_k)](
+            x, values, scales, bias, y, routing.gather, routing.weights, routing.start, routing.schedule,
+            depth, columns, x.stride(0),
+            values.stride(0), values.stride(1), scales.stride(0), scales.stride(1),
+            y.stride(-2), y.stride(0), self.shape.alpha, self.shape.limit,
+            TOPK=self.shape.topk, GATED=gated, LAYOUT=self.layout, SPLIT_K=tile.split_k,
+            BLOCK_T=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=block_k, **options,
+        )  # fmt: skip
+
+
+def own_for(
+    arch: str, shape: MoeShape, w13: Weight, w2: Weight, order: torch.Tensor | None, tables: Path | None
+) -> Own | None:
+    """A prepared layer for our own matmuls; None where the table has no tiles, or they cannot read it.
 
     Args:
         arch: "sm90" or "gfx950".
         shape: the layer.
-        layouts: triton_kernels' layouts of the values and of the scales.
-        scales: uint8, w13's and w2's in that layout.
+        w13, w2: its matmuls.
         order: as `routing.order_of` returns it.
         tables: the directory of the user's tile tables.
     """
-    tiles = [ladder(arch, "decode", triton.__version__, gemm, tables) for gemm in gemms(shape)]
-    if tiles[0] is None or tiles[1] is None:
-        known = releases(arch, "decode")
+    w13_tiles, w2_tiles = (ladder(arch, "own", triton.__version__, gemm, tables) for gemm in gemms(shape))
+    if w13_tiles is None or w2_tiles is None:
+        known = releases(arch, "own")
         if known:
             # From 3.8 on, the same tiles get wgmma instead of mma, and spill.
             timed = f"their tiles are those of triton {', '.join(known)}, and this is {triton.__version__}"
-            _log_once(f"the decode kernels do not serve: {timed}")
+            _log_once(f"our own matmuls do not serve: {timed}")
         return None
-    if tiles[0].bounds[-1] == 0:
-        _log_once("the decode kernels do not serve: by the table they are slower at every number of tokens")
+    if w13_tiles.bounds[-1] == 0:
+        _log_once("our own matmuls do not serve: by the table they are slower at every number of tokens")
         return None
-    names = tuple(type(each).__name__ for each in layouts)
-    largest = max(int(each.max()) for each in scales)
-    if names == ("HopperMXValueLayout", "HopperMXScaleLayout"):
-        readable = getattr(layouts[1], "num_warps", None) == HOPPER_WARPS and largest <= MAX_SCALE
+    made = make(shape, w13, w2, order, (w13_tiles, w2_tiles))
+    if made is not None:
+        _log_once(f"batches of up to {w13_tiles.bounds[-1]} tokens run through our own matmuls")
+    return made
+
+
+def make(
+    shape: MoeShape,
+    w13: Weight,
+    w2: Weight,
+    order: torch.Tensor | None,
+    tiles: tuple[Ladder[TileConfig], Ladder[TileConfig]],
+) -> Own | None:
+    """A prepared layer for our own matmuls with some tiles; None where they cannot read it."""
+    names = [type(layout).__name__ for layout in w13.layouts]
+    largest = max(int(weight.scales.max()) for weight in (w13, w2))
+    if names == ["HopperMXValueLayout", "HopperMXScaleLayout"]:
+        readable = getattr(w13.layouts[1], "num_warps", None) == HOPPER_WARPS and largest <= MAX_SCALE
         layout = "hopper"
     else:
         readable, layout = names[1] in CDNA4_SCALE_LAYOUTS, "cdna4"
     if not readable:
-        _log_once(f"the decode kernels do not serve: {' and '.join(names)}, largest scale {largest}")
+        _log_once(f"our own matmuls do not serve: {' and '.join(names)}, largest scale {largest}")
         return None
-    _log_once(f"batches of up to {tiles[0].bounds[-1]} tokens run through the decode kernels")
-    return Decode(layout, shape, (tiles[0], tiles[1]), order)
+    return Own(layout, shape, w13, w2, tiles, order)
 
 
 @functools.cache
@@ -116,85 +191,3 @@ def _log_once(text: str) -> None:
 def scales_codes(tile: TileConfig) -> bool:
     """Whether a tile on Hopper scales codes, which pays where many rows share them, and not sums."""
     return tile.block_m >= 16 and tile.num_warps >= 4
-
-
-def run(
-    decode: Decode,
-    x: torch.Tensor,
-    router_logits: torch.Tensor,
-    w13: Parts,
-    w2: Parts,
-) -> torch.Tensor:
-    """One layer.
-
-    Args:
-        decode: what stays the same from call to call.
-        x: bf16[T, H].
-        router_logits: bf16 or fp32[T, global_experts].
-        w13, w2: see Parts.
-
-    Returns:
-        bf16[T, H]
-    """
-    x = x.contiguous()
-    tokens, hidden = x.shape
-    topk = decode.shape.topk
-    up, down = (ladder.at(tokens) for ladder in decode.tiles)
-    routing = route(
-        router_logits, topk, decode.shape.experts, decode.order, sizes=1, smallest=up.block_m,
-        overlaps=decode.layout == "hopper",
-    )  # fmt: skip
-    rows = x.new_empty(tokens * topk, w13[2].shape[1] // 2)
-    multiply(decode, up, x, routing, w13, rows, gated=True)
-    parts = x.new_empty(down.split_k, tokens * topk, hidden, dtype=torch.float32)
-    multiply(decode, down, rows, routing, w2, parts, gated=False)
-    out = torch.empty_like(x)
-    kernels.combine[(tokens, triton.cdiv(hidden, COMBINE_BLOCK))](
-        parts, routing.scatter, out, tokens * topk * hidden, hidden, TOPK=topk, SPLITS=down.split_k,
-        BLOCK=COMBINE_BLOCK, **decode.launch(4),
-    )  # fmt: skip
-    return out
-
-
-def multiply(
-    decode: Decode,
-    tile: TileConfig,
-    x: torch.Tensor,
-    routing: Routing,
-    weights: Parts,
-    y: torch.Tensor,
-    *,
-    gated: bool,
-) -> None:
-    """One matmul over the tiles of a routing whose smallest are this tile's.
-
-    Args:
-        decode: the layer.
-        tile: how to cut it up.
-        x: bf16[T, H], the tokens, for w13; bf16[T * topk, I], the rows, for w2.
-        routing: of the tokens.
-        weights: as in `run`.
-        y: bf16[T * topk, I] for w13, fp32[split_k, T * topk, H] for w2.
-        gated: whether it is w13, with the SwiGLU.
-    """
-    values, scales, bias = weights
-    depth, columns = x.shape[1], bias.shape[1]
-    options = decode.launch(tile.num_warps) | {"WARPS": tile.num_warps, "STAGES": tile.num_stages}
-    block_k = tile.block_k
-    if decode.layout == "hopper":
-        values = values.view(torch.int32)
-        # By the type of the scales the kernel knows which of the two it is to do.
-        if scales_codes(tile):
-            scales = scales.view(torch.int16)
-        options |= {"maxnreg": hopper_registers(tile)}
-        block_k = min(block_k, 1 << depth.bit_length() - 1)
-    else:
-        options |= {"waves_per_eu": tile.waves_per_eu, "matrix_instr_nonkdim": 16}
-    kernels.mxfp4_matmul[(triton.cdiv(columns, tile.block_n), routing.schedule.shape[1], tile.split_k)](
-        x, values, scales, bias, y, routing.gather, routing.weights, routing.start, routing.schedule,
-        depth, columns, x.stride(0),
-        values.stride(0), values.stride(1), scales.stride(0), scales.stride(1),
-        y.stride(-2), y.stride(0), decode.shape.alpha, decode.shape.limit,
-        TOPK=decode.shape.topk, GATED=gated, LAYOUT=decode.layout, SPLIT_K=tile.split_k,
-        BLOCK_T=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=block_k, **options,
-    )  # fmt: skip

@@ -38,22 +38,73 @@ EXPERTS_AT_ONCE = 4
 """Swizzled together: enough to keep the GPU busy, few enough that the temporaries stay small."""
 
 
+CONSTRAINTS = {"sm90": {"split_k": 1}}
+"""What the package's own choice of flags must keep to on a GPU. Splitting K is right but slow on Hopper; vLLM
+pins this too, for the whole process."""
+
+NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "matmul_ogs": {
+        "matmul_ogs": ("matmul_ogs", "FlexCtx", "FnSpecs", "FusedActivation", "PrecisionConfig"),
+        "matmul_ogs_details.opt_flags": ("OptFlags", "_opt_flags", "_opt_flags_constraints"),
+        "numerics": ("InFlexData",),
+        "routing": ("ExptData", "GatherIndx", "RoutingData", "ScatterIndx"),
+        "swiglu": ("swiglu_fn",),
+        "tensor": ("FP4", "Storage", "Tensor"),
+        "tensor_details.layout": (
+            "StridedLayout",
+            "make_default_matmul_mxfp4_w_layout",
+            "make_default_matmul_mxfp4_w_scale_layout",
+        ),
+    },
+    "matmul": {
+        "matmul": (
+            "FlexCtx",
+            "FnSpecs",
+            "FusedActivation",
+            "OptFlags",
+            "PrecisionConfig",
+            "matmul",
+            "scoped_opt_flags",
+        ),
+        "numerics": ("InFlexData",),
+        "reduce": ("reduce",),
+        "swiglu": ("swiglu_fn",),
+        "tensor": (
+            "FP4",
+            "RaggedTensorMetadata",
+            "Storage",
+            "Tensor",
+            "convert_layout",
+            "wrap_torch_tensor",
+        ),
+        "tensor_details.layout": (
+            "StridedLayout",
+            "make_default_matmul_mxfp4_w_layout",
+            "make_default_matmul_mxfp4_w_scale_layout",
+        ),
+    },
+}
+"""The names that are used of each generation, by its module."""
+
+
 @dataclass(frozen=True)
-class Choices:
-    """The routing as the matmuls see it: the rows that they compute, sorted by expert.
+class Weight:
+    """One matmul's weights as the package and as our own matmuls take them, in the same memory.
 
     Args:
-        position: int[rows], token * topk + slot of each row, a token's slots being in its experts' order.
-        weight: [rows], of the row in its token's sum.
-        output: int[rows], the row of w2's result that each becomes, before a token's rows are summed.
-        start, count: of each of this rank's experts, its first row and how many it has.
+        tensor: triton_kernels' FP4 tensor [E, K, N].
+        precision: its PrecisionConfig, which holds the scales.
+        bias: fp32[E, N].
+        values, scales: uint8 in the GPU's layout, the depth last.
+        layouts: triton_kernels' layouts of the values and of the scales.
     """
 
-    position: torch.Tensor
-    weight: torch.Tensor
-    output: torch.Tensor
-    start: list[int]
-    count: list[int]
+    tensor: Any
+    precision: Any
+    bias: torch.Tensor
+    values: torch.Tensor
+    scales: torch.Tensor
+    layouts: tuple[object, object]
 
 
 def locate() -> Path | None:
@@ -69,21 +120,13 @@ def locate() -> Path | None:
     return None
 
 
-def why_not_layer(
-    shape: MoeShape,
-    arch: str,
-    entry: str,
-    needs: dict[str, tuple[str, ...]],
-    to_opt_flags: Callable[[TileConfig, str], object],
-) -> str | None:
+def why_not_layer(kernels: str, shape: MoeShape, arch: str) -> str | None:
     """The reason why a shape cannot run on an arch with the package at hand.
 
     Args:
+        kernels: the generation: "matmul_ogs" or "matmul".
         shape: the layer.
         arch: as `backends.arch_of` names it.
-        entry: the module that makes the generation: "matmul_ogs" or "matmul".
-        needs: the names that are used, by module of the package.
-        to_opt_flags: hands the package a tile; tried where there is a table of them.
 
     Returns:
         None when everything is there and imports.
@@ -97,16 +140,22 @@ def why_not_layer(
             f"on sm90 it takes a hidden size above 128 in steps of {HOPPER_K} and an intermediate size "
             f"above 64, not {shape.hidden} and {shape.intermediate}"
         )
-    reason = why_not(entry, needs)
+    reason = why_not(kernels, NEEDS[kernels])
     if reason is None and arch == "gfx950":
         layout = load("tensor_details.layout")
         if not any(hasattr(layout, name) for name in CDNA4_SCALE_LAYOUTS):
             return f"triton_kernels in {locate()} has no {' or '.join(CDNA4_SCALE_LAYOUTS)}"
         try:
-            to_opt_flags(TileConfig(16, 64, 256, 1, 4, 1, 0), arch)
+            backend(kernels).to_opt_flags(TileConfig(16, 64, 256, 1, 4, 1, 0), arch)
         except TypeError as error:
             return f"triton_kernels in {locate()} does not take our tiles: {error}"
     return reason
+
+
+def backend(kernels: str) -> Any:
+    """Load our file for a generation, which imports triton_kernels by that name."""
+    find()
+    return importlib.import_module(f"{__package__}.{kernels}")
 
 
 def why_not(entry: str, needs: dict[str, tuple[str, ...]]) -> str | None:
@@ -141,29 +190,38 @@ def why_not(entry: str, needs: dict[str, tuple[str, ...]]) -> str | None:
 def load(name: str) -> ModuleType:
     """Import a module of the package that `locate` found.
 
-    vLLM's copy imports itself as `triton_kernels`, so it is made known by that name, which is also
-    what vLLM does.
+    Raises:
+        ImportError: it is not there, or it needs another Triton.
+    """
+    find()
+    return importlib.import_module(f"triton_kernels.{name}")
+
+
+def find() -> None:
+    """Make the package that `locate` found known as `triton_kernels`.
+
+    vLLM's copy imports itself by that name, and vLLM makes it known so, too.
 
     Raises:
         ImportError: it is not there, or it needs another Triton.
     """
-    if importlib.util.find_spec("triton_kernels") is None:
-        directory = locate()
-        if directory is None:
-            raise ModuleNotFoundError("triton_kernels is not installed", name="triton_kernels")
-        spec = importlib.util.spec_from_file_location(
-            "triton_kernels", directory / "__init__.py", submodule_search_locations=[str(directory)]
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        package = importlib.util.module_from_spec(spec)
-        sys.modules["triton_kernels"] = package
-        try:
-            spec.loader.exec_module(package)
-        except BaseException:
-            del sys.modules["triton_kernels"]
-            raise
-    return importlib.import_module(f"triton_kernels.{name}")
+    if importlib.util.find_spec("triton_kernels") is not None:
+        return
+    directory = locate()
+    if directory is None:
+        raise ModuleNotFoundError("triton_kernels is not installed", name="triton_kernels")
+    spec = importlib.util.spec_from_file_location(
+        "triton_kernels", directory / "__init__.py", submodule_search_locations=[str(directory)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["triton_kernels"] = package
+    try:
+        spec.loader.exec_module(package)
+    except BaseException:
+        del sys.modules["triton_kernels"]
+        raise
 
 
 def arch_of_target() -> str:

@@ -15,6 +15,8 @@ from test_triton_routing import launches
 from test_verification import EVERY, IN_CI, TRITONS, ids, paths_of
 
 from vllm_mxfp4_gfx950 import tuning
+from vllm_mxfp4_gfx950.backends.triton import own
+from vllm_mxfp4_gfx950.backends.triton.package import Weight
 from vllm_mxfp4_gfx950.gfx950.verification import MAX_FROBENIUS
 from vllm_mxfp4_gfx950.models import TOKENS
 
@@ -67,7 +69,7 @@ CASES = [
 def emulated(triton: str, kernels: str) -> CompletedProcess[str]:
     """Execute the cases in a process that has this Triton and these kernels."""
     paths = paths_of(triton, kernels)
-    script, cases = SUPPORT / "emulate_decode.py", json.dumps([asdict(case) for case in CASES])
+    script, cases = SUPPORT / "emulate_own.py", json.dumps([asdict(case) for case in CASES])
     return run_python([str(script)], path=paths, stdin=cases, timeout=900)
 
 
@@ -111,16 +113,16 @@ def test_table() -> None:
     """
     table = json.loads((ROOT / "vllm_mxfp4_gfx950/tables/sm90.json").read_text())
     assert table["columns"] == tuning.columns()
-    kinds = ("decode", "matmul_ogs")
+    kinds = ("matmul_ogs", "own")
     assert [name.split() for name in sorted(table["provenance"])] == [[kind, "3.6"] for kind in kinds]
     for provenance in table["provenance"].values():
         assert "timed on one NVIDIA H200" in provenance["evidence"]
-    found = tuning.decode(table["rows"])
+    found = tuning.parse(table["rows"])
     assert {(kernels, gemm.name, gemm.experts) for kernels, _, gemm in found} == {
         (kind, name, experts) for kind in kinds for name in ("w13", "w2") for experts in (32, 128)
     }
     for (kernels, triton, gemm), rungs in found.items():
-        if kernels != "decode":
+        if kernels != "own":
             assert rungs.bounds[-1] == TOKENS[-1]
             continue
         (other,) = (
@@ -136,11 +138,11 @@ def test_table() -> None:
         assert gemm.name == "w2" or all(tile.split_k == 1 for tile in rungs.rungs)
 
 
-def test_no_tiles_no_decode() -> None:
+def test_no_tiles_no_own() -> None:
     """gfx950's table has none for these kernels: there matmul_ogs serves every batch."""
     for gemm in tuning.gemms(tuning.MoeShape(32, 32, 4, 2880, 2880, 1.702, 7.0)):
-        assert tuning.ladder("gfx950", "decode", "3.6.0", gemm) is None
-        assert tuning.ladder("sm90", "decode", "3.6.0", gemm) is not None
+        assert tuning.ladder("gfx950", "own", "3.6.0", gemm) is None
+        assert tuning.ladder("sm90", "own", "3.6.0", gemm) is not None
         assert tuning.ladder("sm90", "matmul_ogs", "3.6.0", gemm) is not None
         assert tuning.ladder("sm90", "matmul_ogs", "3.8.0", gemm) is None
 
@@ -155,9 +157,9 @@ def test_tiles_of_the_table() -> None:
     if not triton.is_dir():
         pytest.skip("needs .venv/triton/3.6.0: make .venv/triton/3.6.0")
     table = json.loads((ROOT / "vllm_mxfp4_gfx950/tables/sm90.json").read_text())
-    tiles = sorted({(tuple(row[8:]), row[2] == "w13") for row in table["rows"] if row[0] == "decode"})
+    tiles = sorted({(tuple(row[8:]), row[2] == "w13") for row in table["rows"] if row[0] == "own"})
     result = run_python(
-        [str(SUPPORT / "compile_decode.py")], path=[triton], stdin=json.dumps(tiles), timeout=300
+        [str(SUPPORT / "compile_own.py")], path=[triton], stdin=json.dumps(tiles), timeout=300
     )
     assert result.returncode == 0, result.stderr
     made = json.loads(result.stdout)
@@ -173,38 +175,38 @@ def test_tiles_of_the_table() -> None:
 @pytest.mark.parametrize("triton", ["3.5.1", "3.6.0", "3.8.0"])
 def test_other_tritons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton: str) -> None:
     """Tiles serve with the release that they were timed with, and no other."""
-    from vllm_mxfp4_gfx950.backends.triton import own as triton_decode
 
     class HopperMXValueLayout:
         pass
 
     class HopperMXScaleLayout:
-        num_warps = triton_decode.HOPPER_WARPS
+        num_warps = own.HOPPER_WARPS
 
-    def scales(largest: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.zeros(4, dtype=torch.uint8), torch.tensor([3, largest], dtype=torch.uint8)
-
-    layouts = HopperMXValueLayout(), HopperMXScaleLayout()
     shape = tuning.MoeShape(32, 32, 4, 2880, 2880, 1.702, 7.0)
-    monkeypatch.setattr(triton_decode.triton, "__version__", triton)
-    decode = triton_decode.decode_for("sm90", shape, layouts, scales(124), None)
-    assert (decode is not None) == (triton == "3.6.0")
-    if decode is not None:
-        assert [tokens for tokens in (1, 256, 257) if decode.serves(tokens)] == [1, 256]
-    assert triton_decode.decode_for("gfx950", shape, layouts, scales(124), None) is None
-    too_large = triton_decode.decode_for("sm90", shape, layouts, scales(triton_decode.MAX_SCALE + 1), None)
-    assert too_large is None
+
+    def own_for(arch: str, largest: int, tables: Path | None = None) -> own.Own | None:
+        scales = torch.tensor([3, largest], dtype=torch.uint8)
+        layouts = HopperMXValueLayout(), HopperMXScaleLayout()
+        w13, w2 = (Weight(None, None, torch.zeros(4), scales, some, layouts) for some in (scales * 0, scales))
+        return own.own_for(arch, shape, w13, w2, None, tables)
+
+    monkeypatch.setattr(own.triton, "__version__", triton)
+    found = own_for("sm90", 124)
+    assert (found is not None) == (triton == "3.6.0")
+    if found is not None:
+        assert [tokens for tokens in (1, 256, 257) if found.serves(tokens)] == [1, 256]
+    assert own_for("gfx950", 124) is None
+    assert own_for("sm90", own.MAX_SCALE + 1) is None
     # A user's table: for up to so many tokens, with the Triton that it was timed with; or for none.
     tile = tuning.TileConfig(8, 64, 256, 1, 4, 3, 6)
     for bound in (16, 0):
         rungs = tuning.Ladder((bound,), (tile,))
-        rows = [row for gemm in tuning.gemms(shape) for row in tuning.encode("decode", "3.8", gemm, rungs)]
+        rows = [row for gemm in tuning.gemms(shape) for row in tuning.encode("own", "3.8", gemm, rungs)]
         (tmp_path / str(bound)).mkdir()
         tuning.write(tmp_path / str(bound) / "sm90.json", "sm90", {}, rows)
-    decode = triton_decode.decode_for("sm90", shape, layouts, scales(124), None, tmp_path / "16")
-    assert (decode and decode.tiles[0].bounds) == {
+    found = own_for("sm90", 124, tmp_path / "16")
+    assert (found and found.tiles[0].bounds) == {
         "3.6.0": (1, 2, 4, 8, 16, 32, 64, 128, 256),
         "3.8.0": (16,),
     }.get(triton)
-    decode = triton_decode.decode_for("sm90", shape, layouts, scales(124), None, tmp_path / "0")
-    assert (decode is not None) == (triton == "3.6.0")
+    assert (own_for("sm90", 124, tmp_path / "0") is not None) == (triton == "3.6.0")

@@ -1,4 +1,4 @@
-"""Runs the decode path on the emulated gfx950: cases on stdin, what came out on stdout."""
+"""Runs our own matmuls on the emulated gfx950: cases on stdin, what came out on stdout."""
 
 import dataclasses
 import json
@@ -9,14 +9,12 @@ import torch
 
 from vllm_mxfp4_gfx950 import backends
 from vllm_mxfp4_gfx950.backends import reference
-from vllm_mxfp4_gfx950.backends.triton import own as triton_decode
-from vllm_mxfp4_gfx950.backends.triton import routing as triton_routing
+from vllm_mxfp4_gfx950.backends.triton import own
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH, LDS_BYTES, Launch, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
 from vllm_mxfp4_gfx950.gfx950.report import read
 from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights
-from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tolerance import compare
 from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig
 
@@ -29,7 +27,7 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
     x, logits = random_tokens(shape, case["tokens"], seed=case["tokens"])
     logits = logits.to(getattr(torch, case["dtype"]))
     truth, plain = reference.truth_and_plain(x, logits, weights, shape)
-    backend: Any = backends.select(shape, ARCH, Settings(backend="triton")).backend
+    backend = backends.select_tiled(shape, ARCH)
     launches: list[Launch] = []
 
     def launch(one: Launch) -> None:
@@ -39,12 +37,13 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
     with presented(execute):
         prepared = backend.prepare(weights.clone(), shape)
     if case["spoil"]:
-        scales = parts(prepared, 0)[1]
+        scales = prepared.w13.scales
         scales.copy_(scales.roll(256, dims=2))
     tiles = tuple(Ladder((10**6,), (TileConfig(*tile),)) for tile in case["tiles"])
-    decode = triton_decode.Decode("cdna4", shape, tiles, triton_routing.order_of(expert_map))
+    # Of either generation, though they stand in front of one of them only.
+    layer = own.make(shape, prepared.w13, prepared.w2, prepared.order, tiles)
     with presented(launch):
-        out = triton_decode.run(decode, x, logits, parts(prepared, 0), parts(prepared, 1))
+        out = layer.run(x, logits)
     reports = [read(one) for one in launches]
     found = compare(out, truth, plain)
     return {
@@ -57,14 +56,6 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
             if report.vgpr_spills or report.sgpr_spills or report.scratch_bytes or one.lds_bytes > LDS_BYTES
         ],
     }
-
-
-def parts(prepared: Any, index: int) -> triton_decode.Parts:
-    """What `triton_ogs.Prepared.parts` gives, for either generation."""
-    w, bias = ((prepared.w13, prepared.w13_bias), (prepared.w2, prepared.w2_bias))[index]
-    precision = (prepared.w13_precision, prepared.w2_precision)[index]
-    scale = getattr(precision, "weight_scale", None) or precision.b_mx_scale
-    return w.storage.data.mT, scale.storage.data.mT, bias
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_mxfp4_gfx950.backends.triton import own as triton_decode
-from vllm_mxfp4_gfx950.backends.triton import own_kernels as decode_kernels
-from vllm_mxfp4_gfx950.backends.triton import routing_kernels
+from vllm_mxfp4_gfx950.backends.triton import own, own_kernels, routing_kernels
 from vllm_mxfp4_gfx950.tuning import TileConfig
 
 POINTERS = {
@@ -70,9 +68,9 @@ def compiled(tile: TileConfig, *, gated: bool) -> dict[str, Any]:
     if tile.waves_per_eu:
         options["maxnreg"] = 512 // tile.waves_per_eu // 8 * 8
     types = POINTERS | {"Y": "bf16" if gated else "fp32"}
-    if triton_decode.scales_codes(tile):
+    if own.scales_codes(tile):
         types["S"] = "i16"
-    made = hopper(decode_kernels.mxfp4_matmul, constants, types, **options)
+    made = hopper(own_kernels.mxfp4_matmul, constants, types, **options)
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -88,7 +86,7 @@ def compiled(tile: TileConfig, *, gated: bool) -> dict[str, Any]:
 
 def waits(name: str, *, overlaps: bool) -> bool:
     """Whether a kernel waits for the one before it, then lets in the one behind, then reads and writes."""
-    kernel = getattr(routing_kernels, name, None) or getattr(decode_kernels, name)
+    kernel = getattr(routing_kernels, name, None) or getattr(own_kernels, name)
     constants = LAUNCHES[name] | {"OVERLAP": overlaps}
     text = hopper(kernel, constants, POINTERS | {"Y": "fp32"}, num_warps=4).asm["ptx"]
     steps = r"griddepcontrol\.\w+|\b(?:ld|st|atom|red)\.global|\bcp\.async"
