@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
-from vllm_mxfp4_gfx950.settings import Settings, from_environment
+from vllm_mxfp4_gfx950.settings import Settings, from_environment, misspelt
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton", "ck", "reference"])
@@ -60,6 +60,32 @@ def test_from_environment_refuses(environment: dict[str, str], text: str) -> Non
     """A misspelt value is an error, never a silent default."""
     with pytest.raises(Mxfp4Error, match=f"^{re.escape(text)}$"):
         from_environment(environment)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("VLLM_MXFP4_BACKENDS", "VLLM_MXFP4_BACKEND"),
+        ("VLLM_MXPF4_BACKEND", "VLLM_MXFP4_BACKEND"),
+        ("MXFP4_BACKEND", "VLLM_MXFP4_BACKEND"),
+        ("vllm_mxfp4_strict", "VLLM_MXFP4_STRICT"),
+        ("VLLM_MXFP4_SELFCHECK", "VLLM_MXFP4_SELF_CHECK"),
+        ("VLLM_MXFP4_TILES", "VLLM_MXFP4_TABLES"),
+    ],
+)
+def test_misspelt_name(name: str, meant: str) -> None:
+    """It would steer nothing, and nobody would know."""
+    with pytest.raises(Mxfp4Error, match=f"^{name} must be one of .* Rename it to {meant}, or unset it"):
+        from_environment({name: "1"})
+
+
+def test_names_of_others(packages: Path) -> None:
+    """None that vLLM has is taken for a misspelling of ours."""
+    for release in ("vllm-0.26.0", "vllm-0.33.0"):
+        names = set(re.findall(r"\bVLLM_\w+", (packages / release / "vllm/envs.py").read_text()))
+        assert len(names) > 100
+        assert {name: misspelt(name) for name in names if misspelt(name)} == {}
+    assert misspelt("VLLM_MXFP4_USE_MARLIN") == misspelt("VLLM_NVFP4_BACKEND") == ""
 
 
 def test_tables(tmp_path: Path) -> None:

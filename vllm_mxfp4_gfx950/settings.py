@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +17,12 @@ BACKEND_VAR = "VLLM_MXFP4_BACKEND"
 STRICT_VAR = "VLLM_MXFP4_STRICT"
 SELF_CHECK_VAR = "VLLM_MXFP4_SELF_CHECK"
 TABLES_VAR = "VLLM_MXFP4_TABLES"
+VARIABLES = (BACKEND_VAR, STRICT_VAR, SELF_CHECK_VAR, TABLES_VAR)
 BACKENDS = ("auto", "triton", "ck", "reference")
 SELF_CHECKS = ("first", "all", "off")
+ALIKE = 0.9
+"""Names that are alike by so much, as difflib measures it, are one name and its misspelling. vLLM's own names
+with FP4 in them reach 0.6, as VLLM_MXFP4_EMULATION_DEQUANT_AT_LOAD."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +49,29 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
         environment: variables by name; None reads the process's own.
 
     Raises:
-        Mxfp4Error: a variable holds a value that is not on its list, or no directory.
+        Mxfp4Error: a variable holds a value that is not on its list, or no directory; or one is set whose
+            name is nearly one of ours, which would steer nothing.
     """
     variables = os.environ if environment is None else environment
+    for name in variables:
+        meant = misspelt(name)
+        if meant:
+            fix = f"Rename it to {meant}, or unset it"
+            raise Mxfp4Error(name, f"one of {', '.join(VARIABLES)}", "another name", fix)
     return Settings(
         backend=_one_of(variables, BACKEND_VAR, BACKENDS),
         strict=_one_of(variables, STRICT_VAR, ("0", "1")) == "1",
         self_check=_one_of(variables, SELF_CHECK_VAR, SELF_CHECKS),
         tables=_directory(variables, TABLES_VAR),
     )
+
+
+def misspelt(name: str) -> str:
+    """The variable of ours that a name was meant to be; "" where it is one, or another's."""
+    if name in VARIABLES:
+        return ""
+    written = (name.upper(), f"VLLM_{name.upper()}")
+    return next((v for w in written for v in difflib.get_close_matches(w, VARIABLES, 1, ALIKE)), "")
 
 
 def _directory(variables: Mapping[str, str], name: str) -> Path | None:
