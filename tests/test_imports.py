@@ -30,8 +30,8 @@ MAY_IMPORT: dict[str, str] = {
     "gfx950": "errors mxfp4 moe models settings tuning backends tolerance",
     "bench": "errors moe models settings backends random_layer timing tolerance",
     "evaluation": "errors settings",
-    "commands": "errors mxfp4 moe models settings tuning backends gfx950 random_layer timing tolerance "
-    "bench evaluation",
+    "commands": "errors mxfp4 moe models settings tuning backends checkpoint gfx950 random_layer timing "
+    "tolerance bench evaluation",
     "cli": "errors commands",
 }
 """Each part of the package, and the parts below it that it may import beside itself."""

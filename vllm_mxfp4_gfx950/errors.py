@@ -15,6 +15,7 @@ class Mxfp4Error(ValueError):
     """Input that cannot be served. Reads: `{name} must be {rule}; got {value}. {fix}.`"""
 
     def __init__(self, name: str, rule: str, value: object, fix: str) -> None:
+        self.name, self.rule, self.value, self.fix = name, rule, value, fix
         super().__init__(f"{name} must be {rule}; got {value}. {fix}.")
 
 

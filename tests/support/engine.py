@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from unittest import mock
 
 import numpy as np
 import torch
@@ -101,9 +102,15 @@ def fuse(
     return _in_engine_process("this-cpu", _fuse, checkpoint, prompts, tokens, arguments)
 
 
-def outcome(checkpoint: Path, **arguments: Any) -> str:
-    """Start an engine: "served by" and its MoE methods, or the error that ended it."""
-    return _in_engine_process("this-cpu", _outcome, checkpoint, arguments)
+def outcome(checkpoint: Path, environment: dict[str, str] | None = None, **arguments: Any) -> str:
+    """Start an engine: "served by" and its MoE methods, or the error that ended it.
+
+    Args:
+        checkpoint: a directory.
+        environment: variables that are set meanwhile.
+        arguments: of vllm.LLM.
+    """
+    return _in_engine_process("this-cpu", _outcome, checkpoint, environment or {}, arguments)
 
 
 def load_again(checkpoint: Path, **arguments: Any) -> tuple[str, str]:
@@ -259,9 +266,9 @@ def _load_again(checkpoint: Path, arguments: dict[str, Any]) -> tuple[str, str]:
     return loaded, served
 
 
-def _outcome(checkpoint: Path, arguments: dict[str, Any]) -> str:
+def _outcome(checkpoint: Path, environment: dict[str, str], arguments: dict[str, Any]) -> str:
     try:
-        with _llm(checkpoint, arguments) as llm:
+        with mock.patch.dict(os.environ, environment), _llm(checkpoint, arguments) as llm:
             return f"served by {set().union(*llm.apply_model(_moe_methods))}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"

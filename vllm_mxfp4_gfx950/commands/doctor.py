@@ -16,11 +16,12 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_mxfp4_gfx950.errors import brief
+from vllm_mxfp4_gfx950.errors import Mxfp4Error, brief
 
 if TYPE_CHECKING:
-    from vllm_mxfp4_gfx950.backends import Entry
+    from vllm_mxfp4_gfx950.backends import Entry, TiledBackend
     from vllm_mxfp4_gfx950.moe import MoeShape
+    from vllm_mxfp4_gfx950.settings import Settings
 
 DISTRIBUTION = "vllm-mxfp4-gfx950"
 PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "mxfp4_triton"
@@ -30,12 +31,18 @@ NEVER_REQUIRED = ("torch", "triton", "triton-kernels", "vllm")
 ROUTED_EXPERTS = Path("model_executor", "layers", "fused_moe", "routed_experts.py")
 """The file of vLLM that our plugin's layer came with, in 0.24."""
 
-FIXES = {
-    "triton": "Leave only the triton_kernels that vLLM's build for this GPU brings",
-    "ck": "Install the aiter that vLLM's build for this GPU names",
-    "reference": "",
+MASKS = {
+    "hip": ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"),
+    "cuda": ("CUDA_VISIBLE_DEVICES",),
 }
-"""For each family of backends."""
+"""The variables that hide GPUs, by the platform that torch is built for."""
+
+PRODUCTS = {
+    "gfx950": ("mi350", "mi355"),
+    "gfx942": ("mi300", "mi308", "mi325"),
+    "sm90": ("h100", "h200", "h800", "h20", "hopper"),
+}
+"""How else people call an arch, to say which one they mean."""
 
 COLUMN = 48
 """A longer text runs over its column's end, so that one line does not stretch them all."""
@@ -62,20 +69,24 @@ class Check:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--arch", help="answer for this GPU, such as gfx950, instead of the one found")
+    parser.add_argument("--json", action="store_true", help="print a JSON list: ok, what, found, needed, fix")
+    parser.add_argument("--arch", help="answer for this GPU, such as gfx950, instead of those found")
+    parser.add_argument(
+        "--model", help="gpt-oss-20b, gpt-oss-120b, or a checkpoint's directory; by default both"
+    )
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
+    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks, which hold experts whole")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the checks, a line each; the exit code is 1 when one of them failed."""
     with contextlib.redirect_stdout(sys.stderr):  # Some packages print when they are imported.
-        checks = examine(args.arch)
-    served = all(check.ok for check in checks)
+        checks = examine(args.arch, args.model, args.tp, args.ep)
     if args.json:
-        print(json.dumps({"served": served, "checks": [dataclasses.asdict(check) for check in checks]}))
+        print(json.dumps([dataclasses.asdict(check) for check in checks], indent=1))
     else:
         print(table(checks))
-    return 0 if served else 1
+    return 0 if all(check.ok for check in checks) else 1
 
 
 def table(checks: list[Check]) -> str:
@@ -88,18 +99,20 @@ def table(checks: list[Check]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def examine(arch: str | None) -> list[Check]:
+def examine(arch: str | None = None, model: str | None = None, tp: int = 1, ep: int = 1) -> list[Check]:
     """Every check, in the order in which faults should be mended.
 
     Args:
-        arch: the GPU to answer for; None for the one that torch sees.
+        arch: the GPU to answer for, also as rocminfo prints it; None for those that torch sees.
+        model: as `models.layer_shape` takes it; None for both of GPT-OSS.
+        tp, ep: likewise.
     """
     return [
         *guarded("torch", check_torch),
         *guarded("dependencies", check_dependencies),
         *guarded("vllm", check_vllm),
         *guarded("plugin", check_plugin),
-        *guarded("backends", lambda: check_backends(arch)),
+        *guarded("backends", lambda: check_backends(arch, model, tp, ep)),
     ]
 
 
@@ -107,8 +120,15 @@ def guarded(what: str, check: Callable[[], list[Check]]) -> list[Check]:
     """A check's answer, or what a missing or broken package raised."""
     try:
         return check()
+    except Mxfp4Error:
+        raise  # What was asked for is wrong, not what is here.
     except Exception as error:
         return [Check(False, what, brief(error), "to be found without an error", "Install it again")]
+
+
+def refusal(what: str, error: Mxfp4Error) -> Check:
+    """The line of something that a server would refuse with this error."""
+    return Check(False, what, f"{error.name}: {error.value}", error.rule, error.fix)
 
 
 def directory_of(package: str) -> Path | None:
@@ -167,66 +187,191 @@ def check_plugin() -> list[Check]:
     return [Check(ok, "plugin", found, f"{PLUGIN} in {PLUGIN_GROUP}", fix)]
 
 
-def check_backends(arch: str | None) -> list[Check]:
-    """The GPU, the settings, each backend and its package, and what each of the two models would run on."""
-    import torch
+def check_backends(arch: str | None, model: str | None, tp: int, ep: int) -> list[Check]:
+    """The GPUs, the settings, each backend and its package, and what each model would run on.
 
-    from vllm_mxfp4_gfx950 import backends, settings
-    from vllm_mxfp4_gfx950.errors import Mxfp4Error
+    Raises:
+        Mxfp4Error: there is no such model, or its ranks do not fit.
+    """
+    from vllm_mxfp4_gfx950 import backends
     from vllm_mxfp4_gfx950.models import GPT_OSS, layer_shape
 
-    if arch is None and not torch.cuda.is_available() and (torch.version.hip or torch.version.cuda):
-        fix = "Give the container the GPU (/dev/kfd and /dev/dri on ROCm), or ask with --arch"
-        return [Check(False, "GPU", "torch is built for one and sees none", "a visible GPU", fix)]
-    arch = arch or backends.arch_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    asked, fault = settings.Settings(), ""
+    masks = check_masks(arch is None)
+    arches = [arch.partition(":")[0]] if arch else visible()
+    if not arches:
+        return [*masks, no_gpu()]
+    first = arches[0]
+    steering, asked = check_settings(first)
+    models = [check_model(name, first, asked, tp, ep) for name in ([model] if model else GPT_OSS)]
+    served = all(line.ok for _, lines in models for line in lines)
+    chosen = {name for name, _ in models}
+    tried: tuple[str, ...] = ()
+    if asked and not served:
+        tried = backends.ORDER.get(first, ()) if asked.backend == "auto" else (asked.backend,)
+    usual = layer_shape("gpt-oss-20b")
+    try:
+        shape = layer_shape(model_name(model), tp, ep) if model else usual
+    except Mxfp4Error:
+        shape = usual  # Its own line says what is wrong with the model.
+    return [
+        *masks,
+        check_gpus(arches, arch, tp, served),
+        *steering,
+        Check(True, "triton", installed("triton"), "for the triton backends"),
+        *(
+            check_backend(entry, shape, first, entry.name in chosen, family in tried, family)
+            for family, members in backends.FAMILIES.items()
+            for entry in members
+        ),
+        *(line for _, lines in models for line in lines),
+    ]
+
+
+def platform() -> str:
+    """What torch is built for: "hip", "cuda" or "cpu"."""
+    torch = importlib.import_module("torch")
+    return "hip" if torch.version.hip else "cuda" if torch.version.cuda else "cpu"
+
+
+def masks_set() -> dict[str, str]:
+    """The variables that may hide GPUs from this platform, as they are set."""
+    found = {name: os.environ[name] for name in MASKS.get(platform(), ()) if name in os.environ}
+    # To HIP a blank one of its own is none.
+    blank_hides = ("ROCR_VISIBLE_DEVICES",) if platform() == "hip" else found
+    return {name: value for name, value in found.items() if value or name in blank_hides}
+
+
+def visible() -> list[str]:
+    """The arch of each GPU that torch sees; "cpu" alone where it is built for none."""
+    import torch
+
+    from vllm_mxfp4_gfx950.backends import arch_of
+
+    if platform() == "cpu":
+        return [arch_of(torch.device("cpu"))]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [arch_of(torch.device("cuda", index)) for index in range(count)]
+
+
+def check_masks(must_show: bool) -> list[Check]:
+    """What hides GPUs from this process, or makes vLLM stop.
+
+    Args:
+        must_show: whether a GPU has to be left.
+
+    Source: vLLM 0.33, platforms/rocm.py, _sync_hip_cuda_env_vars.
+    """
+    if platform() == "cpu":
+        return []
+    masks = masks_set()
+    found = " ".join(f"{name}={value}" for name, value in masks.items()) or "none"
+    hip, cuda = masks.get("HIP_VISIBLE_DEVICES"), masks.get("CUDA_VISIBLE_DEVICES")
+    fix = ""
+    if platform() == "hip" and hip and cuda and hip != cuda:
+        fix = "Set one of HIP_VISIBLE_DEVICES and CUDA_VISIBLE_DEVICES alone: vLLM stops where they differ"
+    elif masks and must_show and not visible():
+        fix = f"Unset {' and '.join(masks)}"
+        if "ROCR_VISIBLE_DEVICES" in masks and len(masks) > 1:
+            fix += ": the GPUs that ROCR_VISIBLE_DEVICES leaves are counted from 0 again"
+    return [Check(not fix, "masks", found, "none that hides all GPUs or contradicts another", fix)]
+
+
+def no_gpu() -> Check:
+    """The line of a build for GPUs that sees none."""
+    fix = "Give the container the GPU (/dev/kfd and /dev/dri on ROCm), or ask with --arch"
+    if masks_set():
+        fix = f"Mend the masks. If that is not it: {fix[0].lower()}{fix[1:]}"
+    return Check(False, "GPU", "torch is built for one and sees none", "a visible GPU", fix)
+
+
+def check_gpus(arches: list[str], asked: str | None, tp: int, served: bool) -> Check:
+    """The GPUs, of which a server takes the first, or one for each rank.
+
+    Args:
+        arches: of all of them.
+        asked: what the user wrote for an arch; None where these are what torch sees.
+        tp: ranks.
+        served: whether the model is served on the first one.
+    """
+    from vllm_mxfp4_gfx950 import settings
+    from vllm_mxfp4_gfx950.backends import ORDER
+
+    others = [arch for arch in arches[:tp] if arch not in ORDER and arch != arches[0]]
+    ok = (arches[0] in ORDER or served) and not others
+    if len({*arches}) == 1:
+        found = arches[0] if len(arches) == 1 else f"{len(arches)} x {arches[0]}"
+    else:
+        found = ", ".join(f"{index}: {arch}" for index, arch in enumerate(arches))
+    right = [index for index, arch in enumerate(arches) if arch in ORDER]
+    fix = f"Run on one of these, or slowly with {settings.BACKEND_VAR}=reference and --enforce-eager"
+    if asked:
+        fix = hint(asked) or fix
+    elif right:
+        default = "HIP_VISIBLE_DEVICES" if platform() == "hip" else "CUDA_VISIBLE_DEVICES"
+        mask = next((name for name in masks_set() if name != "ROCR_VISIBLE_DEVICES"), default)
+        numbers = os.environ.get(mask) or ",".join(map(str, range(len(arches))))
+        shown = ",".join(numbers.split(",")[index] for index in right)
+        fix = f"{mask}={shown}, as a server takes the first GPUs that it sees"
+    return Check(ok, "GPU", found, f"one of {', '.join(ORDER)}", "" if ok else fix)
+
+
+def hint(arch: str) -> str:
+    """Which arch the user may have meant; "" where that cannot be told."""
+    from vllm_mxfp4_gfx950.backends import ORDER
+
+    word = re.sub(r"[^a-z0-9]", "", arch.lower())
+    for name, products in PRODUCTS.items():
+        if any(product in word for product in products):
+            return f"Write --arch {name}, which {arch} is"
+    return f"Write --arch {word}" if word in ORDER else ""
+
+
+def check_settings(arch: str) -> tuple[list[Check], Settings | None]:
+    """Our variables, and the user's tiles; None for the settings where a server would refuse one."""
+    from vllm_mxfp4_gfx950 import settings, tuning
+
     try:
         asked = settings.from_environment()
     except Mxfp4Error as error:
-        fault = str(error)
-
-    shapes = {model: layer_shape(model) for model in GPT_OSS}
-    chosen: dict[str, str] = {}
-    refused: dict[str, str] = {}
-    for model, shape in shapes.items():
+        return [refusal("settings", error)], None
+    found = (
+        f"{settings.BACKEND_VAR}={asked.backend}, {settings.STRICT_VAR}={int(asked.strict)}, "
+        f"{settings.SELF_CHECK_VAR}={asked.self_check}, {settings.TABLES_VAR}={asked.tables or 'unset'}"
+    )
+    checks = [Check(True, "settings", found, "values that exist")]
+    if asked.tables:
         try:
-            chosen[model] = backends.select(shape, arch, asked).backend.NAME
-        except Exception as error:
-            refused[model] = str(error) if isinstance(error, Mxfp4Error) else brief(error)
-    tried = backends.ORDER.get(arch, ()) if asked.backend == "auto" else (asked.backend,)
+            matmuls = len(tuning.users(asked.tables, arch))
+        except Mxfp4Error as error:
+            return [*checks, refusal("tables", error)], None
+        found = f"{matmuls} matmuls in {asked.tables / arch}.json" if matmuls else f"none for {arch}"
+        checks.append(Check(True, "tables", found, f"none, or a table of {arch}"))
+    return checks, asked
 
-    def backend_check(family: str, entry: Entry) -> Check:
-        works, found = state_of(entry, shapes["gpt-oss-20b"], arch)
-        if entry.name in chosen.values():
-            return Check(True, entry.name, found, "chosen")
-        if refused and family in tried:
-            return Check(works, entry.name, found, "one that works", FIXES[family])
-        return Check(True, entry.name, found, "not needed here")
 
-    return [
-        Check(
-            arch in backends.ORDER or not refused,
-            "GPU",
-            arch,
-            f"one of {', '.join(backends.ORDER)}",
-            f"Run on one of these, or slowly with {settings.BACKEND_VAR}=reference and --enforce-eager",
-        ),
-        Check(
-            not fault,
-            "settings",
-            fault
-            or f"{settings.BACKEND_VAR}={asked.backend}, {settings.STRICT_VAR}={int(asked.strict)}, "
-            f"{settings.SELF_CHECK_VAR}={asked.self_check}, {settings.TABLES_VAR}={asked.tables or 'unset'}",
-            "values that exist",
-            "Correct it or unset it",
-        ),
-        Check(True, "triton", installed("triton"), "for the triton backends"),
-        *(backend_check(family, entry) for family, members in backends.FAMILIES.items() for entry in members),
-        *(
-            Check(model in chosen, model, chosen.get(model) or refused[model], "a backend", "See above")
-            for model in shapes
-        ),
-    ]
+def check_backend(entry: Entry, shape: MoeShape, arch: str, chosen: bool, missed: bool, family: str) -> Check:
+    """One backend: whether it works here, by which package, and whether that matters.
+
+    Args:
+        entry: that is asked.
+        shape: the layer, of the model or of GPT-OSS-20B.
+        arch: of the GPU.
+        chosen: whether a model runs through it.
+        missed: whether a model that is not served might run through it.
+        family: what the user calls it.
+    """
+    from vllm_mxfp4_gfx950.backends.triton import package
+    from vllm_mxfp4_gfx950.models import layer_shape
+
+    works, found = state_of(entry, shape, arch)
+    if chosen or not missed:
+        return Check(True, entry.name, found, "chosen" if chosen else "not needed here")
+    fix = "Install the aiter that vLLM's build for this GPU names"
+    if family == "triton":
+        fix = package.remedy()
+    if not works and state_of(entry, layer_shape("gpt-oss-20b"), arch)[0]:
+        fix = "Nothing is to be mended here: it is this model's sizes"
+    return Check(works, entry.name, found, "one that works", fix)
 
 
 def state_of(entry: Entry, shape: MoeShape, arch: str) -> tuple[bool, str]:
@@ -240,3 +385,77 @@ def state_of(entry: Entry, shape: MoeShape, arch: str) -> tuple[bool, str]:
     except Exception as error:
         return False, brief(error)
     return here is None, "; ".join(filter(None, texts))
+
+
+def model_name(model: str) -> str:
+    """A model as `models.layer_shape` takes it: a checkpoint's directory by its config.json."""
+    name = model.removeprefix("openai/")
+    return str(Path(name) / "config.json") if Path(name).is_dir() else name
+
+
+def check_model(model: str, arch: str, asked: Settings | None, tp: int, ep: int) -> tuple[str, list[Check]]:
+    """What a model would run on, asked as a server asks.
+
+    Args:
+        model: as the user wrote it.
+        arch: of the GPU.
+        asked: the settings; None where they are wrong.
+        tp, ep: ranks.
+
+    Returns:
+        the backend's name, or "", and the lines.
+
+    Raises:
+        Mxfp4Error: there is no such model, or its ranks do not fit.
+    """
+    from vllm_mxfp4_gfx950 import backends
+    from vllm_mxfp4_gfx950.models import layer_shape
+
+    name = model_name(model)
+    try:
+        whole, shape = layer_shape(name), layer_shape(name, tp, ep)
+    except Mxfp4Error as error:
+        if error.name in ("--model", "--tp", "--ep"):
+            raise
+        return "", [refusal(model, error)]
+    lines = check_checkpoint(Path(model), whole) if Path(model).is_dir() else []
+    rule = f"a backend for {shape}"
+    if asked is None:
+        return "", [*lines, Check(False, model, "not asked", rule, "Mend the settings first")]
+    try:
+        chosen = backends.select(shape, arch, asked).backend
+    except Exception as error:  # An import meets whatever packages there are.
+        found = str(error.value) if isinstance(error, Mxfp4Error) else brief(error)
+        return "", [*lines, Check(False, model, found, rule, "See above")]
+    found = chosen.NAME
+    if isinstance(chosen, backends.TiledBackend):
+        found += f", tiles of {tiles_of(chosen, shape, arch, asked)}"
+    elif arch != "cpu" and asked.backend == "reference":
+        found += ", with --enforce-eager alone"
+    return chosen.NAME, [*lines, Check(True, model, found, rule)]
+
+
+def tiles_of(backend: TiledBackend, shape: MoeShape, arch: str, asked: Settings) -> str:
+    """Whose tiles serve a layer."""
+    from vllm_mxfp4_gfx950 import tuning
+
+    triton = importlib.import_module("triton").__version__
+    whose = (tuning.whose(arch, backend.KERNELS, triton, gemm, asked.tables) for gemm in tuning.gemms(shape))
+    return " and ".join(dict.fromkeys(whose))
+
+
+def check_checkpoint(directory: Path, whole: MoeShape) -> list[Check]:
+    """A checkpoint's files, by what can be read of them without loading."""
+    from vllm_mxfp4_gfx950 import checkpoint
+
+    files = sorted(directory.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    found, rule = f"{len(files)} safetensors files, {size / 1e9:.3f} GB", "a whole GPT-OSS in MXFP4"
+    config = json.loads((directory / "config.json").read_text())
+    try:
+        checkpoint.check_method((config.get("quantization_config") or {}).get("quant_method"))
+        checkpoint.check_files(str(directory), config["num_hidden_layers"], whole)
+    except Mxfp4Error as error:
+        return [refusal("checkpoint", error)]
+    fix = f"Download the model's *.safetensors into {directory}"
+    return [Check(bool(files), "checkpoint", found, rule, fix)]

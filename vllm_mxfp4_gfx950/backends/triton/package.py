@@ -22,6 +22,12 @@ from vllm_mxfp4_gfx950.tuning import TileConfig
 VENDORED = Path("third_party") / "triton_kernels"
 """Where vLLM keeps its own copy, under the package `vllm`."""
 
+GET = (
+    "pip install --no-deps "
+    "'git+https://github.com/triton-lang/triton@v3.5.1#subdirectory=python/triton_kernels'"
+)
+"""How to install the release of triton_kernels that vLLM vendors, whatever Triton there is."""
+
 ARCHES = ("gfx950", "gfx942", "sm90")
 
 CDNA4_SCALE_LAYOUTS = ("CDNA4MXScaleLayout", "GFX950MXScaleLayout")
@@ -168,12 +174,14 @@ def why_not(entry: str, needs: dict[str, tuple[str, ...]]) -> str | None:
     directory = locate()
     if directory is None:
         return "triton_kernels is not installed, and there is no vLLM that vendors it"
-    generations = [name for name in ("matmul_ogs", "matmul") if (directory / f"{name}.py").is_file()]
+    generations = generations_of(directory)
     if not generations:
-        return (
-            f"triton_kernels in {directory} has neither matmul_ogs nor matmul, so it is not OpenAI's "
+        stranger = (
+            "has neither matmul_ogs nor matmul, so it is not OpenAI's "
             "(the triton-kernels on PyPI is an unrelated package; pip uninstall triton-kernels)"
         )
+        leftover = "is a folder without any Python, as an uninstall leaves it (remove it)"
+        return f"triton_kernels in {directory} {leftover if is_leftover(directory) else stranger}"
     if entry not in generations:
         return f"triton_kernels in {directory} is of the {generations[0]} generation and has no {entry}"
     for name, attributes in needs.items():
@@ -185,6 +193,31 @@ def why_not(entry: str, needs: dict[str, tuple[str, ...]]) -> str | None:
             if not hasattr(module, attribute):
                 return f"triton_kernels in {directory} is of an unknown generation: no {name}.{attribute}"
     return None
+
+
+def generations_of(directory: Path) -> list[str]:
+    """Which of the two generations a package is of; none of an unrelated one."""
+    return [name for name in ("matmul_ogs", "matmul") if (directory / f"{name}.py").is_file()]
+
+
+def is_leftover(directory: Path) -> bool:
+    """Whether only folders and caches are left of a package; Python finds it still, before vLLM's copy."""
+    return not any(directory.rglob("*.py"))
+
+
+def remedy() -> str:
+    """What to do where triton_kernels is at fault, by what `locate` finds.
+
+    Source: vLLM, cmake/external_projects/triton_kernels.cmake, for where vLLM takes its own copy from.
+    """
+    directory = locate()
+    if directory is None:
+        return f"Install it from Triton's repository, as vLLM's build for this GPU lacks it: {GET}"
+    if is_leftover(directory):
+        return f"rm -r {directory}"
+    if not generations_of(directory):
+        return "pip uninstall triton-kernels"
+    return "Leave only the triton_kernels and the triton that vLLM's build for this GPU brings"
 
 
 def load(name: str) -> ModuleType:
