@@ -90,6 +90,13 @@ def multiply_add_64(a: Array, b: Array, c: Array) -> tuple[Array, Array]:
     return total, total < product
 
 
+def multiply_add_signed_64(a: Array, b: Array, c: Array) -> tuple[Array, Array]:
+    """a * b + c of signed numbers in 64 bits, and whether the sign is wrong."""
+    product, addend = a.astype(np.int64) * b.astype(np.int64), c.astype(np.int64)
+    total = product + addend
+    return total.astype(np.uint64), ((product ^ total) & (addend ^ total)) < 0
+
+
 def multiply_24(a: Array, b: Array) -> Array:
     """Product of the low 24 bits."""
     return (a & 0xFFFFFF) * (b & 0xFFFFFF)
@@ -240,6 +247,16 @@ def extreme(pick: Callable[..., Any], tie: Callable[..., Any]) -> Callable[[Arra
 
 minimum = extreme(np.fmin, np.bitwise_or)
 maximum = extreme(np.fmax, np.bitwise_and)
+
+
+def propagating(choose: Callable[..., Array]) -> Callable[..., Array]:
+    """The minimum or maximum of three of which a NaN is the result."""
+
+    def three(a: Array, b: Array, c: Array) -> Array:
+        nan = np.isnan(a) | np.isnan(b) | np.isnan(c)
+        return np.where(nan, np.float32(np.nan), choose(choose(a, b), c))
+
+    return three
 
 
 def median(a: Array, b: Array, c: Array) -> Array:
@@ -407,7 +424,7 @@ E8M0 = np.append(np.ldexp(1.0, np.arange(255) - 127), np.nan)
 
 
 def to_e4m3(x: Array) -> Array:
-    """Codes of the nearest e4m3, ties to even, as uint32; NaN beyond the largest, 448."""
+    """Codes of the nearest e4m3, ties to even, as uint32; NaN where that is beyond 448."""
     exponent = np.where(x == 0, -6, np.maximum(np.frexp(x)[1] - 1, -6))
     with np.errstate(invalid="ignore"):
         code = (exponent + 6) * 8 + np.rint(np.ldexp(np.abs(x), 3 - exponent))
@@ -415,10 +432,17 @@ def to_e4m3(x: Array) -> Array:
     return code.astype(np.uint32) | (bits(x) >> np.uint32(24) & np.uint32(128))
 
 
-def pack_e4m3(low: Array, high: Array, scale: Array) -> Array:
-    """Two floats over the power of two in the scale's exponent, as e4m3 in half a register."""
+def pack_e4m3(low: Array, high: Array, scale: Array) -> tuple[Array, Array]:
+    """Two floats over the power of two in the scale's exponent, as e4m3 in half a register.
+
+    Returns:
+        the codes, and where a number is beyond 448.
+    """
     power = np.ldexp(np.float64(1), 127 - exponent_of(scale))
-    return to_e4m3(low * power) | to_e4m3(high * power) << np.uint32(8)
+    low, high = np.broadcast_arrays(low * power, high * power)
+    first, second = to_e4m3(low), to_e4m3(high)
+    overflows = (first & 127 == 127) & ~np.isnan(low) | (second & 127 == 127) & ~np.isnan(high)
+    return first | second << np.uint32(8), overflows
 
 
 def e4m3_to_f32(packed: Array, scale: Array, op_sel: str = "[0,0,0]") -> Array:
@@ -465,6 +489,7 @@ VECTOR: dict[str, Op] = {
     "v_add_co_u32": op("u32 mask = u32 u32", add_carry),
     "v_add_f32": op(F32, np.add),
     "v_add_lshl_u32": op("u32 = u32 u32 u32", lambda a, b, c: shift_left(c, a + b)),
+    "v_add_u16": op(U16, np.add),
     "v_add_u32": op(U32, np.add),
     "v_addc_co_u32": op("u32 mask = u32 u32 mask", add_carry),
     "v_alignbit_b32": op("u32 = u32 u32 u32", align_bit),
@@ -502,6 +527,7 @@ VECTOR: dict[str, Op] = {
     "v_lshrrev_b32": op(U32, shift_right),
     "v_lshrrev_b64": op("u64 = u32 u64", shift_right),
     "v_mad_i32_i24": op("i32 = i32 i32 i32", lambda a, b, c: multiply_signed_24(a, b) + c),
+    "v_mad_i64_i32": op("u64 mask = i32 i32 u64", multiply_add_signed_64),
     "v_mad_u32_u24": op("u32 = u32 u32 u32", lambda a, b, c: multiply_24(a, b) + c),
     "v_mad_u64_u32": op("u64 mask = u32 u32 u64", multiply_add_64),
     "v_max3_f32": op("f32 = f32 f32 f32", lambda a, b, c: maximum(maximum(a, b), c)),
@@ -511,13 +537,16 @@ VECTOR: dict[str, Op] = {
     "v_max_i32": op(I32, np.maximum),
     "v_max_u16": op(U16, np.maximum),
     "v_max_u32": op(U32, np.maximum),
+    "v_maximum3_f32": op("f32 = f32 f32 f32", propagating(maximum)),
     "v_med3_f32": op("f32 = f32 f32 f32", median),
     "v_min_f32": op(F32, minimum),
     "v_min_i32": op(I32, np.minimum),
     "v_min_u32": op(U32, np.minimum),
+    "v_minimum3_f32": op("f32 = f32 f32 f32", propagating(minimum)),
     "v_mov_b32": op("u32 = u32", identity),
     "v_mov_b64": op("u64 = u64", identity),
     "v_mul_f32": op(F32, np.multiply),
+    "v_mul_hi_i32": op(I32, multiply_high),
     "v_mul_hi_u32": op(U32, multiply_high),
     "v_mul_i32_i24": op(I32, multiply_signed_24),
     "v_mul_lo_u32": op(U32, np.multiply),

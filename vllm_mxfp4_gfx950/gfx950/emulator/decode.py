@@ -327,10 +327,20 @@ def pack_half(form: Form) -> Effect:
     kept, shift = np.uint32(0xFFFF if high else 0xFFFF0000), np.uint32(16 * high)
 
     def effect(waves: Waves, machine: Machine) -> None:
-        packed = pack_e4m3(*(read(waves) for read in reads)) << shift
-        waves.write_v(target.register, waves.v[target.register] & kept | packed)
+        packed, overflows = pack_e4m3(*(read(waves) for read in reads))
+        if (overflows & waves.lanes).any():
+            raise Unknown("an e4m3 beyond 448, which FP16_OVFL decides, is not something the emulator knows")
+        waves.write_v(target.register, waves.v[target.register] & kept | packed << shift)
 
     return effect
+
+
+def set_mode(form: Form) -> Effect:
+    """Set FP16_OVFL, which says what becomes of a number too large for FP8: see `pack_half`."""
+    field, value = form.texts.pop(0), form.texts.pop(0)
+    if field != "hwreg(HW_REG_MODE, 23, 1)" or value not in ("0", "1"):
+        raise Unknown(f"{field} is not a mode that the emulator knows")
+    return access.nothing(form)
 
 
 def sub_dword(name: str) -> tuple[int, int]:
@@ -377,6 +387,7 @@ SPECIALS: dict[str, tuple[str, Callable[[Form], Effect]]] = {
     "s_and_saveexec_b64": ("scalar", functools.partial(lanes.save_exec, operation="and")),
     "s_andn2_saveexec_b64": ("scalar", functools.partial(lanes.save_exec, operation="andn2")),
     "s_or_saveexec_b64": ("scalar", functools.partial(lanes.save_exec, operation="or")),
+    "s_setreg_imm32_b32": ("scalar", set_mode),
     "s_nop": ("wait", access.nothing),
     "s_waitcnt": ("wait", access.wait),
     "v_cvt_scalef32_pk_fp8_f32": ("vector", pack_half),
