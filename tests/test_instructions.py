@@ -992,6 +992,30 @@ def test_readlane() -> None:
         assert (got.s[0], got.s[1], got.s[2]) == (289, 115, 100 + 3 * first)
 
 
+@pytest.mark.parametrize("halves", list(itertools.product((0, 1), (0, 1))))
+def test_pk_mov(halves: tuple[int, int]) -> None:
+    """V_PK_MOV_B32: op_sel[0] chooses the low result's half of S0, op_sel[1] the high one's of S1."""
+    select = f"op_sel:[{halves[0]},{halves[1]}]"
+    v = {0: LANE, 1: LANE + 100, 2: LANE + 200, 3: LANE + 300, 4: 7, 5: 7}
+    got = run(f"v_pk_mov_b32 v[4:5], v[0:1], v[2:3] {select}", v=v, exec_mask=SOME)
+    overlap = run(f"v_pk_mov_b32 v[0:1], v[2:3], v[0:1] {select}", v=v)
+    scalar = run(f"v_pk_mov_b32 v[4:5], s[2:3], v[2:3] {select}", v=v, s={2: 8, 3: 9})
+    for lane in range(64):
+        low, high = 100 * halves[0] + lane, 200 + 100 * halves[1] + lane
+        assert (got.v[4][lane], got.v[5][lane]) == ((low, high) if bit(SOME, lane) else (7, 7))
+        assert (overlap.v[0][lane], overlap.v[1][lane]) == (200 + low, high - 200)
+        assert (scalar.v[4][lane], scalar.v[5][lane]) == (8 + halves[0], high)
+
+
+def test_pk_mov_reads_what_it_chooses() -> None:
+    """The halves that stay behind may be unknown."""
+    code = "v_pk_mov_b32 v[4:5], v[0:1], v[2:3] op_sel:[1,0]"
+    assert run(code, v={1: 5, 2: 6}).v[4:6, 0].tolist() == [5, 6]
+    for known in ({0: 5, 2: 6}, {1: 5, 3: 6}):
+        with pytest.raises(RuntimeError, match="which nothing has written"):
+            run(code, v=known)
+
+
 def test_writelane() -> None:
     """V_WRITELANE writes one lane, whatever EXEC says; of the lane's number the low six bits count."""
     code = """

@@ -397,6 +397,7 @@ SPECIALS: dict[str, tuple[str, Callable[[Form], Effect]]] = {
     "v_mfma_scale_f32_32x32x64_f8f6f4": ("matrix", lambda form: lanes.scaled_matrix(form, 32)),
     "v_permlane16_swap_b32": ("vector", lambda form: lanes.swap(form, 16)),
     "v_permlane32_swap_b32": ("vector", lambda form: lanes.swap(form, 32)),
+    "v_pk_mov_b32": ("vector", lanes.move_pair),
     "v_readfirstlane_b32": ("vector", lanes.read_first_lane),
     "v_readlane_b32": ("vector", lanes.read_lane),
     "v_writelane_b32": ("vector", lanes.write_lane),

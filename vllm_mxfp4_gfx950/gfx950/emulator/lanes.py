@@ -17,6 +17,7 @@ from vllm_mxfp4_gfx950.gfx950.emulator.operands import (
     Operand,
     Unknown,
     scalar_read,
+    vector_read,
 )
 from vllm_mxfp4_gfx950.gfx950.emulator.waves import ALL, SCALAR_KEY, Outstanding, Waves, pack
 
@@ -148,6 +149,26 @@ def write_lane(form: Form) -> Effect:
             unknown = pack(written & ~waves.s_known[value.register][:, None])
             waves.v_known[target.register] &= ~unknown
             waves.v_all[target.register] = bool((waves.v_known[target.register] == ALL).all())
+
+    return effect
+
+
+def move_pair(form: Form) -> Effect:
+    """A half of the first pair, then a half of the second, as op_sel says, to a pair."""
+    target, sources = form.target(), (form.source(), form.source())
+    form.modifiers.pop("op_sel_hi", None)
+    halves = form.modifiers.pop("op_sel", "[0,0]").strip("[]").split(",")
+    reads = []
+    for operand, half in zip(sources, map(int, halves), strict=True):
+        if operand.kind == "constant":
+            raise Unknown(f"{form.instruction.text} is not something the emulator knows")
+        form.reads[operand.kind].remove(operand.register + 1 - half)
+        reads.append(vector_read("u32", Operand(operand.kind, operand.register + half)))
+
+    def effect(waves: Waves, machine: Machine) -> None:
+        low, high = (np.array(read(waves)) for read in reads)
+        waves.write_v(target.register, low)
+        waves.write_v(target.register + 1, high)
 
     return effect
 
