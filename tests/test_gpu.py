@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from emulate_routing import logits_of, miss
 
 from vllm_mxfp4_gfx950 import backends, settings
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.backends.triton import own
 from vllm_mxfp4_gfx950.backends.triton import routing as triton_routing
-from vllm_mxfp4_gfx950.backends.triton.routing import Routing
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.tolerance import assert_rows_close
@@ -28,6 +28,8 @@ SIZES = [
     make_shape(32, 4, 2880, 736),
     make_shape(8, 1, 320, 96),
     make_shape(4, 2, 192, 96),
+    make_shape(8, 3, 192, 96),
+    make_shape(32, 6, 320, 160),
 ]
 
 
@@ -102,30 +104,6 @@ def test_run_does_not_wait_for_the_gpu(layer: Layer) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def sums(count: torch.Tensor) -> torch.Tensor:
-    """The sum of those before each, and of all."""
-    return torch.nn.functional.pad(count.cumsum(0), (1, 0)).int()
-
-
-def assert_routing(routing: Routing, logits: torch.Tensor, shape: MoeShape, smallest: int) -> None:
-    """Choices, weights, order and tiles are the reference's, bit for bit."""
-    topk_ids, topk_weights = reference.route(logits, shape.topk)
-    # A token's choices are in the order of their expert.
-    topk_ids, order = topk_ids.sort(dim=1)
-    sorted_ids, position = topk_ids.flatten().sort(stable=True)
-    count = sorted_ids.bincount(minlength=shape.experts)
-    assert torch.equal(routing.count, count.int())
-    assert torch.equal(routing.start, sums(count))
-    assert torch.equal(routing.gather, position.int())
-    assert torch.equal(routing.scatter, position.argsort().int())
-    assert torch.equal(routing.weights, topk_weights.gather(1, order).flatten()[position])
-    for size, schedule in enumerate(routing.schedule.tolist()):
-        tiles = -(-count // (smallest << size))
-        assert torch.equal(routing.block_start[size], sums(tiles))
-        want = [tile << 16 | expert for expert, some in enumerate(tiles.tolist()) for tile in range(some)]
-        assert schedule == want + [-1] * (len(schedule) - len(want))
-
-
 @pytest.mark.parametrize("tokens", ROUTED, ids=lambda t: f"T{t}")
 def test_route_is_exact(layer: Layer, tokens: int) -> None:
     """As matmul_ogs gets it."""
@@ -133,7 +111,8 @@ def test_route_is_exact(layer: Layer, tokens: int) -> None:
     if backend.NAME != "triton_ogs":
         pytest.skip("needs triton_kernels with matmul_ogs")
     _, logits = random_tokens(shape, tokens, seed=tokens, device="cuda")
-    assert_routing(prepared.route(logits), logits, shape, 16)
+    twin = triton_routing.route_in_torch(logits, shape.topk, shape.experts, None, prepared.sizes)
+    assert miss(prepared.route(logits), twin) == ""
 
 
 @pytest.mark.parametrize("tokens", ROUTED, ids=lambda t: f"T{t}")
@@ -142,8 +121,20 @@ def test_own_route_is_exact(layer: Layer, tokens: int) -> None:
     shape, _, _, prepared = layer
     _, logits = random_tokens(shape, tokens, seed=tokens, device="cuda")
     block = prepared.own.tiles[0].at(tokens).block_m
-    routing = triton_routing.route(logits, shape.topk, shape.experts, None, 1, smallest=block, overlaps=True)
-    assert_routing(routing, logits, shape, block)
+    given = logits, shape.topk, shape.experts, None, 1
+    routing = triton_routing.route(*given, smallest=block, overlaps=True)
+    assert miss(routing, triton_routing.route_in_torch(*given, smallest=block)) == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [1, 8, 18, 40], ids=lambda t: f"T{t}")
+@pytest.mark.parametrize(("topk", "experts"), [(1, 8), (3, 7), (4, 128), (5, 32), (6, 300), (32, 40)])
+def test_route_at_its_edges(topk: int, experts: int, tokens: int, dtype: torch.dtype) -> None:
+    """NaN of either sign, infinities, zeros, ties, and numbers of choices that are no powers of two."""
+    logits = logits_of(tokens, experts, dtype)
+    routing = triton_routing.route(logits.cuda(), topk, experts, None, 5)
+    on_the_host = triton_routing.Routing(**{name: field.cpu() for name, field in vars(routing).items()})
+    assert miss(on_the_host, triton_routing.route_in_torch(logits, topk, experts, None, 5)) == ""
 
 
 def test_own_declines_what_it_cannot_scale(layer: Layer) -> None:

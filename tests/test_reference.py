@@ -1,5 +1,6 @@
 """The reference backend, against a loop of Python floats and against transformers' GPT-OSS."""
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -68,6 +69,21 @@ def slow_layer(weights: MoeWeights, shape: MoeShape, x: torch.Tensor, logits: to
                 output[n] += odd / sum(odds) * (dot(middle, w2[e][n]) + w2_bias[e][n])
         outputs.append(output)
     return torch.tensor(outputs, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("topk", [1, 3, 4])
+def test_route_of_nan(topk: int, dtype: torch.dtype) -> None:
+    """Either sign, and infinities: the values that torch.topk chooses, of NaN the first, and NaN weights."""
+    plain = torch.tensor([-math.inf, 2, math.inf, -1, 0.5, 3]).to(dtype)
+    for places in itertools.product((0, 1, -1), repeat=6):
+        signs = torch.tensor(places, dtype=dtype)
+        logits = plain.where(signs == 0, torch.copysign(torch.tensor(math.nan, dtype=dtype), signs))[None]
+        ids, weights = reference.route(logits, topk)
+        assert torch.equal(logits.gather(1, ids).nan_to_num(99), logits.topk(topk)[0].nan_to_num(99))
+        nan = logits.isnan()[0].nonzero()[:topk, 0].tolist()
+        assert ids[0, : len(nan)].tolist() == nan
+        assert weights.isnan().all() or not nan
 
 
 @pytest.mark.parametrize("tokens", TOKENS, ids="T{}".format)

@@ -25,7 +25,6 @@ class Case:
     arch: str
     backend: str
     strict: bool
-    topk: int = 4
     alpha: float = 1.702
 
 
@@ -39,7 +38,7 @@ from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.settings import Settings
 
 for case in json.loads(sys.argv[1]):
-    shape = MoeShape(32, 32, case["topk"], 2880, 2880, case["alpha"], 7.0)
+    shape = MoeShape(32, 32, 4, 2880, 2880, case["alpha"], 7.0)
     try:
         answer = str(select(shape, case["arch"], Settings(case["backend"], case["strict"])))
     except Mxfp4Error as error:
@@ -103,12 +102,7 @@ def refused(*backends: str) -> str:
     )
 
 
-POWER_OF_TWO = "routing takes a topk that is a power of two, not 3"
 OTHER_LAYERS = {
-    Case("gfx950", "triton", False, topk=3): (
-        "E=32 topk=3 H=2880 I=2880 alpha=1.702 limit=7",
-        refused(f"triton_ogs: {POWER_OF_TWO}", f"triton_matmul: {POWER_OF_TWO}"),
-    ),
     Case("gfx950", "ck", False, alpha=1.5): (
         "E=32 topk=4 H=2880 I=2880 alpha=1.5 limit=7",
         refused("ck: its SwiGLU has alpha 1.702 and limit 7, not 1.5 and 7"),

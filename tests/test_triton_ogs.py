@@ -81,12 +81,6 @@ def test_why_not_on_another_arch() -> None:
     assert reason == "it runs on gfx950, gfx942, sm90, not on gfx90a"
 
 
-def test_why_not_with_another_topk() -> None:
-    """Routing cannot."""
-    reason = why_not(make_shape(8, 3, 320, 288), "gfx950")
-    assert reason == "routing takes a topk that is a power of two, not 3"
-
-
 def test_why_not_on_hopper() -> None:
     """Its layout of values cannot end anywhere."""
     reason = why_not(make_shape(8, 4, 288, 288), "sm90")

@@ -6,10 +6,16 @@ import functools
 import json
 from dataclasses import asdict, dataclass
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
+import torch
 from run_python import SUPPORT, run_python
 from test_verification import EVERY, IN_CI, ids, paths_of
+
+from vllm_mxfp4_gfx950.backends.triton import package as triton_package
+from vllm_mxfp4_gfx950.backends.triton import routing as triton_routing
+from vllm_mxfp4_gfx950.random_layer import make_shape
 
 
 @dataclass(frozen=True)
@@ -79,9 +85,31 @@ CASES = [
     Case(3, 8, 2, OUT_OF_ORDER, spoil="order"),
     Case(37, 8, 2, OUT_OF_ORDER, spoil="order"),
     Case(40, 8, 2, smallest=8, sizes=1, spoil="smallest"),
+    Case(1, 32, 6),
+    Case(3, 8, 3, OUT_OF_ORDER),
+    Case(5, 5, 5),
+    Case(7, 128, 6, SOME, smallest=8, sizes=1),
+    Case(27, 32, 3, OUT_OF_TWO),
+    Case(18, 7, 6, None, "float32"),
+    Case(65, 128, 6),
+    Case(130, 128, 5, SOME, "float32", groups=3),
+    Case(7, 8, 3, OUT_OF_ORDER, spoil="order"),
+]
+WIDE = [
+    Case(2, 300, 4),
+    Case(3, 64, 32),
+]
+"""More experts or choices than GPT-OSS has: scalar registers spill."""
+
+WIDEST = [
+    *WIDE,
+    Case(8, 384, 8),
+    Case(40, 512, 10),
+    Case(20, 1024, 6),
+    Case(40, 64, 32, None, "float32"),
 ]
 
-MISSES = {"": "", "order": "other count", "smallest": "other block_start 0"}
+MISSES = {"": "", "order": "other gather", "smallest": "other block_start 0"}
 
 
 def launches(tokens: int, topk: int, dtype: str) -> list[str]:
@@ -91,38 +119,112 @@ def launches(tokens: int, topk: int, dtype: str) -> list[str]:
     return ["place"] if tokens <= 32 else ["count", "place"]
 
 
+EXAMPLE = {
+    "gather": [0, 4, 1, 2, 5, -1],
+    "scatter": [0, 2, 3, -1, 1, 4],
+    "count": [2, 3],
+    "start": [0, 2, 5],
+    "block_start": [[0, 1, 3], [0, 1, 2]],
+    "schedule": [[0, 1, 1 << 16 | 1, -1], [0, 1, -1, -1]],
+}
+"""What the routing's description draws, and the same in tiles of 4 rows."""
+
+
+def test_example() -> None:
+    """The twin gives what the drawing shows, wherever the rank's two experts stand among the model's."""
+    logits = torch.tensor([[1.0, 2, 0], [0, 1, 2], [1, 2, 0]])
+    for places in ([0, 1, 2], [1, 2, 0], [2, 1, 0]):
+        expert_map = torch.tensor([0, 1, -1])[places]
+        order = triton_routing.order_of(expert_map)
+        twin = triton_routing.route_in_torch(logits[:, places], 2, 2, order, 2, smallest=2)
+        assert {name: getattr(twin, name).tolist() for name in EXAMPLE} == EXAMPLE
+        likely = torch.tensor([1.0, 2]).softmax(0)
+        assert torch.equal(twin.weights[:5], likely[[0, 0, 1, 0, 1]])
+
+
+@pytest.mark.parametrize("kernels", ["matmul_ogs", "matmul"])
+def test_sizes(monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
+    """Any topk and number of experts up to those that were executed; more are refused."""
+    monkeypatch.setattr(triton_package, "why_not", lambda *arguments: "the next question")
+    for experts, topk in ((8, 3), (5, 5), (1024, 32)):
+        reason = triton_package.why_not_layer(kernels, make_shape(experts, topk, 320, 288), "gfx950")
+        assert reason == "the next question"
+    for experts, topk in ((1025, 4), (64, 33)):
+        reason = triton_package.why_not_layer(kernels, make_shape(experts, topk, 320, 288), "gfx950")
+        assert reason == (
+            f"routing takes up to 1024 experts and a topk of up to 32, not {experts} and {topk}"
+        )
+
+
 @functools.cache
-def emulated(triton: str, kernels: str) -> CompletedProcess[str]:
-    """Execute the cases in a process that has this Triton."""
-    script, cases = SUPPORT / "emulate_routing.py", json.dumps([asdict(case) for case in CASES])
-    return run_python([str(script)], path=paths_of(triton, kernels), stdin=cases, timeout=600)
+def emulated(triton: str, kernels: str, cases: tuple[Case, ...]) -> CompletedProcess[str]:
+    """Execute cases in a process that has this Triton."""
+    script, given = SUPPORT / "emulate_routing.py", json.dumps([asdict(case) for case in cases])
+    return run_python([str(script)], path=paths_of(triton, kernels), stdin=given, timeout=1800)
 
 
-def assert_right(pair: tuple[str, str], case: Case) -> None:
-    """Exact, one launch or two that fit, and a spoilt one noticed."""
-    result = emulated(*pair)
+def found_in(pair: tuple[str, str], cases: list[Case]) -> dict[Case, dict[str, Any]]:
+    """What came out of each case."""
+    result = emulated(*pair, tuple(cases))
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)[CASES.index(case)]
+    return dict(zip(cases, json.loads(result.stdout), strict=True))
+
+
+def assert_right(pair: tuple[str, str], cases: list[Case], case: Case) -> None:
+    """Exact, one launch or two that fit, and a spoilt one noticed."""
+    found = found_in(pair, cases)[case]
     assert found["kernels"] == launches(case.tokens, case.topk, case.dtype)
-    assert found["misfits"] == []
+    assert found["overflows"] == []
+    assert found["spills"] == [] or case.topk > 4 or case.global_experts > 128
     assert found["unaligned"] == []
     assert found["miss"] == MISSES[case.spoil]
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("case", CASES, ids=ids)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("case", [*CASES, *WIDE], ids=ids)
 @pytest.mark.parametrize("pair", IN_CI, ids=ids)
 def test_route(pair: tuple[str, str], case: Case) -> None:
     """Compiled for gfx950 and executed."""
-    assert_right(pair, case)
+    assert_right(pair, [*CASES, *WIDE], case)
+
+
+@pytest.mark.compile
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("pair", IN_CI, ids=ids)
+def test_spills_are_executed(pair: tuple[str, str]) -> None:
+    """With many experts or choices scalar registers spill, so that exact results say something of it."""
+    found = found_in(pair, [*CASES, *WIDE])
+    assert all(found[case]["spills"] for case in WIDE)
 
 
 @pytest.mark.emulate
-@pytest.mark.parametrize("case", CASES, ids=ids)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("case", [*CASES, *WIDEST], ids=ids)
 @pytest.mark.parametrize("pair", EVERY, ids=ids)
 def test_every_triton(pair: tuple[str, str], case: Case) -> None:
     """The same with every Triton."""
-    assert_right(pair, case)
+    assert_right(pair, [*CASES, *WIDEST], case)
+
+
+@pytest.mark.compile
+def test_other_topk_on_hopper() -> None:
+    """Numbers of choices that are no powers of two compile for sm90, too, without a spill."""
+    script = (
+        "import torch\n"
+        "from compile_hopper_matmul import presented, spills\n"
+        "from vllm_mxfp4_gfx950.backends.triton import routing as triton_routing\n"
+        "launches = []\n"
+        "for topk, order in ((3, None), (6, torch.arange(8, dtype=torch.int32))):\n"
+        "    for tokens in (3, 20, 40):\n"
+        "        with presented(launches.append):\n"
+        "            logits = torch.zeros(tokens, 8, dtype=torch.bfloat16)\n"
+        "            triton_routing.route(logits, topk, 8 if order is None else 4, order, 5, overlaps=True)\n"
+        "print(*(f'{one.name}:{spills(one.assembly)}' for one in launches))\n"
+    )
+    result = run_python(["-c", script], path=paths_of(*IN_CI[0]))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["few:0", "place:0", "count:0", "place:0"] * 2
 
 
 @pytest.mark.compile

@@ -21,7 +21,7 @@ POINTERS = {
     "Parts": "fp32", "Out": "bf16",
 }  # fmt: skip
 ROUTING = {"Order": None, "TOPK": 4, "BLOCK_TOKENS": 16, "BLOCK_EXPERTS": 32}
-PLACES = ROUTING | {"SMALLEST": 8, "SIZES": 1}
+PLACES = ROUTING | {"SLOTS": 4, "SMALLEST": 8, "SIZES": 1}
 LAUNCHES: dict[str, dict[str, Any]] = {
     "few": PLACES | {"BLOCK_TOKENS": 8, "BLOCK_TILES": 32},
     "count": ROUTING,

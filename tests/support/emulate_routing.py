@@ -7,11 +7,36 @@ from unittest import mock
 
 import torch
 
-from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.backends.triton import routing as triton_routing
 from vllm_mxfp4_gfx950.gfx950.driver import LDS_BYTES, Launch, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
 from vllm_mxfp4_gfx950.gfx950.report import read
+
+ZERO, ONE, TWO, INF = 0, 0x3F800000, 0x40000000, 0x7F800000
+NEGATIVE = 0x80000000
+NAN, OTHER_NAN, SIGNALLING_NAN = 0x7FC00000, 0x7FFF0000, 0x7F810000
+DENORMAL = 0x00010000
+EDGES = (
+    (NEGATIVE, ZERO),
+    (ONE, NEGATIVE | NAN, NEGATIVE | INF, OTHER_NAN, INF, NEGATIVE | SIGNALLING_NAN, TWO),
+    (NEGATIVE | INF,) * 10 + (NEGATIVE | OTHER_NAN,),
+    (ZERO, DENORMAL, NEGATIVE | DENORMAL, 2 * DENORMAL),
+    (ONE, INF, NEGATIVE | INF),
+    (NEGATIVE | INF,),
+)
+"""Rows of logits where a comparison of bits or of floats may go wrong, as words of fp32, to be repeated."""
+
+
+def logits_of(tokens: int, experts: int, dtype: torch.dtype) -> torch.Tensor:
+    """Random logits, with an edge in every third row."""
+    generator = torch.Generator().manual_seed(tokens)
+    # Steps of a quarter make ties of many logits.
+    logits = ((torch.randn(tokens, experts, generator=generator) * 4).round() / 4).to(dtype)
+    for token, words in zip(range(0, tokens, 3), EDGES, strict=False):
+        # Converting a NaN to bf16 would lose its sign.
+        row = torch.tensor(words).repeat(experts)[:experts]
+        logits[token] = row.int().view(dtype) if dtype == torch.float32 else (row >> 16).short().view(dtype)
+    return logits
 
 
 def check(case: dict[str, Any]) -> dict[str, Any]:
@@ -19,11 +44,7 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
     tokens, topk, global_experts = case["tokens"], case["topk"], case["global_experts"]
     expert_map = None if case["expert_map"] is None else torch.tensor(case["expert_map"], dtype=torch.int32)
     experts = global_experts if expert_map is None else int((expert_map >= 0).sum())
-    generator = torch.Generator().manual_seed(tokens)
-    # Steps of a quarter make ties of many logits.
-    logits = (torch.randn(tokens, global_experts, generator=generator) * 4).round() / 4
-    logits[0] = torch.tensor([-0.0, 0.0]).repeat(global_experts // 2)
-    logits = logits.to(getattr(torch, case["dtype"]))
+    logits = logits_of(tokens, global_experts, getattr(torch, case["dtype"]))
     launches: list[Launch] = []
 
     def launch(one: Launch) -> None:
@@ -31,22 +52,19 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
         execute(one)
 
     order = triton_routing.order_of(expert_map)
-    if case["spoil"] == "order":
-        assert order is not None
-        order = order.roll(1)
+    given = order.roll(1) if case["spoil"] == "order" and order is not None else order
     groups = case["groups"] or triton_routing.MAX_GROUPS
     with presented(launch), mock.patch.object(triton_routing, "MAX_GROUPS", groups):
-        routing = triton_routing.route(logits, topk, experts, order, case["sizes"], smallest=case["smallest"])
-    reports = [read(one) for one in launches]
-    smallest = case["smallest"]
-    if case["spoil"] == "smallest":
-        smallest *= 2
+        routing = triton_routing.route(logits, topk, experts, given, case["sizes"], smallest=case["smallest"])
+    smallest = case["smallest"] * (2 if case["spoil"] == "smallest" else 1)
+    twin = triton_routing.route_in_torch(logits, topk, experts, order, case["sizes"], smallest=smallest)
     return {
         "kernels": [one.name for one in launches],
-        "misfits": [
+        "overflows": [one.name for one in launches if one.lds_bytes > LDS_BYTES],
+        "spills": [
             f"{one.name}: {report}"
-            for one, report in zip(launches, reports, strict=True)
-            if report.vgpr_spills or report.sgpr_spills or report.scratch_bytes or one.lds_bytes > LDS_BYTES
+            for one, report in zip(launches, map(read, launches), strict=True)
+            if report.vgpr_spills or report.sgpr_spills or report.scratch_bytes
         ],
         "unaligned": [
             name
@@ -54,48 +72,27 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
             for row in (rows if rows.dim() == 2 else [rows])
             if row.data_ptr() % 16
         ],
-        "miss": miss(routing, logits, topk, experts, expert_map, smallest),
+        "miss": miss(routing, twin),
     }
 
 
-def miss(
-    routing: triton_routing.Routing,
-    logits: torch.Tensor,
-    topk: int,
-    experts: int,
-    expert_map: torch.Tensor | None,
-    smallest: int,
-) -> str:
-    """Why the routing is not what its fields say, computed from the reference's choices."""
-    ids, weights = reference.route(logits, topk)
-    local = ids if expert_map is None else expert_map[ids].long()
-    local, order = torch.where(local < 0, experts, local).sort(dim=1, stable=True)
-    by_expert, pairs = local.flatten().sort(stable=True)
-    count = by_expert.bincount(minlength=experts + 1)[:-1]
-    rows = int(count.sum())
-    gather, scatter = torch.full_like(pairs, -1), torch.full_like(pairs, -1)
-    gather[:rows] = pairs[:rows]
-    scatter[pairs[:rows]] = torch.arange(rows)
-    wanted = {"count": count, "start": sums(count), "gather": gather, "scatter": scatter}
-    for size in range(len(routing.schedule)):
-        tiles = -(-count // (smallest << size))
-        schedule = [tile << 16 | expert for expert, some in enumerate(tiles.tolist()) for tile in range(some)]
-        schedule += [-1] * (routing.schedule.shape[1] - len(schedule))
-        wanted |= {f"block_start {size}": sums(tiles), f"schedule {size}": torch.tensor(schedule)}
-    for name, want in wanted.items():
-        field, _, size = name.partition(" ")
-        got = getattr(routing, field)
-        if not torch.equal((got[int(size)] if size else got).long(), want):
+def miss(got: triton_routing.Routing, want: triton_routing.Routing) -> str:
+    """Which field of a routing is not the twin's, of which size; weights count up to the last row only."""
+    rows = int(want.start[-1])
+    for name, field in vars(want).items():
+        other = getattr(got, name)
+        if name == "weights":
+            # Those of fp32 differ in the last bit: exp is not torch's.
+            allowed = 0.0 if field.dtype == torch.bfloat16 else 1e-6
+            if not torch.allclose(other[:rows], field[:rows], rtol=allowed, atol=0, equal_nan=True):
+                return "other weights"
+        elif field.dim() == 1 and not torch.equal(other, field):
             return f"other {name}"
-    # Those of fp32 differ in the last bit: exp is not torch's.
-    allowed = 0.0 if logits.dtype == torch.bfloat16 else 1e-6
-    want = weights.gather(1, order).flatten()[pairs[:rows]]
-    return "" if torch.allclose(routing.weights[:rows], want, rtol=allowed, atol=0) else "other weights"
-
-
-def sums(count: torch.Tensor) -> torch.Tensor:
-    """The sum of those before each, and of all."""
-    return torch.nn.functional.pad(count.cumsum(0), (1, 0))
+        elif field.dim() == 2:
+            for size, pair in enumerate(zip(other, field, strict=True)):
+                if not torch.equal(*pair):
+                    return f"other {name} {size}"
+    return ""
 
 
 if __name__ == "__main__":

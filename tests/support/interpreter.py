@@ -105,6 +105,8 @@ RANKS = [
     *ranks_of(2, "linear", experts=40, topk=4, tokens=5),  # 20 experts stay: a part of a word
     *ranks_of(2, "strided", experts=64, topk=4, tokens=5),  # 32 experts stay: a whole word
     *ranks_of(2, "strided", experts=8, topk=4, tokens=5, tied=True),
+    *ranks_of(2, "strided", experts=8, topk=3, tokens=37),
+    *ranks_of(2, "linear", experts=8, topk=6, tokens=5),
 ]
 TABLE_TILES = sorted(
     {

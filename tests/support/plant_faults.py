@@ -121,9 +121,10 @@ class Routed:
     def __init__(self, name: str) -> None:
         tokens, expert_map = ROUTINGS[name]
         self.logits = random_tokens(make_shape(8, 2, 64, 32), tokens, seed=1)[1]
-        self.expert_map = None if expert_map is None else torch.tensor(expert_map, dtype=torch.int32)
-        self.experts = 8 if self.expert_map is None else int((self.expert_map >= 0).sum())
-        self.order = triton_routing.order_of(self.expert_map)
+        here = None if expert_map is None else torch.tensor(expert_map, dtype=torch.int32)
+        self.experts = 8 if here is None else int((here >= 0).sum())
+        self.order = triton_routing.order_of(here)
+        self.twin = triton_routing.route_in_torch(self.logits, 2, self.experts, self.order, sizes=5)
 
     def serve(self, on_launch: Execute = execute) -> dict[str, Any]:
         """Route and compare; as `Layer.serve`."""
@@ -132,8 +133,7 @@ class Routed:
                 routing = triton_routing.route(self.logits, 2, self.experts, self.order, sizes=5)
             except Fault as fault:
                 return {"fault": str(fault), "miss": "", "frobenius": 0.0}
-        missed = emulate_routing.miss(routing, self.logits, 2, self.experts, self.expert_map, 16)
-        return {"fault": "", "miss": missed, "frobenius": 0.0}
+        return {"fault": "", "miss": emulate_routing.miss(routing, self.twin), "frobenius": 0.0}
 
 
 def stage_of(launch: Launch) -> str:

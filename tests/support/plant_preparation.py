@@ -132,17 +132,26 @@ def poisoned(run: Run, shape: MoeShape, device: str, tokens: int = 6, step: floa
     x, logits = x.to(device), logits.to(device)
     sound, found = run(x, logits), {}
     others = torch.arange(tokens) != 2
+
+    def seen(out: torch.Tensor, *, stays: bool) -> str:
+        near = out[others].isclose(sound[others], rtol=0, atol=step * float(sound[others].abs().max()))
+        wrong = int((~near).sum())
+        text = f"{wrong} elements of other rows differ" if wrong else ""
+        return text + ("the row itself has numbers" if stays and out[2].isfinite().any() else "")
+
     for name, value in {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf")}.items():
         for what in ("x", "logits", "x and logits"):
             changed = {"x": x.clone(), "logits": logits.clone()}
             for part in what.split(" and "):
                 changed[part][2] = value
-            out = run(changed["x"], changed["logits"])
-            near = out[others].isclose(sound[others], rtol=0, atol=step * float(sound[others].abs().max()))
-            wrong = int((~near).sum())
-            found[f"{name} in {what}"] = f"{wrong} elements of other rows differ" if wrong else ""
-            if (name, what) == ("nan", "x and logits") and out[2].isfinite().any():
-                found[f"{name} in {what}"] += "the row itself has numbers"
+            found[f"{name} in {what}"] = seen(
+                run(changed["x"], changed["logits"]), stays=name == "nan" and what != "x"
+            )
+    # A NaN of either sign is above all numbers.
+    for name, bits in {"nan": 0x7FC0, "-nan": -0x40}.items():
+        some = logits.clone()
+        some.view(torch.int16)[2, 1] = bits
+        found[f"{name} in a logit"] = seen(run(x, some), stays=True)
     try:
         size = list(run(x[:0], logits[:0]).shape)
         found["no tokens"] = "" if size == [0, shape.hidden] else f"{size} of no tokens"

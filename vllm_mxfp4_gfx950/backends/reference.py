@@ -57,6 +57,8 @@ class Prepared:
 def route(router_logits: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose experts and weigh them: top-k, ties to the lower index, then softmax over the chosen.
 
+    A NaN of either sign is above all numbers, as torch.topk has it; its token's weights are NaN, all of them.
+
     Args:
         router_logits: float[T, global_experts].
         topk: experts per token.

@@ -40,6 +40,9 @@ SCALE_ROWS = 512
 HOPPER_K = 64
 """Hopper's layout shuffles the values of 64 columns, so K can only end between such groups."""
 
+MAX_EXPERTS, MAX_TOPK = 1024, 32
+"""The largest that `routing` has been executed with, on the emulated gfx950."""
+
 EXPERTS_AT_ONCE = 4
 """Swizzled together: enough to keep the GPU busy, few enough that the temporaries stay small."""
 
@@ -139,8 +142,11 @@ def why_not_layer(kernels: str, shape: MoeShape, arch: str) -> str | None:
     """
     if arch not in ARCHES:
         return f"it runs on {', '.join(ARCHES)}, not on {arch}"
-    if shape.topk & (shape.topk - 1):
-        return f"routing takes a topk that is a power of two, not {shape.topk}"
+    if shape.global_experts > MAX_EXPERTS or shape.topk > MAX_TOPK:
+        return (
+            f"routing takes up to {MAX_EXPERTS} experts and a topk of up to {MAX_TOPK}, "
+            f"not {shape.global_experts} and {shape.topk}"
+        )
     if arch == "sm90" and (shape.hidden % HOPPER_K or shape.hidden <= 128 or shape.intermediate <= 64):
         return (
             f"on sm90 it takes a hidden size above 128 in steps of {HOPPER_K} and an intermediate size "

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 
+from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.backends.triton import routing_kernels as kernels
 from vllm_mxfp4_gfx950.backends.triton.package import launch_options
 
@@ -49,11 +50,30 @@ BLOCK_SCHEDULE = 16
 class Routing:
     """The choices of all tokens that live on this rank, sorted by expert, then by token: the rows.
 
+    A pair is a token and one of its slots: token * topk + slot. A token's slots are in the order of their
+    experts, those of other ranks behind them. Three tokens that choose 2 of 3 experts each, of which this
+    rank has 0 and 1, E = 2; and tiles of 2 rows:
+
+        token    chooses (best first)    pair: expert
+        0        1, 0                    0: 0    1: 1
+        1        2, 1                    2: 1    3: 2, not here
+        2        1, 0                    4: 0    5: 1
+
+        expert         0       1
+        row            0   1   2   3   4
+        gather         0   4   1   2   5  -1
+        pair           0   1   2   3   4   5
+        scatter        0   2   3  -1   1   4
+        count          2       3
+        start          0       2              5
+        tile           0       1       2
+        block_start    0       1              3
+        schedule       0|0     0|1     1|1   -1    which of its expert's tiles | expert
+
     Args:
-        gather: int32[T * topk], the pair of each row: token * topk + slot, a token's slots being in the
-            order of their experts, those of other ranks behind them. -1 behind the last row.
+        gather: int32[T * topk], the pair of each row; -1 behind the last row.
         scatter: int32[T * topk], the row of each pair; -1 where its expert is on another rank.
-        weights: [T * topk] in the logits' dtype, of each row in its token's sum.
+        weights: [T * topk] in the logits' dtype, of each row in its token's sum; anything behind the last.
         count: int32[E], rows of each expert.
         start: int32[E + 1], the first of them.
         block_start: int32[sizes, E + 1], the first of them counted in tiles of each size.
@@ -96,7 +116,7 @@ def route(
 
     Args:
         router_logits: bf16 or fp32[T, global_experts], T > 0.
-        topk: experts per token, a power of two.
+        topk: experts per token.
         experts: of this rank, E.
         order: what `order_of` returned.
         sizes: how many sizes of tiles to schedule, each of twice as many rows as the one before.
@@ -105,7 +125,7 @@ def route(
     """
     tokens, global_experts = router_logits.shape
     pairs = tokens * topk
-    tiles = pairs if pairs <= experts else experts + (pairs - experts) // smallest
+    tiles = most_tiles(pairs, experts, smallest)
     integers: Any = {"dtype": torch.int32, "device": router_logits.device}
     # Triton compiles a kernel anew for a pointer that is not a multiple of 16 bytes: each row begins on one.
     starts = torch.empty(1 + sizes, aligned(experts + 1), **integers)
@@ -120,14 +140,16 @@ def route(
     )
     block_experts = max(MIN_COLUMNS, triton.next_power_of_2(global_experts))
     into = routing.gather, routing.scatter, routing.weights, routing.count, starts, routing.schedule
-    sizes_of: Any = {"TOPK": topk, "BLOCK_EXPERTS": block_experts, "SMALLEST": smallest, "SIZES": sizes}
+    slots = triton.next_power_of_2(topk)
+    constants: Any = {"TOPK": topk, "SLOTS": slots, "SMALLEST": smallest, "SIZES": sizes}
+    constants |= {"BLOCK_EXPERTS": block_experts}
     strides = router_logits.stride(0), starts.stride(0), routing.schedule.stride(0)
     if tokens <= FEW and topk > 1 and router_logits.dtype == torch.bfloat16:
-        block_tokens = max(MIN_PAIRS // topk, triton.next_power_of_2(tokens))
+        block_tokens = max(MIN_PAIRS // slots, triton.next_power_of_2(tokens))
         kernels.few[(1,)](
             router_logits, order, *into, tokens, global_experts, experts, *strides,
             BLOCK_TOKENS=block_tokens, BLOCK_TILES=triton.next_power_of_2(strides[2]),
-            **sizes_of, **launch_options(min(MAX_WARPS, block_tokens), overlaps),
+            **constants, **launch_options(min(MAX_WARPS, block_tokens), overlaps),
         )  # fmt: skip
         return routing
     blocks = triton.cdiv(tokens, BLOCK_TOKENS)
@@ -143,9 +165,59 @@ def route(
         )  # fmt: skip
     kernels.place[(blocks,)](
         router_logits, order, counts, *into, tokens, global_experts, experts, blocks, groups, members,
-        *strides, BLOCK_COUNTS=BLOCK_COUNTS, BLOCK_SCHEDULE=BLOCK_SCHEDULE, **sizes_of, **options,
+        *strides, BLOCK_COUNTS=BLOCK_COUNTS, BLOCK_SCHEDULE=BLOCK_SCHEDULE, **constants, **options,
     )  # fmt: skip
     return routing
+
+
+def route_in_torch(
+    router_logits: torch.Tensor,
+    topk: int,
+    experts: int,
+    order: torch.Tensor | None,
+    sizes: int,
+    *,
+    smallest: int = 16,
+) -> Routing:
+    """What `route` gives, in torch: its twin, to read and to compare with."""
+    ids, weights = reference.route(router_logits, topk)
+    # A column is an expert in `order`: this rank's come first, in their own numbers.
+    columns = ids if order is None else order.argsort()[ids]
+    columns, slots = columns.clamp(max=experts).sort(dim=1, stable=True)
+    column, pair = columns.flatten().sort(stable=True)
+    count = column.bincount(minlength=experts + 1)[:experts]
+    rows = int(count.sum())
+    gather, scatter = torch.full_like(pair, -1), torch.full_like(pair, -1)
+    gather[:rows] = pair[:rows]
+    scatter[pair[:rows]] = torch.arange(rows, device=pair.device)
+    block_start, schedule = [], []
+    for size in range(sizes):
+        tiles = -(-count // (smallest << size))
+        first = _sums(tiles)
+        expert = torch.arange(experts, device=tiles.device).repeat_interleave(tiles)
+        entries = torch.full((most_tiles(len(pair), experts, smallest),), -1, device=tiles.device)
+        entries[: len(expert)] = torch.arange(len(expert), device=tiles.device) - first[expert] << 16 | expert
+        block_start.append(first)
+        schedule.append(entries)
+    return Routing(
+        gather=gather.int(),
+        scatter=scatter.int(),
+        weights=weights.gather(1, slots).flatten()[pair],
+        count=count.int(),
+        start=_sums(count).int(),
+        block_start=torch.stack(block_start).int(),
+        schedule=torch.stack(schedule).int(),
+    )
+
+
+def _sums(count: torch.Tensor) -> torch.Tensor:
+    """The sum of those before each, and of all."""
+    return torch.nn.functional.pad(count.cumsum(0), (1, 0))
+
+
+def most_tiles(pairs: int, experts: int, smallest: int) -> int:
+    """How many tiles of the smallest size there can be: an expert's last may have a single row."""
+    return pairs if pairs <= experts else experts + (pairs - experts) // smallest
 
 
 def aligned(count: int) -> int:

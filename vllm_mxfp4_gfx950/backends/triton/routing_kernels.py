@@ -24,40 +24,25 @@ def await_previous(OVERLAP: tl.constexpr):
 def few(
     Logits, Order, Gather, Scatter, Weights, Count, Starts, Schedule,
     tokens, experts, local, stride, stride_starts, stride_schedule,
-    TOPK: tl.constexpr, SMALLEST: tl.constexpr, SIZES: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    BLOCK_EXPERTS: tl.constexpr, BLOCK_TILES: tl.constexpr, OVERLAP: tl.constexpr,
+    TOPK: tl.constexpr, SLOTS: tl.constexpr, SMALLEST: tl.constexpr, SIZES: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_TILES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Place all choices of a few tokens, by one workgroup: each is compared with each."""
     await_previous(OVERLAP)
     column = tl.arange(0, BLOCK_EXPERTS)
     token = tl.arange(0, BLOCK_TOKENS)
     key = _keys(Logits, Order, token, tokens, experts, stride, BLOCK_EXPERTS)
-    best = _logit(tl.max(key, 1))
-    total = tl.zeros_like(best)
-    slot = tl.arange(0, TOPK)[None, :]
-    chosen = tl.zeros((BLOCK_TOKENS, TOPK), tl.int32)
-    weight = tl.zeros((BLOCK_TOKENS, TOPK), tl.float32)
-    for each in tl.static_range(TOPK):
-        most = tl.max(key, 1)
-        taken = key == most[:, None]
-        key = tl.where(taken, _lowest(key), key)
-        part = tl.exp(_logit(most) - best)
-        total += part
-        at = tl.sum(tl.where(taken, column[None, :], 0), 1)
-        # Choices of other ranks' experts come behind, then those of no token; no two of a token are equal.
-        at = tl.where(at < local, at, BLOCK_EXPERTS + each)
-        at = tl.where(token < tokens, at, BLOCK_EXPERTS + TOPK + each)
-        chosen = tl.where(slot == each, at[:, None], chosen)
-        weight = tl.where(slot == each, part[:, None], weight)
-    weight = weight / total[:, None]
+    chosen, weight = _choose(key, token, tokens, local, TOPK, SLOTS, BLOCK_EXPERTS)
     before = (chosen[:, None, :] < chosen[:, :, None]).to(tl.int32)
-    P: tl.constexpr = BLOCK_TOKENS * TOPK
+    P: tl.constexpr = BLOCK_TOKENS * SLOTS
     pair = (token[:, None] * TOPK + tl.sum(before, 2)).reshape(P)
     chosen = chosen.reshape(P)
     rank = chosen * P + pair
     row = tl.sum((rank[None, :] < rank[:, None]).to(tl.int32), 1)
     present = chosen < BLOCK_EXPERTS
     there = pair < tokens * TOPK
+    if SLOTS > TOPK:
+        there = there & (chosen < BLOCK_EXPERTS + 2 * TOPK)
     tl.store(Gather + row, tl.where(present, pair, -1), mask=there)
     tl.store(Scatter + pair, tl.where(present, row, -1), mask=there)
     tl.store(Weights + row, weight.reshape(P).to(Weights.dtype.element_ty), mask=present)
@@ -106,9 +91,9 @@ def count(
 def place(
     Logits, Order, Counts, Gather, Scatter, Weights, Count, Starts, Schedule,
     tokens, experts, local, blocks, groups, members, stride, stride_starts, stride_schedule,
-    TOPK: tl.constexpr, SMALLEST: tl.constexpr, SIZES: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    BLOCK_EXPERTS: tl.constexpr, BLOCK_COUNTS: tl.constexpr, BLOCK_SCHEDULE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    TOPK: tl.constexpr, SLOTS: tl.constexpr, SMALLEST: tl.constexpr, SIZES: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_COUNTS: tl.constexpr,
+    BLOCK_SCHEDULE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Place a block's choices among all, and write the block's share of the schedules."""
     await_previous(OVERLAP)
@@ -147,10 +132,11 @@ def place(
     tl.store(Scatter + pair, row, mask=taken)
     tl.store(Weights + row, weight.to(Weights.dtype.element_ty), mask=taken)
     if Order is not None:
-        slot = tl.arange(0, TOPK)[None, :]
-        absent = (slot >= tl.sum(present, 1)[:, None]) & (token < tokens)[:, None]
+        slot = tl.arange(0, SLOTS)[None, :]
+        absent = (slot >= tl.sum(present, 1)[:, None]) & (slot < TOPK) & (token < tokens)[:, None]
         tl.store(Scatter + (token * TOPK)[:, None] + slot, -1, mask=absent)
-        empty = this * BLOCK_TOKENS * TOPK + tl.arange(0, BLOCK_TOKENS * TOPK)
+        # Where there are more slots than choices, the next block writes some of these, too.
+        empty = this * BLOCK_TOKENS * TOPK + tl.arange(0, BLOCK_TOKENS * SLOTS)
         tl.store(Gather + empty, -1, mask=(empty >= rows) & (empty < tokens * TOPK))
 
     if this == 0:
@@ -209,9 +195,10 @@ def _keys(Logits, Order, token, tokens, experts, stride, BLOCK_EXPERTS: tl.const
     if Order is not None:
         expert = tl.load(Order + column, mask=column < experts, other=0)
     there = (token < tokens)[:, None] & (column < experts)[None, :]
-    # Adding zero makes -0.0 the 0.0 that it is equal to.
     at = Logits + token[:, None] * stride + expert[None, :]
-    bits = (tl.load(at, mask=there, other=0.0).to(tl.float32) + 0.0).to(tl.int32, bitcast=True)
+    # Adding zero makes -0.0 the 0.0 that it is equal to. All NaN are equal, too, and above all others.
+    logit = tl.load(at, mask=there, other=0.0).to(tl.float32) + 0.0
+    bits = tl.where(logit <= float("inf"), logit, float("nan")).to(tl.int32, bitcast=True)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     rank = (BLOCK_EXPERTS - expert)[None, :]
     if Logits.dtype.element_ty == tl.float32:
@@ -237,6 +224,37 @@ def _logit(key):
     else:
         bits = (key ^ ((key >> 31) & 0x7FFFFFFF)) & -65536
     return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _choose(
+    key, token, tokens, local, TOPK: tl.constexpr, SLOTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr
+):  # fmt: skip
+    """Each token's columns in its slots, the best first, and their weights; [tokens, SLOTS].
+
+    Where a slot has none of this rank, it has a number behind all columns.
+    """
+    best = _logit(tl.max(key, 1))
+    total = tl.zeros_like(best)
+    slot = tl.arange(0, SLOTS)[None, :]
+    chosen = tl.zeros((token.shape[0], SLOTS), tl.int32)
+    weight = tl.zeros((token.shape[0], SLOTS), tl.float32)
+    column = tl.arange(0, BLOCK_EXPERTS)
+    for each in tl.static_range(TOPK):
+        most = tl.max(key, 1)
+        taken = key == most[:, None]
+        key = tl.where(taken, _lowest(key), key)
+        part = tl.exp(_logit(most) - best)
+        total += part
+        at = tl.sum(tl.where(taken, column[None, :], 0), 1)
+        # Choices of other ranks' experts come behind, then those of no token; no two of a token are equal.
+        at = tl.where(at < local, at, BLOCK_EXPERTS + each)
+        at = tl.where(token < tokens, at, BLOCK_EXPERTS + TOPK + each)
+        chosen = tl.where(slot == each, at[:, None], chosen)
+        weight = tl.where(slot == each, part[:, None], weight)
+    if SLOTS > TOPK:
+        chosen = tl.where(slot < TOPK, chosen, BLOCK_EXPERTS + 2 * TOPK)
+    return chosen, weight / total[:, None]
 
 
 @triton.jit
