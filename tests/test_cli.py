@@ -153,6 +153,17 @@ def test_wrong_value(arguments: list[str], text: str, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.strip().endswith(text)
 
 
+def test_a_package_is_missing(tmp_path: Path) -> None:
+    """Told in a line, before the command's own options."""
+    for name in ("torch", "triton"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no', name='{name}')")
+    process = run_python(["-m", "vllm_mxfp4_gfx950.cli", "compile", "--help"], [tmp_path])
+    assert process.returncode == 2
+    text = "torch must be installed; got nothing. Run where vLLM's build for this GPU is.\n"
+    assert process.stderr.endswith(f"vllm-mxfp4 compile: {text}")
+    assert run_python(["-m", "vllm_mxfp4_gfx950.cli", "doctor", "--help"], [tmp_path]).returncode == 0
+
+
 def test_installed_script_is_this_one() -> None:
     """What the package's metadata calls `vllm-mxfp4`."""
     lines = (ROOT / "entry_points.cfg").read_text().splitlines()

@@ -18,10 +18,11 @@ from run_python import ROOT, run_python
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import TinyGptOss
 
-from vllm_mxfp4_gfx950 import cli, tuning
+from vllm_mxfp4_gfx950 import cli, tiles
 from vllm_mxfp4_gfx950.backends.triton import package
 from vllm_mxfp4_gfx950.commands.doctor import MASKS, check_backends, check_dependencies, check_plugin
 from vllm_mxfp4_gfx950.models import GPT_OSS, layer_shape
+from vllm_mxfp4_gfx950.tables import store
 
 VLLM = ROOT / ".venv/packages/vllm-0.33.0"
 IMPOSTOR = "so it is not OpenAI's (the triton-kernels on PyPI is an unrelated package"
@@ -459,11 +460,11 @@ def test_tables(tmp_path: Path) -> None:
     """Whose tiles serve; and a corrupt table is at fault, not the backends."""
     path, tables = write(tmp_path / "site", ours()), tmp_path / "tables"
     tables.mkdir()
-    gemms = tuning.gemms(layer_shape("gpt-oss-20b"))
-    tile = tuning.Ladder((64,), (tuning.TileConfig(16, 64, 256, 1, 4, 1, 0),))
+    gemms = tiles.gemms(layer_shape("gpt-oss-20b"))
+    tile = tiles.Ladder((64,), (tiles.TileConfig(16, 64, 256, 1, 4, 1, 0),))
     release = importlib.import_module("triton").__version__
-    rows = [row for gemm in gemms for row in tuning.encode("matmul_ogs", release, gemm, tile)]
-    tuning.write(tables / "gfx950.json", "gfx950", {}, rows)
+    rows = [row for gemm in gemms for row in tiles.encode("matmul_ogs", release, gemm, tile)]
+    store.write(tables / "gfx950.json", "gfx950", {}, rows)
     exit_code, checks = doctor(path, VLLM, arch="gfx950", VLLM_MXFP4_TABLES=str(tables))
     assert exit_code == 0
     assert checks["tables"]["found"] == f"2 matmuls in {tables / 'gfx950.json'}"

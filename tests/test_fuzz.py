@@ -29,7 +29,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import TinyGptOss
 
-from vllm_mxfp4_gfx950 import tuning
 from vllm_mxfp4_gfx950.models import GPT_OSS, layer_shape
 from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.settings import (
@@ -42,6 +41,8 @@ from vllm_mxfp4_gfx950.settings import (
     Settings,
     from_environment,
 )
+from vllm_mxfp4_gfx950.tables import store
+from vllm_mxfp4_gfx950.tiles import parse
 
 TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
 """So many times the examples of `make test`, and then random ones."""
@@ -52,9 +53,9 @@ IN_VLLM = 15 if TIMES == 1 else 60
 """Examples that load a model through vLLM: a tenth of a second each."""
 
 TABLES = {
-    arch: json.loads((ROOT / f"vllm_mxfp4_gfx950/tables/{arch}.json").read_text())
-    for arch in ("gfx950", "sm90")
+    arch: store.read(ROOT / f"vllm_mxfp4_gfx950/tables/{arch}.json", arch) for arch in ("gfx950", "sm90")
 }
+FORM = json.loads((ROOT / "vllm_mxfp4_gfx950/tables/sm90.json").read_text())
 OWN_ROWS = [row for row in TABLES["sm90"]["rows"] if row[0] == "own" and row[5] == 32 and row[7] <= 2]
 HOPPER_ROW = ["matmul_ogs", "3.6", "w13", 2880, 5760, 32, 32, 64, 16, 256, 128, 1, 8, 4, 0]
 ROWS = {"gfx950": [*TABLES["gfx950"]["rows"][:3], *OWN_ROWS], "sm90": [*OWN_ROWS, HOPPER_ROW]}
@@ -107,10 +108,14 @@ JSON = st.recursive(
 
 def spoiled_table(arch: str, cells: list[tuple[int, int, Any]], changed: dict[str, Any]) -> bytes:
     """Some rows of ours with other values in some places."""
-    rows = [list(row) for row in ROWS[arch]]
+    rows = [[*row[: store.TILE], number] for number, row in enumerate(ROWS[arch])]
+    tiles = [list(row[store.TILE :]) for row in ROWS[arch]]
     for row, column, value in cells:
-        rows[row % len(rows)][column] = value
-    return json.dumps(TABLES[arch] | {"rows": rows} | changed).encode()
+        if column <= store.TILE:
+            rows[row % len(rows)][column] = value
+        else:
+            tiles[row % len(rows)][column - store.TILE - 1] = value
+    return json.dumps(FORM | {"arch": arch, "rows": rows, "tiles": tiles} | changed).encode()
 
 
 # --- what is read without vLLM ----------------------------------------------------------------------
@@ -166,7 +171,7 @@ def test_config_of_a_command(file: Path, content: bytes, tp: int, expert_paralle
         assert isinstance(layer_shape(str(file), tp, tp if expert_parallel else 1), MoeShape)
 
 
-CELLS = st.tuples(st.integers(0, 9), st.integers(0, len(HOPPER_ROW) - 1), SCALARS | st.integers(-1, 600))
+CELLS = st.tuples(st.integers(0, 9), st.integers(0, len(HOPPER_ROW)), SCALARS | st.integers(-1, 600))
 
 
 @fuzz(
@@ -174,7 +179,7 @@ CELLS = st.tuples(st.integers(0, 9), st.integers(0, len(HOPPER_ROW) - 1), SCALAR
     arch=st.sampled_from(sorted(TABLES)),
     content=st.binary(max_size=99) | JSON.map(lambda value: json.dumps(value).encode()) | st.none(),
     cells=st.lists(CELLS, max_size=3),
-    changed=st.dictionaries(st.sampled_from([*TABLES["sm90"], "measured", "x"]), JSON, max_size=1),
+    changed=st.dictionaries(st.sampled_from([*FORM, "measured", "x"]), JSON, max_size=1),
 )
 def test_table(
     file: Path, arch: str, content: bytes | None, cells: list[tuple[int, int, Any]], changed: dict[str, Any]
@@ -182,7 +187,7 @@ def test_table(
     """A user's table: whatever it says, every number of tokens gets a tile that the kernels can take."""
     file.write_bytes(spoiled_table(arch, cells, changed) if content is None else content)
     with served_or_refused():
-        for (kernels, _, gemm), rungs in tuning.parse(tuning.read(file, arch)["rows"]).items():
+        for (kernels, _, gemm), rungs in parse(store.read(file, arch)["rows"]).items():
             for tokens in (1, 64, 65, 2**20):
                 tile = rungs.at(tokens)
                 for value in dataclasses.astuple(tile)[:3]:

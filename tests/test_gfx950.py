@@ -15,6 +15,7 @@ from run_python import ROOT, run_python
 from vllm_mxfp4_gfx950.gfx950.driver import Launch, presented
 from vllm_mxfp4_gfx950.gfx950.layer import CompiledMatmul
 from vllm_mxfp4_gfx950.gfx950.report import read
+from vllm_mxfp4_gfx950.tables import store
 
 pytestmark = pytest.mark.compile
 
@@ -99,7 +100,7 @@ def test_the_tile_that_users_report(paths: dict[str, list[Path]]) -> None:
     code = (
         "from vllm_mxfp4_gfx950.gfx950.layer import CompiledLayer\n"
         "from vllm_mxfp4_gfx950.models import layer_shape\n"
-        "from vllm_mxfp4_gfx950.tuning import TileConfig\n"
+        "from vllm_mxfp4_gfx950.tiles import TileConfig\n"
         "layer = CompiledLayer(layer_shape('gpt-oss-20b'))\n"
         "print(*(m.error for m in layer.tried(64, TileConfig(256, 256, 256, 1, 8, 2, 0))), sep='\\n')\n"
     )
@@ -120,13 +121,13 @@ def test_a_bad_row_is_found(compile_layer: Compile, tmp_path: Path, tile: list[i
     """The command fails on a table that was edited by hand."""
     shutil.copytree(ROOT / "vllm_mxfp4_gfx950", tmp_path / "vllm_mxfp4_gfx950")
     file = tmp_path / "vllm_mxfp4_gfx950/tables/gfx950.json"
-    table = json.loads(file.read_text())
+    table = store.read(file, "gfx950")
     key = ["matmul_ogs", "3.6", "w2", 2880, 2880, 32, 32]
     edited = [row for row in table["rows"] if row[:7] == key]
     assert edited
     for row in edited:
         row[8:] = tile
-    file.write_text(json.dumps(table))
+    store.write(file, "gfx950", table["provenance"], table["rows"])
     result = compile_layer("matmul_ogs", "--tokens", "64", ours=tmp_path)
     w13, w2 = facts(result)["ours"]
     assert result.returncode == 1
@@ -194,7 +195,7 @@ def test_a_tile_reaches_the_kernel(paths: dict[str, list[Path]]) -> None:
     code = (
         "from vllm_mxfp4_gfx950.gfx950.layer import CompiledLayer\n"
         "from vllm_mxfp4_gfx950.models import layer_shape\n"
-        "from vllm_mxfp4_gfx950.tuning import TileConfig\n"
+        "from vllm_mxfp4_gfx950.tiles import TileConfig\n"
         "layer = CompiledLayer(layer_shape('gpt-oss-20b'))\n"
         "for rest in ((4, 1, 0), (8, 1, 0), (4, 2, 0), (4, 1, 2)):\n"
         "    report = layer.tried(64, TileConfig(16, 128, 256, 1, *rest))[1].report\n"

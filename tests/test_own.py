@@ -14,11 +14,13 @@ from run_python import ROOT, SUPPORT, run_python
 from test_triton_routing import launches
 from test_verification import EVERY, IN_CI, TRITONS, ids, paths_of
 
-from vllm_mxfp4_gfx950 import tuning
 from vllm_mxfp4_gfx950.backends.triton import own
 from vllm_mxfp4_gfx950.backends.triton.package import Weight
 from vllm_mxfp4_gfx950.gfx950.verification import MAX_FROBENIUS
 from vllm_mxfp4_gfx950.models import TOKENS
+from vllm_mxfp4_gfx950.moe import MoeShape
+from vllm_mxfp4_gfx950.tables import ladder, store
+from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig, encode, gemms, parse
 
 Tile = tuple[int, int, int, int, int, int, int]
 PLAIN: Tile = (16, 64, 256, 1, 4, 1, 0)
@@ -113,13 +115,12 @@ def test_table() -> None:
 
     Ours have the same rows to a tile in both, and serve up to where matmul_ogs was as fast.
     """
-    table = json.loads((ROOT / "vllm_mxfp4_gfx950/tables/sm90.json").read_text())
-    assert table["columns"] == tuning.columns()
+    table = store.read(ROOT / "vllm_mxfp4_gfx950/tables/sm90.json", "sm90")
     kinds = ("matmul_ogs", "own")
     assert [name.split() for name in sorted(table["provenance"])] == [[kind, "3.6"] for kind in kinds]
     for provenance in table["provenance"].values():
         assert "timed on one NVIDIA H200" in provenance["evidence"]
-    found = tuning.parse(table["rows"])
+    found = parse(table["rows"])
     assert {(kernels, gemm.name, gemm.experts) for kernels, _, gemm in found} == {
         (kind, name, experts) for kind in kinds for name in ("w13", "w2") for experts in (32, 128)
     }
@@ -142,11 +143,11 @@ def test_table() -> None:
 
 def test_no_tiles_no_own() -> None:
     """gfx950's table has none for these kernels: there matmul_ogs serves every batch."""
-    for gemm in tuning.gemms(tuning.MoeShape(32, 32, 4, 2880, 2880, 1.702, 7.0)):
-        assert tuning.ladder("gfx950", "own", "3.6.0", gemm) is None
-        assert tuning.ladder("sm90", "own", "3.6.0", gemm) is not None
-        assert tuning.ladder("sm90", "matmul_ogs", "3.6.0", gemm) is not None
-        assert tuning.ladder("sm90", "matmul_ogs", "3.8.0", gemm) is None
+    for gemm in gemms(MoeShape(32, 32, 4, 2880, 2880, 1.702, 7.0)):
+        assert ladder("gfx950", "own", "3.6.0", gemm) is None
+        assert ladder("sm90", "own", "3.6.0", gemm) is not None
+        assert ladder("sm90", "matmul_ogs", "3.6.0", gemm) is not None
+        assert ladder("sm90", "matmul_ogs", "3.8.0", gemm) is None
 
 
 @pytest.mark.compile
@@ -158,7 +159,7 @@ def test_tiles_of_the_table() -> None:
     triton = TRITONS / "3.6.0"
     if not triton.is_dir():
         pytest.skip("needs .venv/triton/3.6.0: make .venv/triton/3.6.0")
-    table = json.loads((ROOT / "vllm_mxfp4_gfx950/tables/sm90.json").read_text())
+    table = store.read(ROOT / "vllm_mxfp4_gfx950/tables/sm90.json", "sm90")
     tiles = sorted({(tuple(row[8:]), row[2] == "w13") for row in table["rows"] if row[0] == "own"})
     result = run_python(
         [str(SUPPORT / "compile_own.py")], path=[triton], stdin=json.dumps(tiles), timeout=300
@@ -184,7 +185,7 @@ def test_other_tritons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton: 
     class HopperMXScaleLayout:
         num_warps = own.HOPPER_WARPS
 
-    shape = tuning.MoeShape(32, 32, 4, 2880, 2880, 1.702, 7.0)
+    shape = MoeShape(32, 32, 4, 2880, 2880, 1.702, 7.0)
 
     def own_for(arch: str, largest: int, tables: Path | None = None) -> own.Own | None:
         scales = torch.tensor([3, largest], dtype=torch.uint8)
@@ -200,12 +201,12 @@ def test_other_tritons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton: 
     assert own_for("gfx950", 124) is None
     assert own_for("sm90", own.MAX_SCALE + 1) is None
     # A user's table: for up to so many tokens, with the Triton that it was timed with; or for none.
-    tile = tuning.TileConfig(8, 64, 256, 1, 4, 3, 6)
+    tile = TileConfig(8, 64, 256, 1, 4, 3, 6)
     for bound in (16, 0):
-        rungs = tuning.Ladder((bound,), (tile,))
-        rows = [row for gemm in tuning.gemms(shape) for row in tuning.encode("own", "3.8", gemm, rungs)]
+        rungs = Ladder((bound,), (tile,))
+        rows = [row for gemm in gemms(shape) for row in encode("own", "3.8", gemm, rungs)]
         (tmp_path / str(bound)).mkdir()
-        tuning.write(tmp_path / str(bound) / "sm90.json", "sm90", {}, rows)
+        store.write(tmp_path / str(bound) / "sm90.json", "sm90", {}, rows)
     found = own_for("sm90", 124, tmp_path / "16")
     assert (found and found.tiles[0].bounds) == {
         "3.6.0": (1, 2, 4, 8, 16, 32, 64, 128, 256),

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from vllm_mxfp4_gfx950 import backends, self_check
+from vllm_mxfp4_gfx950.arch import GFX950
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.mxfp4 import dequantize
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_weights
 from vllm_mxfp4_gfx950.settings import Settings
-from vllm_mxfp4_gfx950.tuning import Ladder
+from vllm_mxfp4_gfx950.tiles import Ladder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,7 +104,8 @@ def choose_from(monkeypatch: pytest.MonkeyPatch, *some: Any) -> backends.Selecti
         for each in some
     }
     monkeypatch.setattr(backends, "FAMILIES", families)
-    monkeypatch.setattr(backends, "ORDER", {"gfx950": tuple(families)})
+    gfx950 = dataclasses.replace(GFX950, families=tuple(families))
+    monkeypatch.setattr(backends, "arch_named", {"gfx950": gfx950}.__getitem__)
     return backends.select(SHAPE, "gfx950", Settings())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from interpreter import BROKEN, LAYERS, RANKS, TILED, UNPADDED, Case, check_layout, outcomes
 
+from vllm_mxfp4_gfx950.arch import CDNA4_SCALES
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.backends.triton import package as triton_package
 from vllm_mxfp4_gfx950.random_layer import make_shape
@@ -96,7 +97,7 @@ def test_why_not_is_the_package_s_reason(monkeypatch: pytest.MonkeyPatch) -> Non
     assert why_not(SHAPE, "gfx950") == "no matmul_ogs"
 
 
-@pytest.mark.parametrize("name", triton_package.CDNA4_SCALE_LAYOUTS)
+@pytest.mark.parametrize("name", CDNA4_SCALES)
 def test_why_not_without_the_scale_layout(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Refused by name on gfx950 only; either name will do."""
     monkeypatch.setattr(triton_package, "why_not", lambda entry, needs: None)

@@ -1,5 +1,6 @@
 """Telling triton_kernels' generations and impostors apart, on directories as pip leaves them."""
 
+import ast
 import importlib
 import sys
 from collections.abc import Callable, Iterator
@@ -190,3 +191,17 @@ def test_arch_of_target(backend: str, arch: object, name: str, monkeypatch: pyte
     triton = SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active)))
     monkeypatch.setitem(sys.modules, "triton", triton)  # type: ignore[arg-type]
     assert triton_package.arch_of_target() == name
+
+
+@pytest.mark.parametrize("kernels", triton_package.NEEDS)
+def test_needs_are_what_our_file_imports(kernels: str) -> None:
+    """Each name that is looked up before the file is loaded, and no other."""
+    tree = ast.parse((Path(triton_package.__file__).parent / f"{kernels}.py").read_text())
+    found: dict[str, set[str]] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("triton_kernels."):
+            found[str(node.module).removeprefix("triton_kernels.")] = {alias.name for alias in node.names}
+    found.pop("matmul_ogs_details", None)  # It takes a whole module of that one.
+    needs = {name: set(some) for name, some in triton_package.NEEDS[kernels].items()}
+    needs.pop("matmul_ogs_details.opt_flags", None)
+    assert found == needs

@@ -10,7 +10,8 @@ import pytest
 from run_python import ROOT, run_python
 from test_verification import paths_of
 
-from vllm_mxfp4_gfx950.tuning import Gemm, Ladder, TileConfig, encode, write
+from vllm_mxfp4_gfx950.tables.store import write
+from vllm_mxfp4_gfx950.tiles import Gemm, Ladder, TileConfig, encode
 
 pytestmark = pytest.mark.compile
 

@@ -37,7 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary)
         if name in arguments[:1]:
-            command = importlib.import_module(f"vllm_mxfp4_gfx950.commands.{name}")
+            try:
+                command = importlib.import_module(f"vllm_mxfp4_gfx950.commands.{name}")
+            except ModuleNotFoundError as error:
+                fix = "Run where vLLM's build for this GPU is"
+                missing = Mxfp4Error(str(error.name), "installed", "nothing", fix)
+                print(f"vllm-mxfp4 {name}: {missing}", file=sys.stderr)
+                return 2
             command.add_arguments(subparser)
     args = parser.parse_args(arguments)
     try:

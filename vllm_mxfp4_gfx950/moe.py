@@ -152,6 +152,15 @@ def tensor_shapes(
     }
 
 
+def first_experts(shape: MoeShape) -> torch.Tensor | None:
+    """The expert_map of the rank that holds the model's first experts; None when it holds all."""
+    if shape.experts == shape.global_experts:
+        return None
+    expert_map = torch.arange(shape.global_experts, dtype=torch.int32)
+    expert_map[shape.experts :] = -1
+    return expert_map
+
+
 def pad_intermediate(weights: MoeWeights, multiple: int) -> MoeWeights:
     """Widen the intermediate size with zeros, which add nothing to the layer's output.
 

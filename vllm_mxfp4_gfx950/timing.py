@@ -1,7 +1,8 @@
-"""How long a call takes on this device."""
+"""How long a call takes on this device, and how far a long work has come."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -62,3 +63,10 @@ class Calls:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
+
+
+def progress(done: int, total: int) -> None:
+    """A bar on a terminal; nothing elsewhere."""
+    if sys.stderr.isatty():
+        bar = "#" * (40 * done // total)
+        print(f"\r[{bar:40}] {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ from triton_kernels.matmul_ogs_details.opt_flags import make_opt_flags
 from vllm_mxfp4_gfx950.backends.triton.matmul_ogs import MatmulOgs
 from vllm_mxfp4_gfx950.gfx950 import driver
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
-from vllm_mxfp4_gfx950.tuning import TileConfig
+from vllm_mxfp4_gfx950.tiles import TileConfig
 
 SHARED_BYTES = 232448
 """What a workgroup of an H200 may have."""

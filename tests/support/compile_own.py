@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_mxfp4_gfx950.backends.triton import own, own_kernels, routing_kernels
-from vllm_mxfp4_gfx950.tuning import TileConfig
+from vllm_mxfp4_gfx950.tiles import TileConfig
 
 POINTERS = {
     "X": "bf16", "W": "i32", "S": "u8", "B": "fp32", "Weights": "bf16", "Logits": "bf16",

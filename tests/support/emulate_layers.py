@@ -8,7 +8,7 @@ from typing import Any
 from vllm_mxfp4_gfx950.gfx950.verification import EmulatedLayer
 from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights
-from vllm_mxfp4_gfx950.tuning import TileConfig
+from vllm_mxfp4_gfx950.tiles import TileConfig
 
 
 def check(case: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
 from vllm_mxfp4_gfx950.gfx950.report import read
 from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights
+from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig
 from vllm_mxfp4_gfx950.tolerance import compare
-from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig
 
 
 def check(case: dict[str, Any]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
         scales.copy_(scales.roll(256, dims=2))
     tiles = tuple(Ladder((10**6,), (TileConfig(*tile),)) for tile in case["tiles"])
     # Of either generation, though they stand in front of one of them only.
-    layer = own.make(shape, prepared.w13, prepared.w2, prepared.order, tiles)
+    layer = own.make(ARCH, shape, prepared.w13, prepared.w2, prepared.order, tiles)
     with presented(launch):
         out = layer.run(x, logits)
     reports = [read(one) for one in launches]

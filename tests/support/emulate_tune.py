@@ -15,13 +15,16 @@ from typing import Any
 import torch
 import triton
 
+from vllm_mxfp4_gfx950.arch import ARCHES
 from vllm_mxfp4_gfx950.backends import reference
-from vllm_mxfp4_gfx950.commands import tune
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH, Launch, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens
+from vllm_mxfp4_gfx950.tables import store
+from vllm_mxfp4_gfx950.tiles import TileConfig
 from vllm_mxfp4_gfx950.tolerance import compare
-from vllm_mxfp4_gfx950.tuning import TileConfig
+from vllm_mxfp4_gfx950.tuning import record
+from vllm_mxfp4_gfx950.tuning import search as tune
 
 SHAPE = make_shape(4, 2, 256, 96)
 TOKENS = (1, 3)
@@ -70,7 +73,7 @@ class Spoilt(tune.Layers):
 
 def tuned(layers: tune.Layers, directory: Path, tokens: tuple[int, ...]) -> tuple[list[str], dict[str, Any]]:
     """Bring a table up to date; its lines and its content."""
-    table = tune.Table(
+    table = record.Table(
         directory / f"{ARCH}.json",
         ARCH,
         SHAPE,
@@ -80,13 +83,13 @@ def tuned(layers: tune.Layers, directory: Path, tokens: tuple[int, ...]) -> tupl
         "this",
     )
     lines = [tune.tune(Counted(layers, n), table) for n in tokens if not table.has(n)]
-    return lines, json.loads(table.file.read_text())
+    return lines, store.read(table.file, ARCH)
 
 
 def main(directory: Path) -> dict[str, Any]:
     """Tune, interrupted once; serve from what was written; and tune where the best tile is wrong."""
-    tune.TOKENS = TOKENS
-    tune.candidates = lambda arch, kernels: TILES[kernels]
+    record.TOKENS = TOKENS
+    tune.ARCHES = {ARCH: dataclasses.replace(ARCHES[ARCH], candidates=TILES)}
     found: dict[str, Any] = {}
     with presented(execute):
         layers = tune.Layers(SHAPE, ARCH, "cpu", copies=1)

@@ -6,7 +6,6 @@ One process can hold one triton_kernels, so each backend runs its cases in a pro
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -23,10 +22,11 @@ from vllm_mxfp4_gfx950 import backends
 from vllm_mxfp4_gfx950.backends.triton import package as triton_package
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
-from vllm_mxfp4_gfx950.tuning import TileConfig, parse
+from vllm_mxfp4_gfx950.tables import store
+from vllm_mxfp4_gfx950.tiles import TileConfig, parse
 
 ROOT = Path(__file__).parents[2]
-TABLE = ROOT / "vllm_mxfp4_gfx950/tables/gfx950.json"
+TABLE = store.read(ROOT / "vllm_mxfp4_gfx950/tables/gfx950.json", "gfx950")
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,7 @@ RANKS = [
     *ranks_of(2, "linear", experts=8, topk=6, tokens=5),
 ]
 TABLE_TILES = sorted(
-    {
-        (tile.block_m, tile.block_n)
-        for rungs in parse(json.loads(TABLE.read_text())["rows"]).values()
-        for tile in rungs.rungs
-    }
+    {(tile.block_m, tile.block_n) for rungs in parse(TABLE["rows"]).values() for tile in rungs.rungs}
 )
 TILED = [Case(4, 2, 288, 160, 37, tile=tile) for tile in TABLE_TILES]
 """Every tile of gfx950's table computes, with tails along K and N."""

@@ -29,8 +29,8 @@ from vllm_mxfp4_gfx950.gfx950.layer import MATMULS
 from vllm_mxfp4_gfx950.gfx950.verification import EmulatedLayer
 from vllm_mxfp4_gfx950.moe import MoeWeights
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
+from vllm_mxfp4_gfx950.tiles import TileConfig
 from vllm_mxfp4_gfx950.tolerance import compare
-from vllm_mxfp4_gfx950.tuning import TileConfig
 
 TILES = {
     "matmul_ogs": (TileConfig(16, 128, 256, 1, 4, 2, 0), TileConfig(16, 64, 256, 1, 2, 2, 0)),

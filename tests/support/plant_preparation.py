@@ -26,7 +26,7 @@ from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.settings import Settings
-from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig
+from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig
 
 BATCHES = self_check.TOKENS[:2]
 """What an emulator has time for: one token, and a few for each expert."""

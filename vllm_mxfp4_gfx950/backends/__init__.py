@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import torch
 
-from vllm_mxfp4_gfx950 import tuning
+from vllm_mxfp4_gfx950.arch import ARCHES, arch_named
 from vllm_mxfp4_gfx950.backends import ck, reference
 from vllm_mxfp4_gfx950.backends.triton import package
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.settings import BACKEND_VAR, STRICT_VAR, Settings
-from vllm_mxfp4_gfx950.tuning import TileConfig
+from vllm_mxfp4_gfx950.tables import users
+from vllm_mxfp4_gfx950.tiles import TileConfig
 
 if TYPE_CHECKING:
     from vllm_mxfp4_gfx950.backends.triton.routing import Routing
@@ -113,14 +114,6 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
 }
 """The backends behind each value of VLLM_MXFP4_BACKEND."""
 
-ORDER: dict[str, tuple[str, ...]] = {
-    "gfx950": ("triton", "ck"),
-    "gfx942": ("triton",),
-    "sm90": ("triton",),
-    "cpu": ("reference",),
-}
-"""What "auto" tries on each arch, best first."""
-
 
 @dataclass(frozen=True)
 class Selection:
@@ -162,8 +155,8 @@ def select(
             this arch is not a table: now, as later that would look like a fault of the backend.
     """
     if settings.tables is not None:
-        tuning.users(settings.tables, arch)
-    wanted = ORDER.get(arch, ()) if settings.backend == "auto" else (settings.backend,)
+        users(settings.tables, arch)
+    wanted = arch_named(arch).families if settings.backend == "auto" else (settings.backend,)
     refused: list[tuple[str, str]] = []
     for family in wanted:
         if refused and settings.strict:
@@ -178,7 +171,7 @@ def select(
     raise Mxfp4Error(
         "the machine",
         f"able to run one of the MoE backends for {shape}",
-        reasons or f"{arch}, for which there is none (there is for {', '.join(ORDER)})",
+        reasons or f"{arch}, for which there is none (there is for {', '.join(ARCHES)})",
         f"Mend what is named, run `vllm-mxfp4 doctor`, or choose another with {BACKEND_VAR}",
     )
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
-import sys
-from typing import TYPE_CHECKING
+
+import triton
 
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
+from vllm_mxfp4_gfx950.gfx950.driver import ARCH
+from vllm_mxfp4_gfx950.gfx950.layer import CompiledLayer, CompiledMatmul
 from vllm_mxfp4_gfx950.models import TOKENS, add_shape_arguments, layer_shape
 from vllm_mxfp4_gfx950.settings import from_environment
-from vllm_mxfp4_gfx950.tuning import gemms, whose
-
-if TYPE_CHECKING:
-    from vllm_mxfp4_gfx950.gfx950.layer import CompiledMatmul
+from vllm_mxfp4_gfx950.tables import whose
+from vllm_mxfp4_gfx950.tiles import gemms
+from vllm_mxfp4_gfx950.timing import progress
 
 FIGURES = ("waves", "LDS", "VGPR", "AGPR", "spills", "scratch", "per CU", "occupancy", "per MFMA")
 HEADER = "tokens gemm workgroups  tile          " + "".join(f"{name:>10}" for name in FIGURES)
@@ -34,14 +34,7 @@ def run(args: argparse.Namespace) -> int:
     shape = layer_shape(args.model, args.tp, args.ep)
     if min(args.tokens) < 1:
         raise Mxfp4Error("--tokens", "at least 1", min(args.tokens), "Correct it")
-    if importlib.util.find_spec("triton") is None:
-        raise Mxfp4Error("triton", "installed", "nothing", "Run where Triton and triton_kernels are")
     tables = from_environment().tables
-    import triton
-
-    from vllm_mxfp4_gfx950.gfx950.driver import ARCH
-    from vllm_mxfp4_gfx950.gfx950.layer import CompiledLayer
-
     layer = CompiledLayer(shape, tables)
     ours: list[CompiledMatmul] = []
     upstream: list[CompiledMatmul] = []
@@ -95,10 +88,3 @@ def line(matmul: CompiledMatmul) -> str:
     )
     row = "".join(f"{figure:10}" for figure in figures)
     return f"{start} {matmul.workgroups:11}  {tile:14}{row}{'' if matmul.fits else '  FAIL'}"
-
-
-def progress(done: int, total: int) -> None:
-    """A bar on a terminal; nothing elsewhere."""
-    if sys.stderr.isatty():
-        bar = "#" * (40 * done // total)
-        print(f"\r[{bar:40}] {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)

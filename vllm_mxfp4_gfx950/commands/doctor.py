@@ -194,6 +194,7 @@ def check_backends(arch: str | None, model: str | None, tp: int, ep: int) -> lis
         Mxfp4Error: there is no such model, or its ranks do not fit.
     """
     from vllm_mxfp4_gfx950 import backends
+    from vllm_mxfp4_gfx950.arch import arch_named
     from vllm_mxfp4_gfx950.models import GPT_OSS, layer_shape
 
     masks = check_masks(arch is None)
@@ -207,7 +208,7 @@ def check_backends(arch: str | None, model: str | None, tp: int, ep: int) -> lis
     chosen = {name for name, _ in models}
     tried: tuple[str, ...] = ()
     if asked and not served:
-        tried = backends.ORDER.get(first, ()) if asked.backend == "auto" else (asked.backend,)
+        tried = arch_named(first).families if asked.backend == "auto" else (asked.backend,)
     usual = layer_shape("gpt-oss-20b")
     try:
         shape = layer_shape(model_name(model), tp, ep) if model else usual
@@ -294,15 +295,15 @@ def check_gpus(arches: list[str], asked: str | None, tp: int, served: bool) -> C
         served: whether the model is served on the first one.
     """
     from vllm_mxfp4_gfx950 import settings
-    from vllm_mxfp4_gfx950.backends import ORDER
+    from vllm_mxfp4_gfx950.arch import ARCHES
 
-    others = [arch for arch in arches[:tp] if arch not in ORDER and arch != arches[0]]
-    ok = (arches[0] in ORDER or served) and not others
+    others = [arch for arch in arches[:tp] if arch not in ARCHES and arch != arches[0]]
+    ok = (arches[0] in ARCHES or served) and not others
     if len({*arches}) == 1:
         found = arches[0] if len(arches) == 1 else f"{len(arches)} x {arches[0]}"
     else:
         found = ", ".join(f"{index}: {arch}" for index, arch in enumerate(arches))
-    right = [index for index, arch in enumerate(arches) if arch in ORDER]
+    right = [index for index, arch in enumerate(arches) if arch in ARCHES]
     fix = f"Run on one of these, or slowly with {settings.BACKEND_VAR}=reference and --enforce-eager"
     if asked:
         fix = hint(asked) or fix
@@ -312,23 +313,23 @@ def check_gpus(arches: list[str], asked: str | None, tp: int, served: bool) -> C
         numbers = os.environ.get(mask) or ",".join(map(str, range(len(arches))))
         shown = ",".join(numbers.split(",")[index] for index in right)
         fix = f"{mask}={shown}, as a server takes the first GPUs that it sees"
-    return Check(ok, "GPU", found, f"one of {', '.join(ORDER)}", "" if ok else fix)
+    return Check(ok, "GPU", found, f"one of {', '.join(ARCHES)}", "" if ok else fix)
 
 
 def hint(arch: str) -> str:
     """Which arch the user may have meant; "" where that cannot be told."""
-    from vllm_mxfp4_gfx950.backends import ORDER
+    from vllm_mxfp4_gfx950.arch import ARCHES
 
     word = re.sub(r"[^a-z0-9]", "", arch.lower())
     for name, products in PRODUCTS.items():
         if any(product in word for product in products):
             return f"Write --arch {name}, which {arch} is"
-    return f"Write --arch {word}" if word in ORDER else ""
+    return f"Write --arch {word}" if word in ARCHES else ""
 
 
 def check_settings(arch: str) -> tuple[list[Check], Settings | None]:
     """Our variables, and the user's tiles; None for the settings where a server would refuse one."""
-    from vllm_mxfp4_gfx950 import settings, tuning
+    from vllm_mxfp4_gfx950 import settings, tables
 
     try:
         asked = settings.from_environment()
@@ -341,7 +342,7 @@ def check_settings(arch: str) -> tuple[list[Check], Settings | None]:
     checks = [Check(True, "settings", found, "values that exist")]
     if asked.tables:
         try:
-            matmuls = len(tuning.users(asked.tables, arch))
+            matmuls = len(tables.users(asked.tables, arch))
         except Mxfp4Error as error:
             return [*checks, refusal("tables", error)], None
         found = f"{matmuls} matmuls in {asked.tables / arch}.json" if matmuls else f"none for {arch}"
@@ -437,10 +438,11 @@ def check_model(model: str, arch: str, asked: Settings | None, tp: int, ep: int)
 
 def tiles_of(backend: TiledBackend, shape: MoeShape, arch: str, asked: Settings) -> str:
     """Whose tiles serve a layer."""
-    from vllm_mxfp4_gfx950 import tuning
+    from vllm_mxfp4_gfx950 import tables
+    from vllm_mxfp4_gfx950.tiles import gemms
 
     triton = importlib.import_module("triton").__version__
-    whose = (tuning.whose(arch, backend.KERNELS, triton, gemm, asked.tables) for gemm in tuning.gemms(shape))
+    whose = (tables.whose(arch, backend.KERNELS, triton, gemm, asked.tables) for gemm in gemms(shape))
     return " and ".join(dict.fromkeys(whose))
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
-from typing import TYPE_CHECKING
 
-from vllm_mxfp4_gfx950.commands.compile import progress
+import triton
+
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
+from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault
+from vllm_mxfp4_gfx950.gfx950.verification import Check, EmulatedLayer
 from vllm_mxfp4_gfx950.models import add_shape_arguments, layer_shape
+from vllm_mxfp4_gfx950.moe import first_experts
+from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights
 from vllm_mxfp4_gfx950.settings import from_environment
-
-if TYPE_CHECKING:
-    from vllm_mxfp4_gfx950.gfx950.verification import Check
+from vllm_mxfp4_gfx950.timing import progress
 
 TOKENS = (1, 3, 16, 64, 1024)
 WHOLE_TOKENS = 3
@@ -58,16 +59,7 @@ def run(args: argparse.Namespace) -> int:
         raise Mxfp4Error("--sample", "0 or more", args.sample, "Correct it")
     if min(args.tokens) < 1:
         raise Mxfp4Error("--tokens", "at least 1", min(args.tokens), "Correct it")
-    if importlib.util.find_spec("triton") is None:
-        raise Mxfp4Error("triton", "installed", "nothing", "Run where Triton and triton_kernels are")
     tables = from_environment().tables
-    import triton
-
-    from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault
-    from vllm_mxfp4_gfx950.gfx950.layer import first_experts
-    from vllm_mxfp4_gfx950.gfx950.verification import EmulatedLayer
-    from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights
-
     checks: list[Check] = []
     fault = ""
     try:

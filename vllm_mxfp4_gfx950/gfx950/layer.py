@@ -11,8 +11,8 @@ from vllm_mxfp4_gfx950 import backends
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH, Launch, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import Counts, execute
 from vllm_mxfp4_gfx950.gfx950.report import KernelReport, read
-from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, tensor_shapes
-from vllm_mxfp4_gfx950.tuning import TileConfig
+from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, first_experts, tensor_shapes
+from vllm_mxfp4_gfx950.tiles import TileConfig
 
 MATMULS = ("_matmul", "_p_matmul")
 """How the names of the two matmuls' kernels begin, in both generations of triton_kernels."""
@@ -48,15 +48,6 @@ class CompiledMatmul:
         if report is None or not report.is_w4a16:
             return False
         return not (report.vgpr_spills or report.sgpr_spills or report.scratch_bytes)
-
-
-def first_experts(shape: MoeShape) -> torch.Tensor | None:
-    """The expert_map of the rank that holds the model's first experts; None when it holds all."""
-    if shape.experts == shape.global_experts:
-        return None
-    expert_map = torch.arange(shape.global_experts, dtype=torch.int32)
-    expert_map[shape.experts :] = -1
-    return expert_map
 
 
 class CompiledLayer:

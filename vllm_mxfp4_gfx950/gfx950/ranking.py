@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import triton
+from triton.runtime.errors import OutOfResources
+
+from vllm_mxfp4_gfx950.arch import GFX950
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
+from vllm_mxfp4_gfx950.gfx950.emulator.execution import Counts
+from vllm_mxfp4_gfx950.gfx950.layer import CompiledLayer
+from vllm_mxfp4_gfx950.gfx950.report import KernelReport
 from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, TOKENS, layer_shape
-from vllm_mxfp4_gfx950.tuning import Gemm, Ladder, TileConfig, encode, gemms, read, write
-
-if TYPE_CHECKING:
-    from vllm_mxfp4_gfx950.gfx950.emulator.execution import Counts
-    from vllm_mxfp4_gfx950.gfx950.report import KernelReport
+from vllm_mxfp4_gfx950.tables.store import read, write
+from vllm_mxfp4_gfx950.tiles import Gemm, Ladder, TileConfig, encode, gemms
 
 MIN_WORKGROUPS = 2
 """On a compute unit at once: while one waits, another works."""
@@ -65,16 +68,11 @@ def rank(table: Path, progress: Callable[[int, int], None]) -> None:
     """
     table.parent.mkdir(parents=True, exist_ok=True)
     content = read(table, "gfx950") if table.exists() else {"provenance": {}, "rows": [], "measured": []}
-    import triton
-    from triton.runtime.errors import OutOfResources
-
-    from vllm_mxfp4_gfx950.gfx950.layer import CompiledLayer
-
     shape = layer_shape("gpt-oss-20b")
     layer = CompiledLayer(shape)
     short = CompiledLayer(dataclasses.replace(shape, hidden=SHORT_K, intermediate=SHORT_K))
     kernels = layer.backend.KERNELS
-    tiles = list(candidates(kernels))
+    tiles = GFX950.candidates[kernels]
     work: dict[tuple[str, TileConfig], Work] = {}
     for done, tile in enumerate(tiles):
         progress(done, len(tiles))
@@ -105,16 +103,6 @@ def rank(table: Path, progress: Callable[[int, int], None]) -> None:
             best.append(best[-1] if keep else least)
         rows += encode(kernels, triton.__version__, gemm, Ladder(TOKENS, tuple(best)).merged())
     update(table, content, kernels, rows, triton.__version__, len(tiles), len(work))
-
-
-def candidates(kernels: str) -> Iterator[TileConfig]:
-    """The tiles that are tried."""
-    for block_m, block_n, num_warps, num_stages in itertools.product(
-        (16, 32, 64, 128), (32, 64, 128, 256), (2, 4, 8), (1, 2)
-    ):
-        # Fewer than 512 outputs a wave leave its matrix instructions idle; more than 8,192 cannot be held.
-        if 512 <= block_m * block_n // num_warps <= 8192:
-            yield TileConfig(block_m, block_n, BLOCK_K, 1, num_warps, num_stages, 0)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 import torch
 import triton
 
+from vllm_mxfp4_gfx950.arch import HOPPER_K
 from vllm_mxfp4_gfx950.backends.triton import own, package, routing
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, pad_intermediate
-from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, gemms, ladder
+from vllm_mxfp4_gfx950.tables import ladder
+from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig, gemms
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Prepared(ABC):
             tables: the directory of the user's tile tables.
         """
         if cls.pads():
-            weights = pad_intermediate(weights, package.HOPPER_K)
+            weights = pad_intermediate(weights, HOPPER_K)
         w13 = cls.to_weight(weights.w13, weights.w13_scale, weights.w13_bias)
         w2 = cls.to_weight(weights.w2, weights.w2_scale, weights.w2_bias)
         order = routing.order_of(weights.expert_map)
@@ -161,7 +163,7 @@ class Prepared(ABC):
         if not self.OWN:
             return None
         tiles = Ladder((2**30,), (w13,)), Ladder((2**30,), (w2,))
-        made = own.make(self.shape, self.w13, self.w2, self.order, tiles)
+        made = own.make(self.arch, self.shape, self.w13, self.w2, self.order, tiles)
         return None if made is None else replace(self, own=made)
 
     def without_own(self) -> Prepared | None:

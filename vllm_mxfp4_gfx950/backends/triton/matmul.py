@@ -35,7 +35,7 @@ from vllm_mxfp4_gfx950.backends.triton import package
 from vllm_mxfp4_gfx950.backends.triton.layer import Prepared
 from vllm_mxfp4_gfx950.backends.triton.routing import Routing
 from vllm_mxfp4_gfx950.mxfp4 import BLOCK
-from vllm_mxfp4_gfx950.tuning import TileConfig
+from vllm_mxfp4_gfx950.tiles import TileConfig
 
 NAME = "triton_matmul"
 

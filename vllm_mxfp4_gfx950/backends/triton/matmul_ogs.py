@@ -19,10 +19,11 @@ from triton_kernels.tensor_details.layout import (
     make_default_matmul_mxfp4_w_scale_layout,
 )
 
+from vllm_mxfp4_gfx950.arch import ARCHES
 from vllm_mxfp4_gfx950.backends.triton import package
 from vllm_mxfp4_gfx950.backends.triton.layer import Prepared
 from vllm_mxfp4_gfx950.backends.triton.routing import Routing
-from vllm_mxfp4_gfx950.tuning import TileConfig
+from vllm_mxfp4_gfx950.tiles import TileConfig
 
 NAME = "triton_ogs"
 TILE_ROWS = (16, 32, 64, 128, 256)
@@ -107,8 +108,8 @@ class MatmulOgs(Prepared):
 def _opt_flags(flags: Any, arch: str) -> Iterator[None]:
     """Hand OptFlags, or constraints on the package's own, to the call inside; put back what was set."""
     before = opt_flags._opt_flags, opt_flags._opt_flags_constraints
-    constraints = package.CONSTRAINTS.get(arch, {})
-    opt_flags._opt_flags, opt_flags._opt_flags_constraints = flags, {} if flags else constraints
+    opt_flags._opt_flags = flags
+    opt_flags._opt_flags_constraints = {} if flags else dict(ARCHES[arch].constraints)
     try:
         yield
     finally:

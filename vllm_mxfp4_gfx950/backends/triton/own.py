@@ -17,16 +17,13 @@ from typing import Any
 import torch
 import triton
 
+from vllm_mxfp4_gfx950.arch import ARCHES, Arch
 from vllm_mxfp4_gfx950.backends.triton import own_kernels as kernels
-from vllm_mxfp4_gfx950.backends.triton.package import (
-    CDNA4_SCALE_LAYOUTS,
-    Weight,
-    hopper_registers,
-    launch_options,
-)
+from vllm_mxfp4_gfx950.backends.triton.package import Weight, launch_options
 from vllm_mxfp4_gfx950.backends.triton.routing import Routing, route
 from vllm_mxfp4_gfx950.moe import MoeShape
-from vllm_mxfp4_gfx950.tuning import Ladder, TileConfig, gemms, ladder, releases
+from vllm_mxfp4_gfx950.tables import ladder, releases
+from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig, gemms
 
 # Loggers below `vllm` print where vLLM's own do.
 logger = logging.getLogger("vllm.mxfp4_triton.own")
@@ -47,14 +44,14 @@ class Own:
     """A layer as these kernels take it.
 
     Args:
-        layout: "hopper" or "cdna4".
+        arch: the GPU.
         shape: the layer.
         w13, w2: its matmuls.
         tiles: w13's and w2's by number of tokens.
         order: as `routing.order_of` returns it.
     """
 
-    layout: str
+    arch: Arch
     shape: MoeShape
     w13: Weight
     w2: Weight
@@ -63,7 +60,7 @@ class Own:
 
     def launch(self, num_warps: int) -> dict[str, Any]:
         """Options of every launch."""
-        return launch_options(num_warps, self.layout == "hopper")
+        return launch_options(num_warps, self.arch.overlaps)
 
     def serves(self, tokens: int) -> bool:
         """Whether the table has tiles for so many tokens."""
@@ -77,7 +74,7 @@ class Own:
         w13_tile, w2_tile = (rungs.at(tokens) for rungs in self.tiles)
         routing = route(
             router_logits, topk, self.shape.experts, self.order, sizes=1, smallest=w13_tile.block_m,
-            overlaps=self.layout == "hopper",
+            overlaps=self.arch.overlaps,
         )  # fmt: skip
         rows = x.new_empty(tokens * topk, self.w13.bias.shape[1] // 2)
         self.multiply(w13_tile, x, routing, self.w13, rows, gated=True)
@@ -113,22 +110,20 @@ class Own:
         values, scales, bias = weight.values, weight.scales, weight.bias
         depth, columns = x.shape[1], bias.shape[1]
         options = self.launch(tile.num_warps) | {"WARPS": tile.num_warps, "STAGES": tile.num_stages}
+        options |= self.arch.own_options(tile)
         block_k = tile.block_k
-        if self.layout == "hopper":
+        if self.arch.own_layout == "hopper":
             values = values.view(torch.int32)
             # By the type of the scales the kernel knows which of the two it is to do.
             if scales_codes(tile):
                 scales = scales.view(torch.int16)
-            options |= {"maxnreg": hopper_registers(tile)}
             block_k = min(block_k, 1 << depth.bit_length() - 1)
-        else:
-            options |= {"waves_per_eu": tile.waves_per_eu, "matrix_instr_nonkdim": 16}
         kernels.mxfp4_matmul[(triton.cdiv(columns, tile.block_n), routing.schedule.shape[1], tile.split_k)](
             x, values, scales, bias, y, routing.gather, routing.weights, routing.start, routing.schedule,
             depth, columns, x.stride(0),
             values.stride(0), values.stride(1), scales.stride(0), scales.stride(1),
             y.stride(-2), y.stride(0), self.shape.alpha, self.shape.limit,
-            TOPK=self.shape.topk, GATED=gated, LAYOUT=self.layout, SPLIT_K=tile.split_k,
+            TOPK=self.shape.topk, GATED=gated, LAYOUT=self.arch.own_layout, SPLIT_K=tile.split_k,
             BLOCK_T=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=block_k, **options,
         )  # fmt: skip
 
@@ -156,13 +151,14 @@ def own_for(
     if w13_tiles.bounds[-1] == 0:
         _log_once("our own matmuls do not serve: by the table they are slower at every number of tokens")
         return None
-    made = make(shape, w13, w2, order, (w13_tiles, w2_tiles))
+    made = make(arch, shape, w13, w2, order, (w13_tiles, w2_tiles))
     if made is not None:
         _log_once(f"batches of up to {w13_tiles.bounds[-1]} tokens run through our own matmuls")
     return made
 
 
 def make(
+    arch: str,
     shape: MoeShape,
     w13: Weight,
     w2: Weight,
@@ -170,17 +166,18 @@ def make(
     tiles: tuple[Ladder[TileConfig], Ladder[TileConfig]],
 ) -> Own | None:
     """A prepared layer for our own matmuls with some tiles; None where they cannot read it."""
+    known = ARCHES[arch]
     names = [type(layout).__name__ for layout in w13.layouts]
     largest = max(int(weight.scales.max()) for weight in (w13, w2))
-    if names == ["HopperMXValueLayout", "HopperMXScaleLayout"]:
-        readable = getattr(w13.layouts[1], "num_warps", None) == HOPPER_WARPS and largest <= MAX_SCALE
-        layout = "hopper"
-    else:
-        readable, layout = names[1] in CDNA4_SCALE_LAYOUTS, "cdna4"
+    readable = names[1] in known.scale_layouts and (
+        not known.value_layouts or names[0] in known.value_layouts
+    )
+    if known.own_layout == "hopper":
+        readable &= getattr(w13.layouts[1], "num_warps", None) == HOPPER_WARPS and largest <= MAX_SCALE
     if not readable:
         _log_once(f"our own matmuls do not serve: {' and '.join(names)}, largest scale {largest}")
         return None
-    return Own(layout, shape, w13, w2, tiles, order)
+    return Own(known, shape, w13, w2, tiles, order)
 
 
 @functools.cache

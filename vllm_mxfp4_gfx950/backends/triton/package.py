@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from vllm_mxfp4_gfx950.arch import ARCHES, arch_named
 from vllm_mxfp4_gfx950.moe import MoeShape
-from vllm_mxfp4_gfx950.tuning import TileConfig
+from vllm_mxfp4_gfx950.tiles import TileConfig
 
 VENDORED = Path("third_party") / "triton_kernels"
 """Where vLLM keeps its own copy, under the package `vllm`."""
@@ -28,17 +29,9 @@ GET = (
 )
 """How to install the release of triton_kernels that vLLM vendors, whatever Triton there is."""
 
-ARCHES = ("gfx950", "gfx942", "sm90")
-
-CDNA4_SCALE_LAYOUTS = ("CDNA4MXScaleLayout", "GFX950MXScaleLayout")
-"""One layout under its present name and under that of triton_kernels before 3.6."""
-
 SCALE_GROUPS = 8
 SCALE_ROWS = 512
 """The kernels load whole tiles of scales, unmasked: K up to 256 values (8 groups), N up to 512 rows."""
-
-HOPPER_K = 64
-"""Hopper's layout shuffles the values of 64 columns, so K can only end between such groups."""
 
 MAX_EXPERTS, MAX_TOPK = 1024, 32
 """The largest that `routing` has been executed with, on the emulated gfx950."""
@@ -46,10 +39,6 @@ MAX_EXPERTS, MAX_TOPK = 1024, 32
 EXPERTS_AT_ONCE = 4
 """Swizzled together: enough to keep the GPU busy, few enough that the temporaries stay small."""
 
-
-CONSTRAINTS = {"sm90": {"split_k": 1}}
-"""What the package's own choice of flags must keep to on a GPU. Splitting K is right but slow on Hopper; vLLM
-pins this too, for the whole process."""
 
 NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "matmul_ogs": {
@@ -140,23 +129,20 @@ def why_not_layer(kernels: str, shape: MoeShape, arch: str) -> str | None:
     Returns:
         None when everything is there and imports.
     """
-    if arch not in ARCHES:
-        return f"it runs on {', '.join(ARCHES)}, not on {arch}"
+    known = arch_named(arch)
+    if "triton" not in known.families:
+        there = (name for name, each in ARCHES.items() if "triton" in each.families)
+        return f"it runs on {', '.join(there)}, not on {arch}"
     if shape.global_experts > MAX_EXPERTS or shape.topk > MAX_TOPK:
         return (
             f"routing takes up to {MAX_EXPERTS} experts and a topk of up to {MAX_TOPK}, "
             f"not {shape.global_experts} and {shape.topk}"
         )
-    if arch == "sm90" and (shape.hidden % HOPPER_K or shape.hidden <= 128 or shape.intermediate <= 64):
-        return (
-            f"on sm90 it takes a hidden size above 128 in steps of {HOPPER_K} and an intermediate size "
-            f"above 64, not {shape.hidden} and {shape.intermediate}"
-        )
-    reason = why_not(kernels, NEEDS[kernels])
-    if reason is None and arch == "gfx950":
+    reason = known.why_not(shape) or why_not(kernels, NEEDS[kernels])
+    if reason is None and known.needs_layout:
         layout = load("tensor_details.layout")
-        if not any(hasattr(layout, name) for name in CDNA4_SCALE_LAYOUTS):
-            return f"triton_kernels in {locate()} has no {' or '.join(CDNA4_SCALE_LAYOUTS)}"
+        if not any(hasattr(layout, name) for name in known.needs_layout):
+            return f"triton_kernels in {locate()} has no {' or '.join(known.needs_layout)}"
         try:
             backend(kernels).to_opt_flags(TileConfig(16, 64, 256, 1, 4, 1, 0), arch)
         except TypeError as error:
@@ -299,7 +285,7 @@ def swizzle(data: torch.Tensor, layout: Callable[[torch.Tensor], torch.Tensor]) 
 
 def opt_flags_fields(tile: TileConfig, arch: str) -> dict[str, Any]:
     """The OptFlags that both generations have; what a tile does not say is as they have it on that GPU."""
-    fields = {
+    return {
         "block_m": tile.block_m,
         "block_n": tile.block_n,
         "block_k": tile.block_k,
@@ -310,23 +296,7 @@ def opt_flags_fields(tile: TileConfig, arch: str) -> dict[str, Any]:
         "idle_sms": 0,
         "epilogue_subtile": 1,
         "arch": None,
-    }
-    if arch == "sm90":
-        return fields | {
-            "group_m": 8,
-            "xcd_swizzle": 1,
-            "w_cache_modifier": None,
-            "target_kernel_kwargs": {"maxnreg": hopper_registers(tile)},
-        }
-    return fields | {
-        "group_m": 4,
-        "xcd_swizzle": 8,
-        "w_cache_modifier": ".cg" if tile.block_m <= 32 else None,
-        "target_kernel_kwargs": {
-            "waves_per_eu": tile.waves_per_eu,
-            "matrix_instr_nonkdim": 16,
-            "kpack": 1,
-        },
+        **ARCHES[arch].flags(tile),
     }
 
 
@@ -339,11 +309,6 @@ def launch_options(num_warps: int, overlaps: bool) -> dict[str, Any]:
             `routing_kernels.await_previous`.
     """
     return {"num_warps": num_warps, "OVERLAP": overlaps} | ({"launch_pdl": True} if overlaps else {})
-
-
-def hopper_registers(tile: TileConfig) -> int | None:
-    """A thread's registers where each scheduler must have room for so many warps; None: any number."""
-    return 512 // tile.waves_per_eu // 8 * 8 if tile.waves_per_eu else None
 
 
 def pad_scales(scales: torch.Tensor) -> torch.Tensor:

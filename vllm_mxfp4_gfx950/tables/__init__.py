@@ -1,0 +1,118 @@
+"""Tiles as data: one table an arch, looked up once when a layer is prepared.
+
+A user's table, from `vllm-mxfp4 tune`, stands beside ours, and serves instead for the layers and the Triton
+that it was timed with.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from dataclasses import astuple
+from importlib import resources
+from pathlib import Path
+
+from vllm_mxfp4_gfx950.arch import arch_named
+from vllm_mxfp4_gfx950.tables.store import read
+from vllm_mxfp4_gfx950.tiles import Gemm, Key, Ladder, TileConfig, parse, release_of
+
+# Loggers below `vllm` print where vLLM's own do.
+logger = logging.getLogger("vllm.mxfp4_triton.tables")
+
+OURS = Path(str(resources.files("vllm_mxfp4_gfx950") / "tables"))
+
+
+def ladder(
+    arch: str, kernels: str, triton: str, gemm: Gemm, tables: Path | None = None
+) -> Ladder[TileConfig] | None:
+    """The tiles of a matmul: the user's, where their table has this very matmul, else ours.
+
+    Args:
+        arch: whose table.
+        kernels: "matmul_ogs", "matmul", or "own".
+        triton: Triton's release, such as "3.6.0"; tables go by its first two numbers.
+        gemm: the matmul. Where our table does not have it, the nearest one that it has serves, which is
+            logged; the nearest Triton likewise, if the tiles were ranked and not timed.
+        tables: the directory of the user's tables, if any.
+
+    Returns:
+        None where there are none.
+
+    Raises:
+        Mxfp4Error: as `users`.
+    """
+    release = release_of(triton)
+    if tables is not None:
+        found = whose(arch, kernels, triton, gemm, tables)
+        _log_once(f"{kernels} tiles for triton {release} are those of {found}", logging.INFO)
+        users_own = users(tables, arch).get((kernels, release, gemm))
+        if users_own:
+            return users_own
+    if not _has_tiles(arch, kernels, release):
+        return None
+    closest = min(sorted(releases(arch, kernels)), key=lambda r: abs(_number(r) - _number(release)))
+    candidates = {g: rungs for (kind, r, g), rungs in _ours(arch).items() if (kind, r) == (kernels, closest)}
+    nearest = min(
+        (g for g in candidates if g.name == gemm.name),
+        key=lambda g: sum(
+            abs(math.log(a / b)) for a, b in zip(astuple(g)[1:], astuple(gemm)[1:], strict=True)
+        ),
+    )
+    if nearest != gemm or closest != release:
+        _log_once(f"no tiles for {gemm} on {arch} with triton {triton}; using those of {nearest}, {closest}")
+    return candidates[nearest]
+
+
+def whose(arch: str, kernels: str, triton: str, gemm: Gemm, tables: Path | None = None) -> str:
+    """Who made the tiles that `ladder` finds, in words; it takes the same arguments.
+
+    Raises:
+        Mxfp4Error: as `users`.
+    """
+    release = release_of(triton)
+    without = ""
+    if tables is not None:
+        file = f"{tables / arch}.json"
+        if (kernels, release, gemm) in users(tables, arch):
+            return file
+        without = f" ({file} has none for this layer)"
+    return ("this package" if _has_tiles(arch, kernels, release) else "triton_kernels") + without
+
+
+def _has_tiles(arch: str, kernels: str, release: str) -> bool:
+    """Whether our table serves here: for a Triton that it was not made with, only where tiles were ranked."""
+    found = releases(arch, kernels)
+    return bool(found) and (release in found or kernels in arch_named(arch).ranked)
+
+
+def releases(arch: str, kernels: str) -> set[str]:
+    """The Triton releases, such as "3.6", that our table of an arch has tiles of these kernels for."""
+    return {key[1] for key in _ours(arch) if key[0] == kernels}
+
+
+@functools.cache
+def _ours(arch: str) -> dict[Key, Ladder[TileConfig]]:
+    file = OURS / f"{arch}.json"
+    return parse(read(file, arch)["rows"]) if file.is_file() else {}
+
+
+@functools.cache
+def users(tables: Path, arch: str) -> dict[Key, Ladder[TileConfig]]:
+    """The ladders of a user's table; none where the directory has no table for this arch.
+
+    Raises:
+        Mxfp4Error: the file is not a table, or a value of it is out of its bounds.
+    """
+    file = tables / f"{arch}.json"
+    return parse(read(file, arch)["rows"]) if file.exists() else {}
+
+
+def _number(release: str) -> int:
+    major, minor = release.split(".")
+    return 1000 * int(major) + int(minor)
+
+
+@functools.cache
+def _log_once(text: str, level: int = logging.WARNING) -> None:
+    logger.log(level, text)

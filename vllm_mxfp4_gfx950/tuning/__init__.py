@@ -1,0 +1,1 @@
+"""Finding the fastest right tiles by timing them on this machine's GPU."""
