@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -12,8 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import engine  # noqa: F401  # It makes demo/ importable.
@@ -22,7 +24,12 @@ import psutil
 import pytest
 import tiny_checkpoint
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from run_python import run_python
 from safetensors.torch import load_file, save_file
+from test_cli import WITHOUT_TORCH
 from tiny_checkpoint import TinyGptOss
 from tokenizers import Tokenizer
 
@@ -38,6 +45,7 @@ from vllm_mxfp4_gfx950.evaluation.side import (
     free_port,
     get,
     identity,
+    key_of,
     moe_path,
     parse,
     serving,
@@ -272,6 +280,115 @@ def test_not_vllm(
     assert not (tmp_path / "out").exists()
 
 
+class Guarded(BaseHTTPRequestHandler):
+    """What `eval` asks of vLLM, answered by a few lines, and only to who has the key."""
+
+    def do_GET(self) -> None:
+        """The model and its metrics."""
+        self.reply({"data": [{"id": "m", "root": "m", "max_model_len": 256}]})
+
+    def do_POST(self) -> None:
+        """Tokens, and one token's answer with its distributions."""
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        entry = {"1": {"logprob": -0.5, "rank": 1, "decoded_token": "a"}}
+        choice = {"text": "a", "index": 0, "prompt_logprobs": [None, *[entry] * 2]}
+        tokens = {"tokens": [1, 1, 1], "token_strs": request.get("prompt", "")[:3]}
+        self.reply(tokens if self.path == "/tokenize" else {"choices": [choice]})
+
+    def reply(self, content: dict) -> None:
+        """With 401 for who has no key."""
+        allowed = self.headers["Authorization"] == f"Bearer {KEY}"
+        text = json.dumps(content if allowed else {"error": "Unauthorized"}).encode()
+        self.send_response(200 if allowed else 401)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def test_key_and_no_torch(tmp_path: Path) -> None:
+    """A client without torch measures a server that demands a key; without the key it is told so."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_TORCH)
+    tasks = write_tasks(tmp_path / "tasks", [{"question": "a", "answer": "a"}])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Guarded)
+    threading.Thread(target=server.serve_forever).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    command = ["-m", "vllm_mxfp4_gfx950.cli", "eval", url, "--include-path", str(tasks), "--logprobs"]
+    command += [str(tasks / "next_word.yaml"), "--top", "1", "--out", str(tmp_path / "out")]
+    try:
+        refused = run_python(command, [tmp_path], OPENAI_API_KEY="")
+        answered = run_python(command, [tmp_path], OPENAI_API_KEY=KEY)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert refused.returncode == 2
+    assert "got status 401" in refused.stderr
+    assert refused.stderr.endswith("Set OPENAI_API_KEY to a key that the server takes.\n")
+    assert answered.returncode == 0, answered.stderr
+    facts = json.loads((tmp_path / "out/report.json").read_text())
+    assert facts["tasks"]["next_word"]["tested"] == 1
+    assert facts["logprobs"]["positions"] == 2
+    assert KEY not in answered.stdout + answered.stderr
+
+
+def test_data_out_of_reach(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A task whose data cannot be had is no regression."""
+    tasks = write_tasks(tmp_path / "tasks", [])
+    (tasks / "load.py").write_text("def questions(**_):\n    raise ConnectionError('no hub')\n")
+    assert cli.main(["eval", "m", "--include-path", str(tasks), "--out", str(tmp_path / "out")]) == 2
+    complaint = "--tasks next_word must be loadable here; got ConnectionError: no hub. Correct it, or where"
+    assert complaint in capsys.readouterr().err
+
+
+def test_keys_of_a_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key that its server was started with, else the user's; and no text shows it."""
+    monkeypatch.setenv("OPENAI_API_KEY", "mine")
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    for text, key, shown in (
+        ("http://localhost:8000", "mine", "http://localhost:8000"),
+        ("m --tp 2", "mine", "m --tp 2"),
+        ("m --api-key k l --tp 2", "k", "m --api-key '***' '***' --tp 2"),
+        ("m --api_key=k --tp 2", "k", "m '--api_key=***' --tp 2"),
+        ("VLLM_API_KEY=v m", "v", "'VLLM_API_KEY=***' m"),
+        ("VLLM_API_KEY=v m --api-key k", "k", "'VLLM_API_KEY=***' m --api-key '***'"),
+    ):
+        side = parse(text)
+        assert (key_of(side), side.text) == (key, shown)
+
+
+@pytest.mark.parametrize("more", ["--uds /tmp/socket", "--headless", "--ssl-cert-reqs 2"])
+def test_server_that_could_not_be_asked(more: str, tmp_path: Path) -> None:
+    """It is not started, and not waited for for ever."""
+    with pytest.raises(Mxfp4Error, match=f"^{more.split(maxsplit=1)[0]} of a side must be "):
+        serving(parse(f"model {more}"), tmp_path, []).__enter__()
+    assert not list(tmp_path.iterdir())
+
+
+def test_first_error_of_a_server(tmp_path: Path) -> None:
+    """Not the last, of the process that only waited for the one that failed."""
+    log = tmp_path / "server.log"
+    log.write_text(
+        "(APIServer pid=1) WARNING 11-29 19:12:36 [utils.py:255] error Found ulimit of 20000\n"
+        "(VllmWorker-0 pid=3) ERROR 11-29 19:13:47 [executor.py:953] Traceback (most recent call last):\n"
+        '(VllmWorker-0 pid=3) ERROR 11-29 19:13:47 [executor.py:953]   File "x.py", line 1, in f\n'
+        "(VllmWorker-0 pid=3) ERROR 11-29 19:13:47 [executor.py:953]     raise ValueError(\n"
+        "(VllmWorker-0 pid=3) ERROR 11-29 19:13:47 [executor.py:953] ValueError: Available memory is less.\n"
+        "(EngineCore pid=2) ERROR 11-29 19:13:48 [core.py:1] Exception: WorkerProc initialization failed\n"
+        "Traceback (most recent call last):\n"
+        "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]) as process:
+        process.wait()
+        text = (
+            f"must be able to start; got exit code 3 after: ValueError: Available memory is less. Read {log}"
+        )
+        with pytest.raises(Mxfp4Error, match=re.escape(text)):
+            wait_until_healthy(process, ["http://127.0.0.1:9"], log)
+
+
 def keep(directory: Path, path: str, right: dict[str, int], **changes: object) -> Path:
     """A result as a run keeps it: of each task ten questions, of which so many were answered right."""
     questions = [
@@ -487,6 +604,7 @@ SERVE = "OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind {} --dtype float32 -
 SERVE += " --max-model-len 256 --kv-cache-memory-bytes 67108864"
 FLAG = " --quantization mxfp4-triton"
 QUESTIONS = 60
+KEY = "s3cret"
 
 
 def write_broken(checkpoint: Path, directory: Path) -> Path:
@@ -530,10 +648,25 @@ def options(place: Path) -> list[str]:
     return [*asked, "--out", str(place / "out")]
 
 
+def guarded(place: Path) -> str:
+    """Options of a server behind a proxy, with a key, a certificate of its own, and names."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "example.org")])
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    made = made.serial_number(1).not_valid_before(datetime(2020, 1, 1)).not_valid_after(datetime(2099, 1, 1))
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
+    (place / "key.pem").write_bytes(private)
+    (place / "cert.pem").write_bytes(made.sign(key, hashes.SHA256()).public_bytes(pem))
+    more = f" --api-key {KEY} other --root-path /behind/a/proxy --served-model-name one two"
+    return f"{more} --ssl-keyfile {place / 'key.pem'} --ssl-certfile={place / 'cert.pem'}"
+
+
 @pytest.fixture(scope="module", name="equal")
 def fixture_equal(place: Path) -> tuple[list[str], int, dict, str]:
     """Ours against the same weights without quantization: command line, exit code, report."""
-    sides = [SERVE.format(place / "sound") + FLAG, SERVE.format(place / "dequantized")]
+    sides = [SERVE.format(place / "sound") + FLAG, "VLLM_LOGGING_LEVEL=WARNING "]
+    sides[1] += SERVE.format(place / "dequantized") + guarded(place)
     code = cli.main(["eval", *sides, *options(place)])
     report = (place / "out/report.md").read_text()
     return sides, code, json.loads((place / "out/report.json").read_text()), report
@@ -551,6 +684,8 @@ def test_equal_paths(equal: tuple[list[str], int, dict, str], place: Path) -> No
     assert facts["logprobs"]["mean_kl"] < 1e-6
     assert facts["logprobs"]["same_best"] == facts["logprobs"]["positions"] == 398  # Two windows.
     assert "over completions" in report
+    assert KEY not in report
+    assert "--api-key '***'" in report
     assert (place / "out/report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -682,7 +817,7 @@ def test_harmony_is_refused_over_completions(
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_until_healthy(process, url, log)
+        wait_until_healthy(process, [url], log)
         arguments = [*options(place)[:2], "--endpoint", "completions", "--out", str(tmp_path / "out")]
         assert cli.main(["eval", url, *arguments]) == 2
     finally:

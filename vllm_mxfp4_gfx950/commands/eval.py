@@ -15,7 +15,18 @@ from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.evaluation import report
 from vllm_mxfp4_gfx950.evaluation.compare import LEVEL, Difference, Position, divergence, paired
 from vllm_mxfp4_gfx950.evaluation.measure import Question, Tasks, ask, choose_endpoint, read
-from vllm_mxfp4_gfx950.evaluation.side import RESULT, Side, describe, digest, identity, parse, serving
+from vllm_mxfp4_gfx950.evaluation.side import (
+    LEVEL_VARIABLE,
+    RESULT,
+    Access,
+    Side,
+    describe,
+    digest,
+    identity,
+    key_of,
+    parse,
+    serving,
+)
 
 ROLES = ("tested", "baseline")
 REQUIRED = ("lm_eval", "scipy", "matplotlib", "tqdm", "requests")
@@ -25,6 +36,8 @@ A side is one of:
   "[NAME=VALUE ...] MODEL [arguments of vllm serve ...]"   a server that is started and stopped here
   "http://host:port [LOG]"                                 one that runs, with the file of its log
   DIRECTORY                                                what an earlier run kept of a side
+
+A server that demands a key is asked with the --api-key of its side, or with OPENAI_API_KEY.
 """
 
 
@@ -93,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     paths: dict[int, str] = {}
     for index, side in enumerate(sides):
         if side.url and not (directories[index] / RESULT).is_file():
-            path = describe(side.url, side.log).path
+            path = describe(side.url, side.log, Access(key_of(side))).path
             check_paths(args, list(paths.values()), path)
             paths[index] = path
     by_index: dict[int, Measured] = {}
@@ -213,7 +226,10 @@ def check_paths(args: argparse.Namespace, others: list[str], path: str) -> None:
     """Raise Mxfp4Error where two sides are, or may be, served by one path, unless that was asked for."""
     if len(args.sides) == 2 and not args.same_path and (not path or path in others):
         found = " and ".join(repr(name or "not known") for name in (*others, path))
-        fix = "Correct a side, name a server's log behind its URL, or add --same-path if this is meant"
+        fix = (
+            f"Correct a side; name a server's log, written with {LEVEL_VARIABLE}=INFO, behind its URL; "
+            "or add --same-path if this is meant"
+        )
         raise Mxfp4Error("the MoE paths of the two sides", "known and different", found, fix)
 
 

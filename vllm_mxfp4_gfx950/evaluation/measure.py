@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_mxfp4_gfx950.errors import Mxfp4Error
+from vllm_mxfp4_gfx950.errors import Mxfp4Error, brief
 from vllm_mxfp4_gfx950.evaluation.compare import Position
 from vllm_mxfp4_gfx950.evaluation.side import Server, digest, post
 
@@ -67,7 +67,11 @@ class Tasks:
         if unknown or not self.names:
             known = f"a task in {folder}" if folder else "a task of lm-eval"
             raise Mxfp4Error("--tasks", known, ", ".join(unknown) or "none", "Correct it")
-        self.loaded: dict[str, Any] = self.manager.load(self.names)["tasks"]
+        try:
+            self.loaded: dict[str, Any] = self.manager.load(self.names)["tasks"]
+        except Exception as error:  # Whatever the task's own code and the loaders of its data raise.
+            fix = "Correct it, or where the data is downloaded, do that once with a network"
+            raise Mxfp4Error(f"--tasks {' '.join(self.names)}", "loadable here", brief(error), fix) from error
         for name, task in self.loaded.items():
             if not set(METRICS) & set(task.aggregation()):
                 rule = f"scored by {' or '.join(METRICS)}"
@@ -129,15 +133,17 @@ def ask(
     chat = endpoint == "chat"
     url = f"{server.url}/v1/{'chat/completions' if chat else 'completions'}"
     prompt = {"messages": [{"role": "user", "content": "1"}]} if chat else {"prompt": "1"}
-    post(
-        url, {"model": server.model, "max_tokens": 1} | prompt
-    )  # Refused here, it is refused with its reason.
-    arguments = {"model": server.model, "base_url": url, "num_concurrent": concurrency} | FIELD_ARGUMENTS
+    # Refused here, it is refused with its reason.
+    post(url, {"model": server.model, "max_tokens": 1} | prompt, server.access)
+    arguments: dict[str, Any] = {"model": server.model, "base_url": url, "num_concurrent": concurrency}
+    arguments |= FIELD_ARGUMENTS
+    arguments |= {"verify_certificate": server.access.verify, "header": server.access.headers() or None}
     if tasks.generate:
         arguments["tokenizer_backend"] = None
     else:
         # The context's length in tokens says where the scored continuation begins.
         arguments |= {"tokenizer_backend": "huggingface", "tokenized_requests": True}
+        arguments["tokenizer"] = server.tokenizer
         arguments["max_length"] = server.context
     results = simple_evaluate(
         model=f"local-{'chat-' if chat else ''}completions",
@@ -199,7 +205,7 @@ def read(server: Server, text: str, top: int, window: int) -> list[Position]:
     from tqdm import tqdm
 
     request = {"model": server.model, "prompt": text, "add_special_tokens": False}
-    tokens = post(f"{server.url}/tokenize", request)["tokens"]
+    tokens = post(f"{server.url}/tokenize", request, server.access)["tokens"]
     if len(tokens) < 2:
         raise Mxfp4Error("the text", "at least two tokens", len(tokens), "Name another file")
     window = min(window, server.context - 1)
@@ -209,7 +215,7 @@ def read(server: Server, text: str, top: int, window: int) -> list[Position]:
         request = {"model": server.model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
         request["prompt_logprobs"] = top
         try:
-            choice = post(f"{server.url}/v1/completions", request)["choices"][0]
+            choice = post(f"{server.url}/v1/completions", request, server.access)["choices"][0]
         except Mxfp4Error as error:
             if NOT_FINITE not in str(error):
                 raise
