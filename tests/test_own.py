@@ -85,6 +85,8 @@ def assert_right(pair: tuple[str, str], case: Case) -> None:
     routing = launches(case.tokens, case.shape[2], case.dtype)
     assert found["kernels"] == [*routing, "mxfp4_matmul", "mxfp4_matmul", "combine"]
     assert found["misfits"] == []
+    assert all(error < MAX_FROBENIUS for error in found["twins"])
+    assert found["layouts"] == [not case.spoil, True]
     if case.spoil:
         assert "errs by" in found["miss"]
         return

@@ -150,6 +150,8 @@ def test_hopper_flags() -> None:
     for theirs, ours in found["pairs"]:
         assert ours == theirs
     assert found["spills"] == [[0, 0]]
+    # Our own matmuls read that layout as it is drawn.
+    assert found["layouts"] == [True, True]
 
 
 @pytest.mark.emulate

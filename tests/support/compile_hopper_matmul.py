@@ -20,6 +20,7 @@ from triton.runtime import driver as triton_driver
 from triton_kernels import matmul_ogs
 from triton_kernels.matmul_ogs_details.opt_flags import make_opt_flags
 
+from vllm_mxfp4_gfx950.backends.triton import hopper_kernels
 from vllm_mxfp4_gfx950.backends.triton.matmul_ogs import MatmulOgs
 from vllm_mxfp4_gfx950.gfx950 import driver
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
@@ -76,6 +77,11 @@ def presented(on_launch: Callable[[driver.Launch], None]) -> Iterator[None]:
         triton_driver._active = before
 
 
+def codes(blocks: torch.Tensor) -> torch.Tensor:
+    """The checkpoint's codes one by one."""
+    return torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
+
+
 def spills(binary: bytes) -> int:
     """Instructions that load from or store to local memory."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -107,6 +113,16 @@ def main(tiles: list[list[int]]) -> dict[str, Any]:
 
     with presented(lambda launch: None):
         prepared = MatmulOgs.prepare(random_weights(shape, 0), shape)
+    weights = random_weights(shape, 0)
+    layouts = [
+        torch.equal(hopper_kernels.codes_in_torch(weight.values)[:, :rows, :depth], codes(blocks))
+        and torch.equal(hopper_kernels.scales_in_torch(weight.scales)[:, :rows, : depth // 32], scales)
+        for weight, blocks, scales in (
+            (prepared.w13, weights.w13, weights.w13_scale),
+            (prepared.w2, weights.w2, weights.w2_scale),
+        )
+        for rows, depth in [(blocks.shape[1], 2 * blocks.shape[2])]
+    ]
     pairs = []
     untuned = prepared.with_tiles(None, None)
     for tokens in (1, 1024):
@@ -122,7 +138,7 @@ def main(tiles: list[list[int]]) -> dict[str, Any]:
         with presented(launched):
             prepared.with_tiles(TileConfig(*tile), TileConfig(*tile)).run(*random_tokens(shape, 64, 0))
         found.append([spills(launch.assembly) for launch in kernels])
-    return {"pairs": pairs, "spills": found}
+    return {"pairs": pairs, "spills": found, "layouts": layouts}
 
 
 if __name__ == "__main__":

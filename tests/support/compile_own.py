@@ -27,7 +27,7 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     "count": ROUTING,
     "place": PLACES | {"BLOCK_COUNTS": 32, "BLOCK_SCHEDULE": 16},
     "mxfp4_matmul": {
-        "TOPK": 4, "GATED": False, "LAYOUT": "hopper", "SPLIT_K": 1, "BLOCK_T": 8, "BLOCK_N": 64,
+        "TOPK": 4, "GATED": False, "VARIANT": "hopper_sums", "SPLIT_K": 1, "BLOCK_T": 8, "BLOCK_N": 64,
         "BLOCK_K": 256, "STAGES": 3, "WARPS": 4,
     },
     "combine": {"TOPK": 4, "SPLITS": 2, "BLOCK": 512},
@@ -59,8 +59,10 @@ def compiled(tile: TileConfig, *, gated: bool) -> dict[str, Any]:
         how many instructions load from or store to local memory, which are spills; and how many are matrix
         instructions of a warp and of a warp group.
     """
+    codes = own.scales_codes(tile)
     constants = {
-        "TOPK": 4, "GATED": gated, "LAYOUT": "hopper", "OVERLAP": True, "SPLIT_K": tile.split_k,
+        "TOPK": 4, "GATED": gated, "VARIANT": "hopper_codes" if codes else "hopper_sums",
+        "OVERLAP": True, "SPLIT_K": tile.split_k,
         "BLOCK_T": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "STAGES": tile.num_stages, "WARPS": tile.num_warps,
     }  # fmt: skip
@@ -68,7 +70,7 @@ def compiled(tile: TileConfig, *, gated: bool) -> dict[str, Any]:
     if tile.waves_per_eu:
         options["maxnreg"] = 512 // tile.waves_per_eu // 8 * 8
     types = POINTERS | {"Y": "bf16" if gated else "fp32"}
-    if own.scales_codes(tile):
+    if codes:
         types["S"] = "i16"
     made = hopper(own_kernels.mxfp4_matmul, constants, types, **options)
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Own:
     Args:
         arch: the GPU.
         shape: the layer.
-        w13, w2: its matmuls.
+        w13, w2: its matmuls; on Hopper with their values as int32.
         tiles: w13's and w2's by number of tokens.
         order: as `routing.order_of` returns it.
     """
@@ -112,18 +112,19 @@ class Own:
         options = self.launch(tile.num_warps) | {"WARPS": tile.num_warps, "STAGES": tile.num_stages}
         options |= self.arch.own_options(tile)
         block_k = tile.block_k
-        if self.arch.own_layout == "hopper":
-            values = values.view(torch.int32)
-            # By the type of the scales the kernel knows which of the two it is to do.
+        variant = self.arch.own_layout
+        if variant == "hopper":
+            variant = "hopper_sums"
             if scales_codes(tile):
-                scales = scales.view(torch.int16)
+                # Which reads the scales of two rows, 8 apart, at once.
+                variant, scales = "hopper_codes", scales.view(torch.int16)
             block_k = min(block_k, 1 << depth.bit_length() - 1)
         kernels.mxfp4_matmul[(triton.cdiv(columns, tile.block_n), routing.schedule.shape[1], tile.split_k)](
             x, values, scales, bias, y, routing.gather, routing.weights, routing.start, routing.schedule,
             depth, columns, x.stride(0),
             values.stride(0), values.stride(1), scales.stride(0), scales.stride(1),
             y.stride(-2), y.stride(0), self.shape.alpha, self.shape.limit,
-            TOPK=self.shape.topk, GATED=gated, LAYOUT=self.arch.own_layout, SPLIT_K=tile.split_k,
+            TOPK=self.shape.topk, GATED=gated, VARIANT=variant, SPLIT_K=tile.split_k,
             BLOCK_T=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=block_k, **options,
         )  # fmt: skip
 
@@ -177,6 +178,8 @@ def make(
     if not readable:
         _log_once(f"our own matmuls do not serve: {' and '.join(names)}, largest scale {largest}")
         return None
+    if known.own_layout == "hopper":
+        w13, w2 = (replace(weight, values=weight.values.view(torch.int32)) for weight in (w13, w2))
     return Own(known, shape, w13, w2, tiles, order)
 
 
