@@ -362,6 +362,10 @@ def test_read_knows_hopper(tmp_path: Path, column: str, value: int, rule: str) -
     [
         (TileConfig(16, 128, 128, 1, 8, 4, 0), "num_warps must be one of 1, 2, 4; got 8. "),
         (TileConfig(16, 128, 32, 1, 4, 4, 0), "block_k must be one of 64, 128, 256; got 32. "),
+        (
+            TileConfig(16, 64, 64, 1, 2, 4, 0),
+            "num_warps must be at most 1 with block_m 16 and block_k 64; ",
+        ),
     ],
 )
 def test_read_knows_our_own_kernels(tmp_path: Path, tile: TileConfig, rule: str) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from vllm_mxfp4_gfx950.arch import Integers, arch_named
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
-from vllm_mxfp4_gfx950.tiles import KERNELS, Gemm, Key, columns
+from vllm_mxfp4_gfx950.tiles import KERNELS, Gemm, Key, TileConfig, columns
 
 MAX_FILE_BYTES = 1 << 20
 FIX = "Correct it, or let `vllm-mxfp4 tune` write the file anew"
@@ -128,6 +128,10 @@ def _check_row(arch: str, row: list[Any], at: str) -> None:
         value = values[name]
         # True == 1 and 8.0 == 8, but neither is an integer.
         _require(type(value) is int and value in integers, f"{at}.{name}", _one_of(integers), value)
+    tile = TileConfig(*row[TILE:])
+    most = arch_named(arch).own_warps(tile) if values["kernels"] == "own" else tile.num_warps
+    rule = f"at most {most} with block_m {tile.block_m} and block_k {tile.block_k}"
+    _require(tile.num_warps <= most, f"{at}.num_warps", rule, tile.num_warps)
 
 
 def _check_ladders(rows: list[list[Any]], file: str) -> None:

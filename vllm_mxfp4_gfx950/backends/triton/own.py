@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import triton
 
-from vllm_mxfp4_gfx950.arch import ARCHES, Arch
+from vllm_mxfp4_gfx950.arch import ARCHES, Arch, scales_codes
 from vllm_mxfp4_gfx950.backends.triton import own_kernels as kernels
 from vllm_mxfp4_gfx950.backends.triton.package import Weight, launch_options
 from vllm_mxfp4_gfx950.backends.triton.routing import Routing, route
@@ -186,8 +186,3 @@ def make(
 @functools.cache
 def _log_once(text: str) -> None:
     logger.info(text)
-
-
-def scales_codes(tile: TileConfig) -> bool:
-    """Whether a tile on Hopper scales codes, which pays where many rows share them, and not sums."""
-    return tile.block_m >= 16 and tile.num_warps >= 4
