@@ -655,6 +655,14 @@ def test_every_use_waits(use: str) -> None:
     check(code, PENDING, code.replace("\n", "\ns_waitcnt vmcnt(0)\n"), **state)
 
 
+def test_a_load_may_follow_a_load() -> None:
+    """Loads from memory come back in order, so the second one's value stays; its address must be there."""
+    code = "global_load_dword v1, v0, s[2:3]\n{}\ns_waitcnt vmcnt(0)\nv_mov_b32_e32 v2, v1"
+    gcn.run(lines(code.format("global_load_dword v1, v3, s[2:3]")), **loading())
+    refused(code.format("global_load_dword v1, v1, s[2:3] ; !"), PENDING, **loading())
+    refused(code.format("global_load_dword v1, v3, s[2:3]\nv_mov_b32_e32 v2, v1 ; !"), PENDING, **loading())
+
+
 def test_operands_of_a_load_are_free() -> None:
     """An instruction has read its address and its data when it has been issued."""
     code = """

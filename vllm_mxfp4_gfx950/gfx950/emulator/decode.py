@@ -72,7 +72,7 @@ class Step:
 
     def run(self, waves: Waves, machine: Machine) -> None:
         """Check what it reads, and execute it."""
-        if waves.pending and not waves.pending.isdisjoint(self.touched):
+        if waves.pending and not waves.pending.isdisjoint(self.touched) and self._too_early(waves):
             raise Fault("touches a register that a load is still to write: an s_waitcnt is missing")
         for register in self.vector:
             if not waves.v_all[register]:
@@ -85,6 +85,18 @@ class Step:
         if waves.idle and self.kind in ("vector", "fp4"):
             waves.idle_issued += waves.idle
         self.effect(waves, machine)
+
+    def _too_early(self, waves: Waves) -> bool:
+        """Whether it must not touch what is outstanding: a load may write where an older one is still to.
+
+        Source: LLVM, SIInsertWaitcnts: loads that vmcnt counts come back in order.
+        """
+        after_loads = self.touched
+        if self.kind in ("memory", "scratch"):
+            after_loads = frozenset((*self.vector, *(SCALAR_KEY + register for register in self.scalar)))
+        return any(not one.registers.isdisjoint(self.touched) for one in waves.lds) or any(
+            not one.registers.isdisjoint(after_loads) for one in waves.memory
+        )
 
 
 def decode(instruction: Instruction, registers: Registers) -> Step:

@@ -190,12 +190,15 @@ def located(fault: Fault, name: str, instruction: Instruction) -> Fault:
     return type(fault)(f"{name}, line {instruction.line}: {instruction.text}: {fault}")
 
 
-def execute(launch: Launch, workgroups: Sequence[int] | None = None) -> Counts:
+def execute(
+    launch: Launch, workgroups: Sequence[int] | None = None, trace: list[int] | None = None
+) -> Counts:
     """Execute a launch: its stores are in the tensors that it was given afterwards.
 
     Args:
         launch: the compiled kernel, its grid and its arguments; tensors on the CPU.
         workgroups: which ones, numbered with x fastest; all when None.
+        trace: gets the blocks of the kernel that the first of them's first wave went through, in order.
 
     Returns:
         What was executed.
@@ -216,7 +219,9 @@ def execute(launch: Launch, workgroups: Sequence[int] | None = None) -> Counts:
             batch = numbers[first : first + at_once]
             ids = np.stack([batch % x, batch // x % y, batch // (x * y)])
             machine = Machine(memory, Lds(len(batch), launch.lds_bytes))
-            Run(kernel, machine, counts).run(start(kernel.program, arguments, ids, waves))
+            Run(kernel, machine, counts, None if first else trace).run(
+                start(kernel.program, arguments, ids, waves)
+            )
             if not first:
                 counts.lds_passes, counts.lds_conflicts = machine.lds.passes, machine.lds.conflicts
     for region in memory.regions:
@@ -342,8 +347,10 @@ def check_condition(branch: str, waves: Waves) -> None:
 class Run:
     """One batch of workgroups on its way through a kernel."""
 
-    def __init__(self, kernel: Kernel, machine: Machine, counts: Counts) -> None:
-        self.kernel, self.machine, self.counts = kernel, machine, counts
+    def __init__(
+        self, kernel: Kernel, machine: Machine, counts: Counts, trace: list[int] | None = None
+    ) -> None:
+        self.kernel, self.machine, self.counts, self.trace = kernel, machine, counts, trace
         self.ready: list[Waves] = []
         self.waiting: list[Waves] = []
         self.executed = Counter[int]()
@@ -373,6 +380,8 @@ class Run:
                 last = block.end or block.steps[-1].instruction
                 raise located(endless, self.kernel.program.name, last)
             self.executed[group.block] += len(group)
+            if self.trace is not None and ((group.workgroup == 0) & (group.wave == 0)).any():
+                self.trace.append(group.block)
             if block.kinds["matrix"]:
                 busy |= set(group.workgroup.tolist())
             self._leave(group, block, live)
