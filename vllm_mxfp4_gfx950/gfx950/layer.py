@@ -9,8 +9,9 @@ import torch
 
 from vllm_mxfp4_gfx950 import backends
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH, Launch, presented
-from vllm_mxfp4_gfx950.gfx950.emulator.execution import Counts, execute
+from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
 from vllm_mxfp4_gfx950.gfx950.report import KernelReport, read
+from vllm_mxfp4_gfx950.gfx950.time_model import Profile, profile
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, first_experts, tensor_shapes
 from vllm_mxfp4_gfx950.tiles import TileConfig
 
@@ -82,7 +83,7 @@ class CompiledLayer:
         """Both matmuls with one tile."""
         return [self._compiled(tokens, index, tile) for index in (0, 1)]
 
-    def executed(self, tokens: int, tile: TileConfig) -> list[Counts]:
+    def profiled(self, tokens: int, tile: TileConfig) -> list[Profile]:
         """What the first workgroup of each matmul executes with one tile, on tokens that chose at random."""
         found = []
         x = torch.zeros(tokens, self.shape.hidden, dtype=torch.bfloat16)
@@ -90,7 +91,7 @@ class CompiledLayer:
 
         def run(launch: Launch) -> None:
             if launch.name.startswith(MATMULS):
-                found.append(execute(launch, [0]))
+                found.append(profile(launch))
             else:
                 execute(launch)
 

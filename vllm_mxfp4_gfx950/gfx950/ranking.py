@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +15,11 @@ from triton.runtime.errors import OutOfResources
 
 from vllm_mxfp4_gfx950.arch import GFX950
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
-from vllm_mxfp4_gfx950.gfx950.emulator.execution import Counts
 from vllm_mxfp4_gfx950.gfx950.layer import CompiledLayer
-from vllm_mxfp4_gfx950.gfx950.report import KernelReport
+from vllm_mxfp4_gfx950.gfx950.time_model import CARDS, Card, Prediction, Profile, Work, along, launch, work
 from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, TOKENS, layer_shape
 from vllm_mxfp4_gfx950.tables.store import read, write
 from vllm_mxfp4_gfx950.tiles import Gemm, Ladder, TileConfig, encode, gemms
-
-MIN_WORKGROUPS = 2
-"""On a compute unit at once: while one waits, another works."""
-
-BLOCK_K = 256
-"""What the CDNA4 scale layout is read in."""
 
 WEIGHT_BOUND_TOKENS = 64
 MAX_OVERREAD = 1.02
@@ -33,22 +27,6 @@ MAX_OVERREAD = 1.02
 
 WORTH_A_CHANGE = 0.95
 """A tile gives way to another only for less work than this: each one that serves is a kernel to compile."""
-
-# A gfx950 as far as the choice between tiles depends on it: published peaks (2.5 PFLOP/s of dense bf16
-# and 8 TB/s at 2.4 GHz over 256 compute units, 128 bytes of LDS a cycle in each), and two guesses (the
-# cache's bandwidth and the latency). They weigh counts of executed instructions against each other: the
-# result is a ranking by counted work, not a prediction of time.
-COMPUTE_UNITS = 256
-SIMDS = 4
-ISSUE_CYCLES = 4
-MFMA_CYCLES = 16
-HBM_BYTES_PER_CYCLE = 3300
-L2_BYTES_PER_CYCLE = 3 * HBM_BYTES_PER_CYCLE
-LATENCY_CYCLES = 1500
-LDS_PASS_CYCLES = 2
-
-ISSUED = ("vector", "fp4", "memory", "lds")
-"""Kinds of instruction that take a slot of ISSUE_CYCLES; scalar ones are issued beside them."""
 
 TRIED_TOKENS = 64
 LONG_K = 2880
@@ -68,106 +46,117 @@ def rank(table: Path, progress: Callable[[int, int], None]) -> None:
     """
     table.parent.mkdir(parents=True, exist_ok=True)
     content = read(table, "gfx950") if table.exists() else {"provenance": {}, "rows": [], "measured": []}
-    shape = layer_shape("gpt-oss-20b")
-    layer = CompiledLayer(shape)
-    short = CompiledLayer(dataclasses.replace(shape, hidden=SHORT_K, intermediate=SHORT_K))
-    kernels = layer.backend.KERNELS
+    installed = Installed()
+    kernels = installed.layer.backend.KERNELS
     tiles = GFX950.candidates[kernels]
-    work: dict[tuple[str, TileConfig], Work] = {}
+    measured: dict[tuple[str, TileConfig], Measured] = {}
     for done, tile in enumerate(tiles):
         progress(done, len(tiles))
-        tried = layer.tried(TRIED_TOKENS, tile)
-        if not any(matmul.fits for matmul in tried):
-            continue
-        try:
-            counts = zip(short.executed(TRIED_TOKENS, tile), layer.executed(TRIED_TOKENS, tile), strict=True)
-        except OutOfResources:
-            continue  # One of the two does not fit; the other cannot be reached without it.
-        for matmul, (few, many) in zip(tried, counts, strict=True):
-            if matmul.fits and matmul.report is not None and matmul.report.workgroups >= MIN_WORKGROUPS:
-                work[matmul.gemm, tile] = Work.of(matmul.report, few, many)
+        measured |= {(name, tile): each for name, each in installed.measured(tile).items()}
     progress(len(tiles), len(tiles))
 
     rows: list[list[Any]] = []
     found = {gemm for model in GPT_OSS for tp, ep in DIVISIONS for gemm in gemms(layer_shape(model, tp, ep))}
     for gemm in sorted(found, key=lambda g: (g.name, -g.global_experts, -g.experts, -g.k, -g.n)):
-        usable = {tile: each for (name, tile), each in work.items() if name == gemm.name}
+        usable = {tile: each.at(tile, gemm.k) for (name, tile), each in measured.items() if name == gemm.name}
         best: list[TileConfig] = []
         for tokens in TOKENS:
             fair = [t for t in usable if tokens > WEIGHT_BOUND_TOKENS or overread(gemm, t) <= MAX_OVERREAD]
             if not fair:
                 raise Mxfp4Error("the tiles", f"able to compute {gemm}", "none without a spill", "Try others")
-            cost = {tile: cycles(gemm, tile, usable[tile], tokens, shape.topk) for tile in fair}
+            times = {t: predicted(gemm, t, usable[t], tokens, installed.layer.shape.topk) for t in fair}
+            cost = regrets({t: tuple(each.us for each in some) for t, some in times.items()})
             least = min(cost, key=cost.__getitem__)
             keep = best and cost.get(best[-1], math.inf) * WORTH_A_CHANGE <= cost[least]
             best.append(best[-1] if keep else least)
         rows += encode(kernels, triton.__version__, gemm, Ladder(TOKENS, tuple(best)).merged())
-    update(table, content, kernels, rows, triton.__version__, len(tiles), len(work))
+    update(table, content, kernels, rows, triton.__version__, len(tiles), len(measured))
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one workgroup executes: once, and for every block of K.
+class Measured:
+    """What one workgroup of a tile does at two depths, SHORT_K and LONG_K.
 
     Args:
-        report: what the tile's kernel takes.
-        issued: instructions of a wave that occupy the vector unit or a path to memory.
-        matrix: matrix instructions of a wave.
-        lds: passes of LDS of the workgroup, those of conflicts included.
+        few, many: by card, in the order of `time_model.CARDS`.
     """
 
-    report: KernelReport
-    issued: tuple[float, float]
-    matrix: tuple[float, float]
-    lds: tuple[float, float]
+    few: tuple[Work, ...]
+    many: tuple[Work, ...]
 
     @classmethod
-    def of(cls, report: KernelReport, few: Counts, many: Counts) -> Work:
-        """From what was counted over SHORT_K and over GPT-OSS's K."""
-        few_steps, many_steps = math.ceil(SHORT_K / BLOCK_K), math.ceil(LONG_K / BLOCK_K)
+    def of(cls, few: Profile, many: Profile) -> Measured:
+        """From what was executed."""
+        return cls(tuple(work(few, card) for card in CARDS), tuple(work(many, card) for card in CARDS))
 
-        def line(count: Callable[[Counts], float]) -> tuple[float, float]:
-            step = (count(many) - count(few)) / (many_steps - few_steps)
-            return count(few) - few_steps * step, step
-
-        return cls(
-            report,
-            line(lambda counts: sum(counts.instructions[kind] for kind in ISSUED) / report.waves),
-            line(lambda counts: counts.instructions["matrix"] / report.waves),
-            line(lambda counts: counts.lds_passes + counts.lds_conflicts),
-        )
+    def at(self, tile: TileConfig, k: int) -> tuple[Work, ...]:
+        """At another depth."""
+        steps = math.ceil(SHORT_K / tile.block_k), math.ceil(LONG_K / tile.block_k)
+        wanted = math.ceil(k / tile.split_k / tile.block_k)
+        return tuple(map(lambda few, many: along(few, many, steps, wanted), self.few, self.many))
 
 
-def cycles(gemm: Gemm, tile: TileConfig, work: Work, tokens: int, topk: int) -> float:
-    """The counted work of one matmul on the busiest resource, in cycles.
+def matmul(
+    gemm: Gemm, tile: TileConfig, done: Work, card: Card, tokens: int, topk: int, activation_bytes: int = 2
+) -> Prediction:
+    """How long one matmul takes on one card.
 
     Args:
         gemm: the matmul.
         tile: how it is cut up.
-        work: what one of its workgroups executes.
+        done: by each workgroup, at the gemm's depth.
+        card: where.
         tokens: T.
         topk: experts per token, each as likely as any other.
+        activation_bytes: of one value of a row that is read; what is written is bf16.
     """
     m_tiles, active = expected_tiles(tokens, topk / gemm.global_experts, tile.block_m)
-    steps = math.ceil(gemm.k / tile.block_k)
-    workgroups = gemm.experts * m_tiles * math.ceil(gemm.n / tile.block_n)
-    # The busiest compute unit; the tail of a tile without rows or columns costs as much.
-    report, rounds = work.report, math.ceil(workgroups / COMPUTE_UNITS)
-    vector = ISSUE_CYCLES * (work.issued[0] + steps * work.issued[1])
-    matrix = MFMA_CYCLES * (work.matrix[0] + steps * work.matrix[1])
-    # One wave alone on a SIMD does first one, then the other.
-    wave = max(vector, matrix) if report.occupancy > 1 else vector + matrix
-    # Whole waves go to whole SIMDs: a lone workgroup of two waves leaves two of them idle.
-    issue = math.ceil(rounds * report.waves / SIMDS) * wave
-    lds = rounds * LDS_PASS_CYCLES * (work.lds[0] + steps * work.lds[1])
-    # A workgroup waits for each step's loads unless another one, or another stage, hides them.
-    waits = (
-        math.ceil(workgroups / (COMPUTE_UNITS * report.workgroups)) * steps * LATENCY_CYCLES / tile.num_stages
-    )
-    weight_bytes = gemm.experts * active * gemm.n * gemm.k * 17 / 32
-    tile_bytes = steps * tile.block_k * (tile.block_n * 17 / 32 + tile.block_m * 2)
-    memory = max(weight_bytes / HBM_BYTES_PER_CYCLE, workgroups * tile_bytes / L2_BYTES_PER_CYCLE)
-    return max(issue, lds, memory) + waits
+    workgroups = gemm.experts * m_tiles * math.ceil(gemm.n / tile.block_n) * tile.split_k
+    rows = tokens * topk * gemm.experts / gemm.global_experts
+    weights = gemm.experts * active * gemm.n * gemm.k * 17 / 32 * max(1.0, overread(gemm, tile))
+    is_w13 = gemm.name == "w13"
+    read = min(rows, tokens) if is_w13 else rows
+    written = rows * (gemm.n // 2 if is_w13 else gemm.n) * tile.split_k
+    return launch(done, card, workgroups, weights + read * gemm.k * activation_bytes + 2 * written)
+
+
+class Installed:
+    """The matmuls of the triton_kernels that are installed here, compiled and executed at two depths.
+
+    Raises:
+        Mxfp4Error: there are none.
+    """
+
+    def __init__(self) -> None:
+        shape = layer_shape("gpt-oss-20b")
+        self.layer = CompiledLayer(shape)
+        self.short = CompiledLayer(dataclasses.replace(shape, hidden=SHORT_K, intermediate=SHORT_K))
+
+    def measured(self, tile: TileConfig) -> dict[str, Measured]:
+        """What w13 and w2 do with a tile, without the one that it does not fit."""
+        tried = self.layer.tried(TRIED_TOKENS, tile)
+        if not any(compiled.fits for compiled in tried):
+            return {}
+        try:
+            few, many = (each.profiled(TRIED_TOKENS, tile) for each in (self.short, self.layer))
+        except OutOfResources:
+            return {}  # One of the two does not fit; the other cannot be reached without it.
+        seen = zip(tried, few, many, strict=True)
+        return {compiled.gemm: Measured.of(*each) for compiled, *each in seen if compiled.fits}
+
+
+def predicted(
+    gemm: Gemm, tile: TileConfig, done: tuple[Work, ...], tokens: int, topk: int
+) -> tuple[Prediction, ...]:
+    """What `matmul` says, by card."""
+    pairs = zip(done, CARDS, strict=True)
+    return tuple(matmul(gemm, tile, each, card, tokens, topk) for each, card in pairs)
+
+
+def regrets(times: dict[TileConfig, tuple[float, ...]]) -> dict[TileConfig, float]:
+    """By how much each tile is slower than the best, on the card where it is worst off."""
+    best = [min(column) for column in zip(*times.values(), strict=True)]
+    return {tile: max(map(operator.truediv, each, best)) for tile, each in times.items()}
 
 
 def overread(gemm: Gemm, tile: TileConfig) -> float:
