@@ -14,6 +14,7 @@ COMMANDS = {
     "doctor": "say what is installed, what GPT-OSS needs of it, and which backend would serve it",
     "compile": "compile a model's kernels for gfx950, without a GPU, and show what each takes",
     "verify": "execute them on an emulated gfx950, and compare with float64",
+    "predict": "predict what a layer takes on a gfx950, without one, from what its kernels execute",
     "bench": "measure a layer and serving, beside vLLM's own MoE backends",
     "eval": "measure how accurate a path is, and compare it with another one",
     "tune": "time tiles on this machine's GPU, for a table of your own; or rank gfx950's without one",
