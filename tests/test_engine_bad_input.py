@@ -97,7 +97,7 @@ def replace(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callab
     [
         pytest.param(
             become(OTHER_MODEL),
-            WRONG_METHOD.format("None"),
+            f"model_type must be gpt_oss; got llama. {FIX_MODEL}",
             id="other-model",
         ),
         pytest.param(
@@ -107,7 +107,7 @@ def replace(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callab
         ),
         pytest.param(
             lambda config: config.pop("quantization_config"),
-            WRONG_METHOD.format("None"),
+            "config.json must be there; got none, though model.safetensors holds MXFP4. Restore it: ",
             id="unquantized",
         ),
         pytest.param(
@@ -167,8 +167,8 @@ def test_config(change: Callable[[Config], object], text: str, tmp_path: Path) -
         ),
         pytest.param(
             lambda tensors: tensors.pop(f"{EXPERTS}.down_proj_scales"),
-            f"{EXPERTS}.down_proj_scales must be in the checkpoint; "
-            "got nothing for 8 of this rank's 8 experts. Download the checkpoint again.",
+            f"must be the whole checkpoint; got 40 tensors without {EXPERTS}.down_proj_scales. "
+            "Download the checkpoint again.",
             id="no-scales",
         ),
         pytest.param(

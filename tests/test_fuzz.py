@@ -11,13 +11,15 @@ import json
 import math
 import os
 import re
+import shutil
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import engine
+import load_model
 import pytest
 import tiny_checkpoint
 import torch
@@ -63,7 +65,7 @@ ROWS = {"gfx950": [*TABLES["gfx950"]["rows"][:3], *OWN_ROWS], "sm90": [*OWN_ROWS
 MODEL = TinyGptOss(experts=4, topk=2, hidden=64, intermediate=96, layers=1)
 PACKAGE = ROOT / "vllm_mxfp4_gfx950"
 EXPERTS = "model.layers.0.mlp.experts"
-Load = Callable[[], None]
+Load = Callable[[], object]
 
 
 def fuzz(examples: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Any], Any]:
@@ -211,42 +213,8 @@ def fixture_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", name="load")
 def fixture_load(checkpoint: Path) -> Iterator[Load]:
     """Load the checkpoint as vLLM does, up to the point where it would serve."""
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in engine.ENVIRONMENT.items():
-            environment.setenv(name, value)
-        from vllm.config import set_current_vllm_config
-        from vllm.distributed import (
-            cleanup_dist_env_and_memory,
-            ensure_model_parallel_initialized,
-            init_distributed_environment,
-        )
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.model_executor.model_loader import get_model_loader
-        from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
-
-        from vllm_mxfp4_gfx950 import checkpoint
-
-        def create_config() -> Any:
-            arguments = {"dtype": "float32", "max_model_len": 256, "use_tqdm_on_load": False}
-            return EngineArgs(str(checkpoint), quantization=engine.FLAG, **arguments).create_engine_config()
-
-        def load() -> None:
-            checkpoint.check_files.cache_clear()
-            config = create_config()
-            with set_current_vllm_config(config):
-                model = initialize_model(config)
-                get_model_loader(config.load_config).load_weights(model, config.model_config)
-                process_weights_after_loading(model, config.model_config, torch.device("cpu"))
-
-        before = torch.get_num_threads(), torch.get_default_dtype()
-        with set_current_vllm_config(create_config()):
-            init_distributed_environment(1, 0, f"file://{checkpoint}.store", 0, "gloo")
-            ensure_model_parallel_initialized(1, 1)
-        load()
-        yield load
-        cleanup_dist_env_and_memory()
-        torch.set_num_threads(before[0])
-        torch.set_default_dtype(before[1])
+    with load_model.one_rank(checkpoint):
+        yield lambda: load_model.load(checkpoint)
 
 
 SIZES = st.sampled_from([-32, -1, 0, 1, 2, 3, 4, 5, 8, 31, 33, 64, 96, 128, 4096, 2**16, 2**20, 2**40, 2**63])
@@ -401,6 +369,175 @@ def test_tensors(load: Load, checkpoint: Path, spoiled: dict[str, str], extra: i
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     with served_or_refused():
         load()
+
+
+FILES = (
+    "model.safetensors",
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    "extra.safetensors",
+    ".model.safetensors",
+    "consolidated.safetensors",
+)
+WHOLE = sorted(tiny_checkpoint.tensors(MODEL))
+LAYOUTS: tuple[dict[str, list[str]], ...] = (
+    {FILES[0]: WHOLE},
+    {FILES[1]: WHOLE[::2], FILES[2]: WHOLE[1::2]},
+    {FILES[5]: WHOLE},
+    {FILES[0]: WHOLE, FILES[1]: WHOLE[::2], FILES[2]: WHOLE[1::2]},
+)
+RENAMED = {
+    "prefix": ("^", "base_model.model."),
+    "doubled": ("_blocks$", "_blocks_blocks"),
+    "vllm": ("self_attn", "attn"),
+    "none": ("^", ""),
+}
+
+
+@dataclasses.dataclass
+class Layout:
+    """Files of a checkpoint before they are written.
+
+    Args:
+        files: the tensors of each, by their names; another model's where there is a minus before it.
+        index: the files that it lists; None where there is none.
+        broken: what is left of a file.
+    """
+
+    files: dict[str, list[str]]
+    index: set[str] | None
+    broken: dict[str, str]
+
+    def change(self, how: str, file: str, name: str) -> None:
+        """Do one thing to it."""
+        tensors = self.files.get(file, [])
+        if how in ("copy", "move", "stale"):
+            if how == "move":
+                self.files = {key: [n for n in names if n != name] for key, names in self.files.items()}
+            kept = [n for n in self.files.get(file, []) if n.removeprefix("-") != name]
+            self.files[file] = [*kept, f"-{name}" if how == "stale" else name]
+        elif how == "drop":
+            self.files[file] = [n for n in tensors if n.removeprefix("-") != name]
+        elif how == "delete":
+            self.files.pop(file, None)
+        elif how in ("cut", "pointer", "dangling", "link"):
+            self.broken[file] = how
+        elif how == "list":
+            self.index = {*(self.index or ()), file}
+        elif self.index is not None:
+            self.index = self.index - {file} or None
+
+    def write(self, folder: Path, renamed: str) -> None:
+        """Write it."""
+        sound, pattern = tiny_checkpoint.tensors(MODEL), RENAMED[renamed]
+        weight_map = {}
+        for file, names in self.files.items():
+            tensors = {
+                re.sub(*pattern, name.removeprefix("-")): sound[name]
+                if name in sound
+                else sound[name[1:]].flip(0)
+                for name in names
+            }
+            weight_map |= dict.fromkeys(tensors, file) if file in (self.index or ()) else {}
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        for file, how in self.broken.items():
+            path = folder / file
+            content = path.read_bytes() if path.exists() else b"nothing"
+            path.unlink(missing_ok=True)
+            if how in ("link", "dangling"):
+                path.symlink_to(f"{file}.blob")
+                if how == "link":
+                    (folder / f"{file}.blob").write_bytes(content)
+            else:
+                pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 9\n"
+                path.write_bytes(pointer if how == "pointer" else content[:-5])
+        if self.index is not None:
+            weight_map |= {f"of {file}": file for file in self.index - self.files.keys()}
+            text = json.dumps({"metadata": {}, "weight_map": weight_map})
+            (folder / "model.safetensors.index.json").write_text(text)
+
+
+def sound_in_vllm(folder: Path) -> bool:
+    """Whether vLLM's loader alone fills the whole model from a checkpoint, with the same in any order."""
+    try:
+        one, other = (load_model.parameters(folder, unwritten) for unwritten in (0xFF, 0x5A))
+        tensors = load_model.read(folder)
+    except Exception:
+        return False
+    by_name = dict(tensors)
+    return all(torch.equal(one[name], other[name]) for name in one) and all(
+        torch.equal(tensor, by_name[name]) for name, tensor in tensors
+    )
+
+
+@pytest.mark.engine
+@fuzz(
+    IN_VLLM,
+    start=st.sampled_from(LAYOUTS),
+    indexed=st.booleans(),
+    changes=st.lists(
+        st.tuples(
+            st.sampled_from(
+                [
+                    "copy",
+                    "move",
+                    "stale",
+                    "drop",
+                    "delete",
+                    "cut",
+                    "pointer",
+                    "dangling",
+                    "link",
+                    "list",
+                    "unlist",
+                ]
+            ),
+            st.sampled_from(FILES),
+            st.sampled_from(WHOLE),
+        ),
+        max_size=3,
+    ),
+    renamed=st.sampled_from(["none", "none", "none", *RENAMED]),
+)
+def test_layout(
+    load: Load,
+    checkpoint: Path,
+    start: dict[str, list[str]],
+    indexed: bool,
+    changes: list[tuple[str, str, str]],
+    renamed: str,
+) -> None:
+    """Files and names: accepted exactly if vLLM's loader fills the model, as transformers' does."""
+    layout = Layout(dict(start), set(start) - {FILES[0]} if indexed else None, {})
+    for change in changes:
+        layout.change(*change)
+    with TemporaryDirectory(dir=checkpoint.parent) as name:  # vLLM remembers what is in a directory.
+        folder = Path(name) / "checkpoint"
+        shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+        layout.write(folder, renamed)
+        try:
+            load_model.check(folder)
+        except ValueError as error:
+            if not OUR_WORDS.search(str(error)) or sound_in_vllm(folder):
+                raise
+            event("refused")
+            return
+        assert sound_in_vllm(folder)
+        event("served")
+        of_transformers = {FILES[0]} if (folder / FILES[0]).exists() else layout.index
+        if renamed == "none" and load_model.files(folder) == of_transformers:
+            compare_with_transformers(folder)
+
+
+def compare_with_transformers(folder: Path) -> None:
+    """Transformers must read from a checkpoint what vLLM does."""
+    read = folder.with_name("read")
+    shutil.copytree(folder, read, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(dict(load_model.read(folder)), read / "model.safetensors", metadata={"format": "pt"})
+    found, expected = (tiny_checkpoint.transformers_model(path).state_dict() for path in (folder, read))
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    event("as transformers reads it")
 
 
 def write_sound(checkpoint: Path) -> None:

@@ -27,14 +27,15 @@ MAY_IMPORT: dict[str, str] = {
     "tolerance": "",
     "self_check": "errors moe settings backends tolerance",
     "checkpoint": "errors mxfp4 moe settings",
+    "files": "errors moe settings checkpoint",
     "serving": "errors moe settings backends self_check",
-    "vllm_plugin": "errors mxfp4 moe settings backends checkpoint serving",
+    "vllm_plugin": "errors mxfp4 moe settings backends checkpoint files serving",
     "gfx950": "errors mxfp4 moe models settings tiles arch tables backends tolerance",
     "tuning": "errors moe models settings tiles arch tables backends random_layer timing tolerance",
     "bench": "errors moe models settings backends random_layer timing tolerance",
     "evaluation": "errors settings",
-    "commands": "errors mxfp4 moe models settings tiles arch tables backends checkpoint gfx950 random_layer "
-    "timing tolerance tuning bench evaluation",
+    "commands": "errors mxfp4 moe models settings tiles arch tables backends checkpoint files gfx950 "
+    "random_layer timing tolerance tuning bench evaluation",
     "cli": "errors commands",
 }
 """Each part of the package, and the parts below it that it may import beside itself."""

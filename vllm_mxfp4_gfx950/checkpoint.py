@@ -1,13 +1,10 @@
-"""GPT-OSS's checkpoint: its files, its tensors' names, shapes and dtypes, and one rank's share of them."""
+"""GPT-OSS's checkpoint: its tensors' names, shapes and dtypes, and one rank's share of them."""
 
 from __future__ import annotations
 
-import functools
 import re
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.moe import MoeShape, tensor_shapes
@@ -68,40 +65,6 @@ def check_method(quant_method: str | None) -> None:
         )
 
 
-@functools.cache
-def check_files(model: str, layers: int, shape: MoeShape) -> None:
-    """Raise Mxfp4Error for a local checkpoint that is no safetensors, is cut off, or does not fit its config.
-
-    Before it is loaded: vLLM itself starts without the tensors that it misses, if the model is quantized.
-    """
-    files = sorted(Path(model).glob("*.safetensors"))
-    pickles = sorted(file.name for kind in ("*.bin", "*.pt") for file in Path(model).glob(kind))
-    if pickles and not files:
-        fix = "Download it in that format"
-        raise Mxfp4Error(model, "a checkpoint in safetensors", ", ".join(pickles), fix)
-    names: set[str] = set()
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                names.update(tensors.keys())
-                for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
-                    if EXPERT.fullmatch(name):
-                        header = tensors.get_slice(name)
-                        check_expert(name, header.get_dtype(), header.get_shape(), layers, shape)
-        except SafetensorError as error:
-            raise Mxfp4Error(
-                str(file), "a whole safetensors file", str(error), "Download the file again"
-            ) from error
-    absent = sorted(unquantized_tensors(layers) - names) if files else []
-    if absent:
-        raise Mxfp4Error(
-            f"{model}/*.safetensors",
-            "the whole checkpoint",
-            f"{len(names)} tensors without {', '.join(absent[:3])}{' and more' if absent[3:] else ''}",
-            "Download the checkpoint again",
-        )
-
-
 def check_expert(name: str, dtype: str, size: list[int], layers: int, shape: MoeShape) -> None:
     """Hold the header of one tensor of experts against the model; other tensors pass.
 
@@ -134,16 +97,6 @@ def check_expert(name: str, dtype: str, size: list[int], layers: int, shape: Moe
 def kind(field: str) -> str:
     """Of what a field of MoeWeights is one: blocks, scales or bias."""
     return TENSORS[field].rpartition("_")[2]
-
-
-def unquantized_tensors(layers: int) -> set[str]:
-    """The names in a checkpoint of all but the experts' tensors, which are counted as they are loaded."""
-    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
-    linear = ("mlp.router", *(f"self_attn.{name}" for name in attention))
-    in_layer = [f"{name}.{part}" for name in linear for part in ("weight", "bias")]
-    in_layer += ["self_attn.sinks", "input_layernorm.weight", "post_attention_layernorm.weight"]
-    outside = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-    return outside | {f"model.layers.{index}.{name}" for index in range(layers) for name in in_layer}
 
 
 def read(name: str, field: str, tensor: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:

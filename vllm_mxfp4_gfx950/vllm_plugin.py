@@ -6,22 +6,26 @@ point, a registered QuantizationConfig, and a FusedMoEMethodBase that does its o
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from vllm import envs
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import CompilationMode, VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.model_loader import DefaultModelLoader, RunaiModelStreamerLoader, get_model_loader
+from vllm.model_executor.model_loader.utils import initialize_model
 
-from vllm_mxfp4_gfx950 import backends, checkpoint, serving, settings
+from vllm_mxfp4_gfx950 import backends, checkpoint, files, serving, settings
 from vllm_mxfp4_gfx950.checkpoint import PARAMETERS
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.moe import (
@@ -51,14 +55,12 @@ class Mxfp4TritonConfig(QuantizationConfig):
 
     Args:
         quant_method: the checkpoint's own name for its format; None when it has no quantization.
-
-    Raises:
-        Mxfp4Error: the checkpoint is not MXFP4.
     """
 
     def __init__(self, quant_method: str | None = None) -> None:
         super().__init__()
-        checkpoint.check_method(quant_method)
+        self.quant_method = quant_method
+        self.checked = False
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Mxfp4TritonConfig:
@@ -72,7 +74,6 @@ class Mxfp4TritonConfig(QuantizationConfig):
         """Claim a checkpoint, only when the user asked for it by flag."""
         if user_quant != FLAG:
             return None
-        checkpoint.check_method(hf_quant_cfg.get("quant_method"))
         return FLAG
 
     @classmethod
@@ -98,20 +99,32 @@ class Mxfp4TritonConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Refuse other models and impossible sizes, as soon as vLLM has read them."""
+        """Refuse other models, other formats and impossible sizes, as soon as vLLM has read them."""
         config = hf_config.get_text_config()
         model_type = config.model_type
         if model_type != "gpt_oss":
             raise Mxfp4Error(
                 "model_type", "gpt_oss", model_type, f"Serve this model without --quantization {FLAG}"
             )
+        if self.quant_method is None:
+            files.check_not_mxfp4(Path(model_name))
+        checkpoint.check_method(self.quant_method)
         whole_layer(config)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Our method for the experts; vLLM's unquantized one for linear layers, its default for others."""
         if isinstance(layer, RoutedExperts):
-            return Mxfp4TritonMoEMethod(layer.moe_config, prefix)
+            if not self.checked:  # With a model's first layer.
+                config = get_current_vllm_config()
+                check_servable(config, layer.moe_config)
+                check_checkpoint(config)
+                self.checked = True
+            return self.moe_method(layer.moe_config, prefix)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def moe_method(self, moe: FusedMoEConfig, prefix: str) -> Mxfp4TritonMoEMethod:
+        """A layer's method."""
+        return Mxfp4TritonMoEMethod(moe, prefix)
 
 
 class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
@@ -132,7 +145,6 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
     def __init__(self, moe: FusedMoEConfig, prefix: str) -> None:
         super().__init__(moe)
         config = get_current_vllm_config()
-        check_servable(config, moe)
         self.prefix = prefix
         self.shape = moe_shape(config.model_config.hf_text_config, moe)
         arch = backends.arch_of(torch.device(moe.device))
@@ -161,6 +173,12 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
     ) -> tuple[int, int]:
         """Slice the intermediate size at whole blocks; the last rank's share may be shorter."""
         return hidden_size, self.shape.intermediate
+
+    @property
+    def columns(self) -> tuple[int, int]:
+        """This rank's share of the intermediate size: its first value, and the one behind its last."""
+        start = self.moe.moe_parallel_config.tp_rank * self.shape.intermediate
+        return start, max(start, min(start + self.shape.intermediate, self.moe.intermediate_size))
 
     def create_weights(
         self,
@@ -208,8 +226,7 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
             raise Mxfp4Error(f"{self.prefix}'s weights", "loaded once", "a second time", fix)
         name = weight_name.rpartition(".")[2]
         field = PARAMETERS[name]
-        start = self.moe.moe_parallel_config.tp_rank * self.shape.intermediate
-        stop = max(start, min(start + self.shape.intermediate, self.moe.intermediate_size))
+        start, stop = self.columns
         target = parameter.data
         experts = set(range(self.shape.experts))
         if expert_id is not None:
@@ -296,11 +313,114 @@ def check_servable(config: VllmConfig, moe: FusedMoEConfig) -> None:
     load_format = config.load_config.load_format
     if load_format in checkpoint.PICKLES:
         raise Mxfp4Error("--load-format", "one that reads safetensors", load_format, "Leave it out")
-    text_config = config.model_config.hf_text_config
-    if load_format != "dummy":
-        checkpoint.check_files(
-            config.model_config.model, text_config.num_hidden_layers, whole_layer(text_config)
+
+
+class UnloadedConfig(Mxfp4TritonConfig):
+    """For a model that is there to be asked what it would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checked = True
+
+    def moe_method(self, moe: FusedMoEConfig, prefix: str) -> Mxfp4TritonMoEMethod:
+        """A layer's method."""
+        return UnloadedMoEMethod(moe, prefix)
+
+
+class UnloadedMoEMethod(Mxfp4TritonMoEMethod):
+    """One MoE layer's parameters, which take no memory, and their loader."""
+
+    def __init__(self, moe: FusedMoEConfig, prefix: str) -> None:
+        FusedMoEMethodBase.__init__(self, moe)
+        self.prefix = prefix
+        self.shape = moe_shape(get_current_vllm_config().model_config.hf_text_config, moe)
+        self.prepared = None
+        self.missing = {name: set() for name in PARAMETERS}
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the six parameters, no wider than what a checkpoint has for them."""
+        start, stop = self.columns
+        with torch.device("meta"):
+            super().create_weights(layer, num_experts, hidden_size, stop - start, params_dtype)
+
+
+def check_checkpoint(config: VllmConfig) -> None:
+    """Raise Mxfp4Error for a checkpoint whose files do not give the model all that it needs."""
+    found = files_to_load(config)
+    if found:
+        text_config = config.model_config.hf_text_config
+        model = unloaded_model(config)
+        files.check_files(
+            found,
+            model,
+            functools.partial(names_in_checkpoint, model),
+            bool(getattr(text_config, "tie_word_embeddings", False)),
+            text_config.num_hidden_layers,
+            whole_layer(text_config),
         )
+
+
+def files_to_load(config: VllmConfig) -> list[Path]:
+    """The files that vLLM will read; none where it reads no files, or none on this machine.
+
+    Raises:
+        Mxfp4Error: there are none, they are pickles, or not all that an index lists are there.
+    """
+    loader, model = get_model_loader(config.load_config), config.model_config
+    try:
+        if isinstance(loader, DefaultModelLoader):
+            _, found, *_ = loader._prepare_weights(model.model, None, model.revision, True, None)
+        elif isinstance(loader, RunaiModelStreamerLoader) and "://" not in model.model:
+            found = loader._prepare_weights(model.model, model.revision)
+        else:
+            return []
+    except (FileNotFoundError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        folder = Path(model.model)
+        if not folder.is_dir():
+            raise
+        files.check_index(folder)
+        raise Mxfp4Error(
+            model.model, "a checkpoint in safetensors", str(error), "Download it in that format"
+        ) from error
+    pickles = sorted(file.name for file in map(Path, found) if file.suffix != ".safetensors")
+    if pickles:
+        fix = "Download it in that format"
+        raise Mxfp4Error(model.model, "a checkpoint in safetensors", ", ".join(pickles), fix)
+    return [Path(file) for file in sorted(found)]
+
+
+def unloaded_model(config: VllmConfig) -> Any:
+    """The model that is being built, another one, that takes no memory: nothing is ever written to it."""
+    compilation = copy.copy(config.compilation_config)
+    compilation.mode = CompilationMode.NONE
+    compilation.static_forward_context, compilation.static_all_moe_layers = {}, []
+    config = copy.copy(config)
+    config.compilation_config, config.quant_config = compilation, UnloadedConfig()
+    with torch.device("cpu"):
+        return initialize_model(config)
+
+
+def names_in_checkpoint(model: Any, parameter: str) -> list[str]:
+    """What a parameter of vLLM's model is made of in a checkpoint."""
+    name = parameter.replace(".routed_experts.", ".")
+    for old, new in model.hf_to_vllm_mapper.orig_to_new_suffix.items():
+        if name.endswith(new):
+            name = name.removesuffix(new) + old
+            break
+    for old, new in model.hf_to_vllm_mapper.orig_to_new_substr.items():
+        name = name.replace(new, old)
+    for new, parts in model.packed_modules_mapping.items():
+        if f".{new}." in name:
+            return [name.replace(f".{new}.", f".{part}.") for part in parts]
+    return [name]
 
 
 def moe_shape(config: Any, moe: FusedMoEConfig) -> MoeShape:

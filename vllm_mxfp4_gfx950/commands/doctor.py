@@ -448,16 +448,18 @@ def tiles_of(backend: TiledBackend, shape: MoeShape, arch: str, asked: Settings)
 
 def check_checkpoint(directory: Path, whole: MoeShape) -> list[Check]:
     """A checkpoint's files, by what can be read of them without loading."""
-    from vllm_mxfp4_gfx950 import checkpoint
+    from vllm_mxfp4_gfx950 import checkpoint, files
 
-    files = sorted(directory.glob("*.safetensors"))
-    size = sum(file.stat().st_size for file in files)
-    found, rule = f"{len(files)} safetensors files, {size / 1e9:.3f} GB", "a whole GPT-OSS in MXFP4"
     config = json.loads((directory / "config.json").read_text())
+    method = (config.get("quantization_config") or {}).get("quant_method")
     try:
-        checkpoint.check_method((config.get("quantization_config") or {}).get("quant_method"))
-        checkpoint.check_files(str(directory), config["num_hidden_layers"], whole)
+        if method is None:
+            files.check_not_mxfp4(directory)
+        checkpoint.check_method(method)
+        read = files.check_directory(directory, config, whole)
     except Mxfp4Error as error:
         return [refusal("checkpoint", error)]
+    size = sum(file.stat().st_size for file in read)
+    found, rule = f"{len(read)} safetensors files, {size / 1e9:.3f} GB", "a whole GPT-OSS in MXFP4"
     fix = f"Download the model's *.safetensors into {directory}"
-    return [Check(bool(files), "checkpoint", found, rule, fix)]
+    return [Check(bool(read), "checkpoint", found, rule, fix)]
