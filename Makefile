@@ -65,7 +65,7 @@ test: .venv/.plugin .venv/triton/$(CI_TRITON)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest --no-skips
+	$(BIN)/pytest --no-skips --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 test-emulated: .venv/.plugin $(TRITONS:%=.venv/triton/%)
 	@$(BIN)/python environments/fetch_packages.py .venv/packages
@@ -75,7 +75,7 @@ test-load: .venv/.plugin
 	$(BIN)/pytest --no-skips -m load -s
 
 fuzz: .venv/.plugin
-	FUZZ_TIMES=150 $(BIN)/pytest --no-skips tests/test_fuzz.py --timeout=3600
+	FUZZ_TIMES=150 $(BIN)/pytest --no-skips tests/test_fuzz.py -o cpu_s=36000
 
 compile-matrix tune: .venv/.plugin $(TRITONS:%=.venv/triton/%)
 	@$(BIN)/python environments/fetch_packages.py .venv/packages

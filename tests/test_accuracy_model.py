@@ -1,7 +1,7 @@
 """The small trained GPT-OSS of accuracy/model, and the questions that it is asked."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -25,15 +25,6 @@ def accuracy(model: torch.nn.Module, skill: str) -> float:
     """The share of a skill's questions that a model answers right."""
     outcomes = train.outcomes(model, skill)
     return sum(outcomes) / len(outcomes)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The model is too small to share between threads: they would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("skill", SKILLS)

@@ -30,8 +30,6 @@ from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.settings import TABLES_VAR
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 SHAPE = make_shape(4, 2, 64, 32)
 REACHED = layer.Speeds(copy=1e9, multiply=1e12)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import Progress
+from run_python import SUPPORT
 
 pytest_plugins = "pytester"
 
@@ -62,3 +64,82 @@ def test_module_skips_fail_in_make_test(suite: pytest.Pytester) -> None:
     suite.makepyfile(MODULE_SKIPPED)
     suite.runpytest_inprocess(suite.path).assert_outcomes(skipped=1)
     suite.runpytest_inprocess("--no-skips", suite.path).assert_outcomes(errors=1)
+
+
+HANGS = """
+    import pytest, threading
+    from run_python import once, run_python
+
+    def test_sound():
+        pass
+
+    def test_waits():
+        threading.Event().wait()
+
+    def test_computes():
+        while True:
+            pass
+
+    def test_waits_for_a_process():
+        run_python(["-c", "import threading; threading.Event().wait()"])
+
+    @pytest.fixture(scope="module")
+    def process():
+        run_python(["-c", "while True: pass"])
+
+    def test_first(process):
+        pass
+
+    def test_second(process):
+        pass
+
+    @once
+    def shared():
+        raise RuntimeError("cause")
+
+    @pytest.mark.parametrize("number", range(3))
+    def test_shares(number):
+        shared()
+"""
+
+
+def test_what_hangs_ends(suite: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it waits or computes, itself or a process; and what tests share fails once, and says why."""
+    monkeypatch.setenv("PYTHONPATH", str(SUPPORT))
+    suite.makepyfile(HANGS)
+    limits = [f"--override-ini={limit}" for limit in ("idle_s=2", "cpu_s=4", "look_s=0.2")]
+    result = suite.runpytest_subprocess(*limits, suite.path)
+    result.assert_outcomes(passed=1, failed=4, errors=1, skipped=3)
+    for reason in ("did nothing for 2 s", "computed for 4 s of CPU time", "RuntimeError: cause"):
+        result.stdout.fnmatch_lines(f"*{reason}*")
+    result.stdout.fnmatch_lines("SKIPPED * what it shares with *::test_first failed there")
+    result.stdout.fnmatch_lines("SKIPPED * what it shares with *::test_shares?0? failed there")
+
+
+@pytest.mark.parametrize(
+    ("cpu", "hang"),
+    [
+        pytest.param([0.0, 0.0, 0.0], "did nothing for 300 s", id="waits"),
+        pytest.param([0.0, 0.5, 1.0], "did nothing for 300 s", id="polls"),
+        pytest.param([0.0, 5.0, 10.0], "", id="starved"),
+        pytest.param([9.0, 5.0, 5.0], "", id="process-gone"),
+        pytest.param(
+            [0.0, 900.0, 1801.0], "computed for 1800 s of CPU time and came to no end", id="endless"
+        ),
+    ],
+)
+def test_hang(cpu: list[float], hang: str) -> None:
+    """After 200 s, and after another 200."""
+    progress = Progress(300, 1800, 0, cpu[0])
+    assert progress.hang(200, cpu[1]) == ""
+    assert progress.hang(400, cpu[2]) == hang
+
+
+def test_two_workers(suite: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `make test` runs the suite, a skip fails as well."""
+    monkeypatch.setenv("PYTHONPATH", str(SUPPORT))
+    suite.makepyfile(SKIPPED)
+    workers = ("--numprocesses=2", "--dist=loadfile")
+    suite.runpytest_subprocess(*workers, "--no-skips", suite.path).assert_outcomes(
+        failed=1, skipped=1, xfailed=1
+    )

@@ -751,7 +751,6 @@ def test_ended_waves_are_not_waited_for() -> None:
     assert gcn.run(lines(code), **BY_WAVE).counts.instructions["barrier"] == 1
 
 
-@pytest.mark.timeout(10)
 def test_deadlock() -> None:
     """One wave waits at a barrier for another that never gets there."""
     code = f"""
@@ -941,7 +940,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> Findings:
     def plant(name: str) -> dict[str, Any]:
         out = directory / f"{name}.json"
         kernels, _, triton = name.rpartition("-")
-        result = run_python([plant_faults.__file__, str(out)], path=paths_of(triton, kernels), timeout=500)
+        result = run_python([plant_faults.__file__, str(out)], path=paths_of(triton, kernels))
         assert result.returncode == 0, result.stderr
         found: dict[str, Any] = json.loads(out.read_text())
         return found

@@ -19,7 +19,7 @@ from tiny_checkpoint import TinyGptOss
 
 from vllm_mxfp4_gfx950 import checkpoint
 
-pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.engine
 
 VOCAB = 320
 TOKENS = 64
@@ -61,17 +61,19 @@ def fixture_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 @cache
-def serve_fp32(checkpoint: Path, *, compiled: bool) -> Served:
+def serve_fp32(checkpoint: Path, *, compiled: bool, cpu: str = "this-cpu") -> Served:
     """The answers to PROMPTS on one rank."""
     return engine.serve(
-        checkpoint, PROMPTS, TOKENS, quantization=FLAG, dtype="float32", enforce_eager=not compiled
+        checkpoint, PROMPTS, TOKENS, cpu, quantization=FLAG, dtype="float32", enforce_eager=not compiled
     )
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_fp32_equals_transformers(name: str, checkpoints: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    ("name", "cpu"), [*((name, "this-cpu") for name in SHAPES), ("E16-k4-H288-I96", "avx2")]
+)
+def test_fp32_equals_transformers(name: str, cpu: str, checkpoints: dict[str, Path]) -> None:
     """64 greedy tokens on 8 prompts, and the log-probabilities of the 20 likeliest tokens at each step."""
-    served = serve_fp32(checkpoints[name], compiled=name == COMPILED)
+    served = serve_fp32(checkpoints[name], compiled=name == COMPILED, cpu=cpu)
     assert served.moe_methods == {OUR_METHOD}
     assert_equals_transformers(served, checkpoints[name])
 

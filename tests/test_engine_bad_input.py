@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import engine
+import psutil
 import pytest
 import tiny_checkpoint
 import torch
@@ -240,13 +241,12 @@ def test_vllm_serve(change: dict[str, Any], text: str, tmp_path: Path) -> None:
             server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
             while not processes_with(mark):  # Its environment shows a moment after it has begun.
                 assert server.poll() is None
-            assert server.wait(timeout=240) != 0
+            assert server.wait() != 0
         assert text in log.read_text()
         assert "Application startup complete" not in log.read_text()
-        deadline = time.monotonic() + 10
-        while (left := processes_with(mark)) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not left
+        while left := processes_with(mark):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                psutil.wait_procs([psutil.Process(pid) for pid in left], timeout=5)
     finally:
         for pid in processes_with(mark):
             os.kill(pid, signal.SIGKILL)

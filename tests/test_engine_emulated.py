@@ -102,7 +102,7 @@ def fixture_serve(
         script = str(SUPPORT / "serve_emulated.py")
         command = [script, str(checkpoint), json.dumps(prompts), str(TOKENS), kernel, str(answers)]
         environment["VLLM_MXFP4_SELF_CHECK"] = self_check
-        result = run_python(command, path=path, timeout=600, **environment)
+        result = run_python(command, path=path, **environment)
         log = result.stdout + result.stderr
         if result.returncode:
             raise RuntimeError(log)

@@ -481,7 +481,7 @@ def test_sigterm_ends_the_server(tmp_path: Path) -> None:
             time.sleep(0.1)
             servers = [child for child in process.children() if child.cpu_times().user > 0.5]
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 128 + signal.SIGTERM
+        assert process.wait() == 128 + signal.SIGTERM
         assert not servers[0].is_running()
     finally:
         for running in (process, *servers):
@@ -695,10 +695,10 @@ def test_second_run_reuses(
 ) -> None:
     """Nothing is served again, and the report is the same; so it is of the two results by themselves."""
     sides, _, facts, report = equal
-    began = time.monotonic()
     assert cli.main(["eval", *sides, *options(place)]) == 0
-    assert time.monotonic() - began < 10
-    assert capsys.readouterr().out.count("kept from") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("kept from") == 2
+    assert "starting" not in printed
     assert json.loads((place / "out/report.json").read_text()) == facts
     assert (place / "out/report.md").read_text() == report
     results = [str(*(place / "out").glob(f"{name}-*")) for name in ("sound", "dequantized")]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 import torch
-from run_python import ROOT, SUPPORT, run_python
+from run_python import ROOT, SUPPORT, once, run_python
 from test_triton_routing import launches
 from test_verification import EVERY, IN_CI, TRITONS, ids, paths_of
 
@@ -69,19 +68,20 @@ CASES = [
 ]
 
 
-@functools.cache
-def emulated(triton: str, kernels: str) -> CompletedProcess[str]:
-    """Execute the cases in a process that has this Triton and these kernels."""
+@once
+def emulated(triton: str, kernels: str) -> list[dict[str, Any]]:
+    """What came out for each case, in a process that has this Triton and these kernels."""
     paths = paths_of(triton, kernels)
     script, cases = SUPPORT / "emulate_own.py", json.dumps([asdict(case) for case in CASES])
-    return run_python([str(script)], path=paths, stdin=cases, timeout=900)
+    result = run_python([str(script)], path=paths, stdin=cases)
+    assert result.returncode == 0, result.stderr
+    found: list[dict[str, Any]] = json.loads(result.stdout)
+    return found
 
 
 def assert_right(pair: tuple[str, str], case: Case) -> None:
     """The layer within the tolerance, by kernels that fit, and a spoilt one noticed."""
-    result = emulated(*pair)
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)[CASES.index(case)]
+    found = emulated(*pair)[CASES.index(case)]
     routing = launches(case.tokens, case.shape[2], case.dtype)
     assert found["kernels"] == [*routing, "mxfp4_matmul", "mxfp4_matmul", "combine"]
     assert found["misfits"] == []
@@ -95,7 +95,6 @@ def assert_right(pair: tuple[str, str], case: Case) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", CASES, ids=ids)
 @pytest.mark.parametrize("pair", IN_CI, ids=ids)
 def test_layer(pair: tuple[str, str], case: Case) -> None:
@@ -104,7 +103,6 @@ def test_layer(pair: tuple[str, str], case: Case) -> None:
 
 
 @pytest.mark.emulate
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", CASES, ids=ids)
 @pytest.mark.parametrize("pair", EVERY, ids=ids)
 def test_every_triton(pair: tuple[str, str], case: Case) -> None:
@@ -163,9 +161,7 @@ def test_tiles_of_the_table() -> None:
         pytest.skip("needs .venv/triton/3.6.0: make .venv/triton/3.6.0")
     table = store.read(ROOT / "vllm_mxfp4_gfx950/tables/sm90.json", "sm90")
     tiles = sorted({(tuple(row[8:]), row[2] == "w13") for row in table["rows"] if row[0] == "own"})
-    result = run_python(
-        [str(SUPPORT / "compile_own.py")], path=[triton], stdin=json.dumps(tiles), timeout=300
-    )
+    result = run_python([str(SUPPORT / "compile_own.py")], path=[triton], stdin=json.dumps(tiles))
     assert result.returncode == 0, result.stderr
     made = json.loads(result.stdout)
     # Where it is told to begin early, each kernel waits before it touches memory or lets in another.

@@ -5,8 +5,10 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import engine
 import pytest
 import torch
+from run_python import ROOT, run_python
 
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
@@ -277,3 +279,10 @@ def test_tolerance_refuses_what_is_not_finite(spoilt: int, what: str, value: flo
     assert compare(*three).miss == ""
     three[spoilt][1, 2] = value
     assert compare(*three).miss == f"1 elements {what}are not finite"
+
+
+def test_with_avx2_alone() -> None:
+    """The rest of this file, as torch and oneDNN compute on such a CPU."""
+    command = ["-m", "pytest", "-p", "no:cacheprovider", "-k", "not avx2", __file__]
+    result = run_python(command, cwd=ROOT, **engine.AVX2)
+    assert result.returncode == 0, result.stdout

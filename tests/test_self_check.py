@@ -23,8 +23,6 @@ from vllm_mxfp4_gfx950.random_layer import make_shape, random_weights
 from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tiles import Ladder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHAPE = make_shape(8, 2, 96, 64)
 Run = Callable[[reference.Prepared, torch.Tensor, torch.Tensor], torch.Tensor]
 run_reference = reference.Prepared.run

@@ -307,10 +307,10 @@ def test_read_survives(tmp_path: Path, fault: str) -> None:
     """What is no table at all is refused in a moment, and in a line."""
     file = tmp_path / "gfx950.json"
     file.write_text(HOSTILE[fault], errors="surrogateescape")
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(Mxfp4Error, match=f"^{re.escape(str(file))} must be ") as raised:
         store.read(file, "gfx950")
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
     assert len(str(raised.value)) < 600
 
 

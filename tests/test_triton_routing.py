@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from dataclasses import asdict, dataclass
-from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 import torch
-from run_python import SUPPORT, run_python
+from run_python import SUPPORT, once, run_python
 from test_verification import EVERY, IN_CI, ids, paths_of
 
 from vllm_mxfp4_gfx950.backends.triton import package as triton_package
@@ -156,23 +154,18 @@ def test_sizes(monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
         )
 
 
-@functools.cache
-def emulated(triton: str, kernels: str, cases: tuple[Case, ...]) -> CompletedProcess[str]:
-    """Execute cases in a process that has this Triton."""
+@once
+def emulated(triton: str, kernels: str, cases: tuple[Case, ...]) -> dict[Case, dict[str, Any]]:
+    """What came out of each case, in a process that has this Triton."""
     script, given = SUPPORT / "emulate_routing.py", json.dumps([asdict(case) for case in cases])
-    return run_python([str(script)], path=paths_of(triton, kernels), stdin=given, timeout=1800)
-
-
-def found_in(pair: tuple[str, str], cases: list[Case]) -> dict[Case, dict[str, Any]]:
-    """What came out of each case."""
-    result = emulated(*pair, tuple(cases))
+    result = run_python([str(script)], path=paths_of(triton, kernels), stdin=given)
     assert result.returncode == 0, result.stderr
     return dict(zip(cases, json.loads(result.stdout), strict=True))
 
 
 def assert_right(pair: tuple[str, str], cases: list[Case], case: Case) -> None:
     """Exact, one launch or two that fit, and a spoilt one noticed."""
-    found = found_in(pair, cases)[case]
+    found = emulated(*pair, tuple(cases))[case]
     assert found["kernels"] == launches(case.tokens, case.topk, case.dtype)
     assert found["overflows"] == []
     assert found["spills"] == [] or case.topk > 4 or case.global_experts > 128
@@ -181,7 +174,6 @@ def assert_right(pair: tuple[str, str], cases: list[Case], case: Case) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", [*CASES, *WIDE], ids=ids)
 @pytest.mark.parametrize("pair", IN_CI, ids=ids)
 def test_route(pair: tuple[str, str], case: Case) -> None:
@@ -190,16 +182,14 @@ def test_route(pair: tuple[str, str], case: Case) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("pair", IN_CI, ids=ids)
 def test_spills_are_executed(pair: tuple[str, str]) -> None:
     """With many experts or choices scalar registers spill, so that exact results say something of it."""
-    found = found_in(pair, [*CASES, *WIDE])
+    found = emulated(*pair, (*CASES, *WIDE))
     assert all(found[case]["spills"] for case in WIDE)
 
 
 @pytest.mark.emulate
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", [*CASES, *WIDEST], ids=ids)
 @pytest.mark.parametrize("pair", EVERY, ids=ids)
 def test_every_triton(pair: tuple[str, str], case: Case) -> None:

@@ -12,12 +12,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 
 if TYPE_CHECKING:
@@ -138,7 +140,11 @@ def create_config(checkpoint: Path, quantization: str | None) -> str:
 
 
 def _in_engine_process(cpu: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    return _engine_process(cpu).submit(function, *args, **kwargs).result()
+    try:
+        return _engine_process(cpu).submit(function, *args, **kwargs).result()
+    except (BrokenProcessPool, pytest.fail.Exception):  # Its process was ended: the next test gets another.
+        _engine_process.cache_clear()
+        raise
 
 
 @functools.cache
