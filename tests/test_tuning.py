@@ -23,7 +23,7 @@ from vllm_mxfp4_gfx950.arch import ARCHES
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.commands import tune as tune_command
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
-from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, TOKENS, layer_shape
+from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, layer_shape
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens
 from vllm_mxfp4_gfx950.tables import ladder, store
 from vllm_mxfp4_gfx950.tiles import Gemm, Ladder, TileConfig, encode, gemms
@@ -102,7 +102,7 @@ def test_candidates_keep_to_the_bounds(tmp_path: Path, arch: str, kernels: str) 
     for model in GPT_OSS:
         for division in DIVISIONS:
             shape = layer_shape(model, *division)
-            for tokens in TOKENS:
+            for tokens in record.SIZES:
                 some = tune.groups(arch, kernels, shape, tokens)
                 rows = tokens * 4 / shape.global_experts
                 assert some or (kernels == "own" and rows > 128)
@@ -214,7 +214,7 @@ def table_in(directory: Path, evidence: str = "timed on one X, torch 2") -> reco
 def fill(directory: Path, own_us: dict[int, float]) -> record.Table:
     """Measure all: matmul_ogs takes 100 us each, with A up to 64 tokens and B above."""
     table = table_in(directory)
-    for tokens in TOKENS:
+    for tokens in record.SIZES:
         tile = A if tokens <= 64 else B
         found = {"matmul_ogs": ((tile, tile), 100.0)}
         if tokens in own_us:
@@ -232,15 +232,15 @@ def ladders(directory: Path, gemm: Gemm) -> tuple[Any, Any]:
 
 def test_table(tmp_path: Path) -> None:
     """Rows for our own matmuls up to the crossover; equal neighbours of matmul_ogs are one."""
-    table = fill(tmp_path, {1: 50.0, 2: 60.0, 4: 70.0, 8: 120.0})
+    table = fill(tmp_path, {1: 50.0, 2: 60.0, 3: 60.0, 4: 70.0, 6: 110.0, 8: 120.0})
     for gemm in gemms(SHAPE):
         matmul, own = ladders(tmp_path, gemm)
         assert matmul == Ladder((64, 8192), (A, B))
-        assert own.bounds == (1, 2, 4)
-        assert [tile.block_m for tile in own.rungs] == [8, 8, 16]
+        assert own.bounds == (1, 2, 3, 4)
+        assert [tile.block_m for tile in own.rungs] == [8, 8, 8, 16]
     assert table.gave_up(16)
     assert not table.gave_up(8)
-    assert all(table_in(tmp_path).has(tokens) for tokens in TOKENS)
+    assert all(table_in(tmp_path).has(tokens) for tokens in record.SIZES)
     with pytest.raises(Mxfp4Error, match="must be timed on one Y, torch 2; got timed on one X, torch 2"):
         table_in(tmp_path, "timed on one Y, torch 2")
 
@@ -345,8 +345,8 @@ def test_run_on_a_gpu(
     """A small model, three batches: a table that is whole, serves, and is right; and nothing to do again."""
     sizes = {"num_local_experts": 8, "num_experts_per_tok": 4, "hidden_size": 320, "intermediate_size": 320}
     (tmp_path / "config.json").write_text(json.dumps(sizes))
-    monkeypatch.setattr(tune_command, "TOKENS", (1, 64, 1024))
-    monkeypatch.setattr(record, "TOKENS", (1, 64, 1024))
+    monkeypatch.setattr(tune_command, "SIZES", (1, 64, 1024))
+    monkeypatch.setattr(record, "SIZES", (1, 64, 1024))
     args = argparse.Namespace(
         model=str(tmp_path / "config.json"), tp=1, ep=1, out=tmp_path / "tables", arch=None, table=None
     )

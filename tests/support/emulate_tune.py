@@ -88,7 +88,7 @@ def tuned(layers: tune.Layers, directory: Path, tokens: tuple[int, ...]) -> tupl
 
 def main(directory: Path) -> dict[str, Any]:
     """Tune, interrupted once; serve from what was written; and tune where the best tile is wrong."""
-    record.TOKENS = TOKENS
+    record.SIZES = TOKENS
     tune.ARCHES = {ARCH: dataclasses.replace(ARCHES[ARCH], candidates=TILES)}
     found: dict[str, Any] = {}
     with presented(execute):

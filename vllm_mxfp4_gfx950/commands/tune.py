@@ -11,10 +11,10 @@ import triton
 from vllm_mxfp4_gfx950 import backends
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.gfx950 import ranking
-from vllm_mxfp4_gfx950.models import TOKENS, add_shape_arguments, layer_shape
+from vllm_mxfp4_gfx950.models import add_shape_arguments, layer_shape
 from vllm_mxfp4_gfx950.settings import TABLES_VAR
 from vllm_mxfp4_gfx950.timing import progress
-from vllm_mxfp4_gfx950.tuning.record import Table
+from vllm_mxfp4_gfx950.tuning.record import SIZES, Table
 from vllm_mxfp4_gfx950.tuning.search import Batch, Layers, tune, warm_up
 
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         f"timed on one {torch.cuda.get_device_name()}, torch {torch.__version__}",
         f"vllm-mxfp4 tune --model {args.model} --tp {args.tp} --ep {args.ep}",
     )
-    missing = [tokens for tokens in TOKENS if not table.has(tokens)]
+    missing = [tokens for tokens in SIZES if not table.has(tokens)]
     if missing:
         layers = Layers(shape, arch, "cuda")
         warm_up(layers, missing)

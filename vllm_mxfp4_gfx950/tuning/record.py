@@ -16,6 +16,18 @@ from vllm_mxfp4_gfx950.tiles import Gemm, Key, Ladder, TileConfig, encode, gemms
 Pair = tuple[TileConfig, TileConfig]
 """The tiles of w13 and of w2."""
 
+SIZES = tuple(
+    sorted(
+        {
+            *TOKENS,
+            *(3 * tokens // 2 for tokens in TOKENS[1:-1]),
+            *(quarters * tokens // 4 for tokens in TOKENS[6:-1] for quarters in (5, 7)),
+        }
+    )
+)
+"""Token counts that are timed. A tile serves from the count before its own on, and the fastest at a power of
+two may be slow behind the power before it."""
+
 GIVE_UP = 1.1
 """Once our own matmuls take so many times as long as the others, no larger batch is tried with them."""
 
@@ -111,7 +123,7 @@ def serving(measured: list[list[Any]]) -> list[list[Any]]:
     timed = by_matmul(measured)
     for (kernels, release, gemm), found in timed.items():
         peers = timed.get(("matmul_ogs", release, gemm), {}) if kernels == "own" else found
-        if not set(TOKENS) <= set(peers):
+        if not set(SIZES) <= set(peers):
             continue
         if kernels == "own":
             last = crossover(*({n: us for n, (_, us) in each.items()} for each in (found, peers)))
@@ -119,7 +131,7 @@ def serving(measured: list[list[Any]]) -> list[list[Any]]:
             rungs = tiles or {0: found[min(found)][0]}
             rows += encode(kernels, release, gemm, Ladder(tuple(rungs), tuple(rungs.values())))
         else:
-            rungs = {n: found[n][0] for n in TOKENS}
+            rungs = {n: found[n][0] for n in SIZES}
             rows += encode(kernels, release, gemm, Ladder(tuple(rungs), tuple(rungs.values())).merged())
     return rows
 
@@ -135,7 +147,7 @@ def crossover(own: dict[int, float], others: dict[int, float]) -> int:
     """
     gain = best = 0.0
     last = 0
-    for tokens in TOKENS:
+    for tokens in sorted(others):
         if tokens not in own:
             break
         gain += math.log(others[tokens] / own[tokens])
