@@ -1,0 +1,156 @@
+"""Write docs/evidence.md from what was measured: docs/evidence/index.json and the files that it names.
+
+    python environments/write_evidence.py          writes the page
+    python environments/write_evidence.py --check  fails where the page is not what would be written
+
+A file is the JSON that the command of its entry printed or wrote. To bring a figure up to date, replace the
+file and change its entry's date.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parents[1] / "docs/evidence"
+PAGE = FOLDER.with_suffix(".md")
+HEAD = """# Evidence
+
+Every dated figure of this project, with its hardware, versions and command. What the figures mean is in
+[performance.md](performance.md), [accuracy.md](accuracy.md) and [gfx950.md](gfx950.md). Nothing here was
+run on a gfx950.
+`environments/write_evidence.py` writes this page from `docs/evidence/`.
+"""
+
+Rows = Iterable[dict[str, object]]
+
+
+def main() -> int:
+    """Write or check the page; the exit code."""
+    text = page(json.loads((FOLDER / "index.json").read_text()))
+    if sys.argv[1:] == ["--check"]:
+        same = PAGE.read_text() == text
+        print(f"{PAGE.name} is {'up to date' if same else 'not what write_evidence.py writes'}")
+        return 0 if same else 1
+    PAGE.write_text(text)
+    return 0
+
+
+def page(entries: list[dict[str, str]]) -> str:
+    """The page's text."""
+    parts = [HEAD]
+    for entry in entries:
+        rows = KINDS[entry["kind"]](json.loads((FOLDER / entry["file"]).read_text()))
+        facts = [f"{entry['hardware']}. {entry['versions']}. {entry['date']}.", f"    {entry['command']}"]
+        parts += [f"## {entry['title']}", *facts, table(rows)]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def table(rows: Rows) -> str:
+    """Markdown, with the columns of the first row."""
+    rows = list(rows)
+    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(
+        "| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines
+    )
+
+
+def layers(report: dict[str, Any]) -> Rows:
+    """Microseconds of a layer: medians, and the spread of ours."""
+    for row in report["rows"]:
+        us = {name: statistics.median(some) for name, some in row["us"].items()}
+        best = min(us[name] for name in us if name != "ours")
+        ours = sorted(row["us"]["ours"])
+        yield {
+            "experts": row["layer"].split()[0].removeprefix("E="),
+            "tokens": row["tokens"],
+            "floor": f"{row['floor_us']:.1f}",
+            **{name: f"{each:.1f}" for name, each in us.items()},
+            "ours / floor": f"{us['ours'] / row['floor_us']:.2f}",
+            "ours / best": f"{us['ours'] / best:.3f}",
+            "ours, fastest to slowest": f"{ours[0]:.1f} to {ours[-1]:.1f}",
+            "error of ours": f"{row['frobenius']['ours']:.1e}",
+        }
+
+
+def serving(report: dict[str, Any]) -> Rows:
+    """Tokens a second of each load: output tokens, or input tokens where one is asked for."""
+    loads: dict[tuple[object, ...], dict[str, float]] = {}
+    for row in report["rows"]:
+        load = row["model"], row["routing"], row["batch"], f"{row['input']}/{row['output']}"
+        loads.setdefault(load, {})[row["engine"]] = statistics.median(row["tokens_per_s"])
+    for (model, routing, batch, lengths), engines in loads.items():
+        best = max(each for name, each in engines.items() if name != "ours")
+        yield {
+            "model": model,
+            "routing": routing,
+            "batch": batch,
+            "in/out": lengths,
+            **{name: f"{each:.0f}" for name, each in engines.items()},
+            "ours / best": f"{engines['ours'] / best:.3f}",
+        }
+
+
+def compiled(report: dict[str, Any]) -> Rows:
+    """What each kernel takes, ours and triton_kernels' own choice."""
+    for whose in ("ours", "upstream"):
+        for row in report[whose]:
+            found = row["report"]
+            taken = (
+                {
+                    "waves": found["waves"],
+                    "LDS": found["lds_bytes"],
+                    "VGPR": found["vgprs"],
+                    "spills": found["vgpr_spills"] + found["sgpr_spills"],
+                    "scratch": found["scratch_bytes"],
+                    "workgroups a CU": found["workgroups"],
+                }
+                if found
+                else dict.fromkeys(("waves", "LDS", "VGPR", "spills", "scratch", "workgroups a CU"))
+            )
+            tile = found["name"].rpartition("mxfp4_")[2].removesuffix("_swiglu") if found else None
+            error = row["error"].splitlines()[0][:90] if row["error"] else ""
+            yield {
+                "tiles": whose,
+                "tokens": row["tokens"],
+                "matmul": row["gemm"],
+                "workgroups": row["workgroups"],
+                "tile": tile,
+                **taken,
+                "fits": "yes" if row["fits"] else f"no {error}".strip(),
+            }
+
+
+def executed(report: dict[str, Any]) -> Rows:
+    """Each stage of a layer against float64."""
+    for row in report["checks"]:
+        counts = row["counts"] or {}
+        instructions = counts.get("instructions", {})
+        total, matrix = sum(instructions.values()), instructions.get("matrix", 0)
+        yield {
+            "tokens": row["tokens"],
+            "stage": row["stage"],
+            "workgroups executed": f"{row['executed']} of {row['workgroups']}" if row["workgroups"] else "",
+            "relative error": row["note"] if row["frobenius"] is None else f"{row['frobenius']:.1e}",
+            "worst row of what is allowed": None if row["row"] is None else f"{row['row']:.2f}",
+            "instructions": total or None,
+            "for each matrix instruction": f"{total / matrix:.1f}" if matrix else None,
+            "result": row["miss"] or "ok",
+        }
+
+
+KINDS: dict[str, Callable[[Any], Rows]] = {
+    "layer": layers,
+    "serve": serving,
+    "compile": compiled,
+    "verify": executed,
+    "rows": lambda report: report["rows"],
+}
+"""How each kind of file is shown."""
+
+if __name__ == "__main__":
+    sys.exit(main())

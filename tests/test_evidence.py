@@ -1,0 +1,41 @@
+"""The page of evidence is what its files say."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from run_python import ROOT, run_python
+
+sys.path.append(str(ROOT / "environments"))
+import write_evidence
+
+
+def test_page_is_up_to_date() -> None:
+    """docs/evidence.md was written from docs/evidence/."""
+    entries = json.loads((write_evidence.FOLDER / "index.json").read_text())
+    assert write_evidence.PAGE.read_text() == write_evidence.page(entries)
+    assert {entry["file"] for entry in entries} | {"index.json"} == {
+        file.name for file in write_evidence.FOLDER.iterdir()
+    }
+
+
+@pytest.mark.parametrize("key", ["hardware", "versions", "date", "command"])
+def test_every_figure_says_where_it_comes_from(key: str) -> None:
+    """Each entry has its hardware, versions, date and command."""
+    entries = json.loads((write_evidence.FOLDER / "index.json").read_text())
+    assert all(entry[key].strip() for entry in entries)
+
+
+def test_check_notices(tmp_path: Path) -> None:
+    """Negative control: a figure that was changed by hand."""
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    (tmp_path / "environments").mkdir()
+    script = shutil.copy(ROOT / "environments/write_evidence.py", tmp_path / "environments")
+    assert run_python([script, "--check"]).returncode == 0
+    page = tmp_path / "docs/evidence.md"
+    page.write_text(page.read_text().replace("| 1 | w13 |", "| 1 | w2 |", 1))
+    result = run_python([script, "--check"])
+    assert result.returncode == 1
+    assert "not what write_evidence.py writes" in result.stdout
