@@ -1,0 +1,44 @@
+"""Links between the documents lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+from run_python import ROOT
+
+LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)")
+CODE = re.compile(r"^(?:```.*?^```|    .*?$)", re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragments of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", CODE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dead_links(page: Path) -> list[str]:
+    """The links of a page that lead to no file, or to no heading of it."""
+    dead = []
+    for name, fragment in LINK.findall(page.read_text()):
+        target = (page.parent / name).resolve() if name else page
+        if not target.exists() or (fragment and fragment not in anchors(target)):
+            dead.append(f"{name}#{fragment}" if fragment else name)
+    return dead
+
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("accuracy/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page: Path) -> None:
+    """Every page's."""
+    assert dead_links(page) == []
+
+
+def test_dead_links_are_found(tmp_path: Path) -> None:
+    """Negative control: a file that is not there, a heading that is not there, and one that is."""
+    other = tmp_path / "other.md"
+    other.write_text("# One of two: `x`\n\n    # no heading\n")
+    page = tmp_path / "page.md"
+    page.write_text("[a](none.md) [b](other.md#no-heading) [c](other.md#one-of-two-x) [d](https://x.y/z#q)")
+    assert dead_links(page) == ["none.md", "other.md#no-heading"]
