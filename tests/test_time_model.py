@@ -163,6 +163,20 @@ def test_regrets() -> None:
     )
 
 
+def test_best_of_a_search() -> None:
+    """The split that a few tokens gain from, and no tile that reads columns twice where they are the work."""
+    w2 = Gemm("w2", 2880, 2880, 128, 128)
+    narrow, wide = (TileConfig(16, columns, 256, 1, 4, 2, 0) for columns in (64, 512))
+    few, many = (Work(4, 4, 1000 + 3000 * n, 1000, 100, 100, 100, 100, 0) for n in (4, 12))
+    measured = {("w2", tile): ranking.Measured((few, few), (many, many)) for tile in (narrow, wide)}
+    tile, found = ranking.best(w2, measured, 1, 4)
+    # 3 steps of 720 workgroups, 10,000 cycles; split 8 ways it would be 2 of 1,440, six for four places.
+    assert (tile.block_n, tile.split_k) == (64, 4)
+    assert found == ranking.predicted(w2, tile, measured["w2", narrow].at(tile, 2880), 1, 4)
+    assert ranking.best(w2, measured, 64, 4)[0] == narrow
+    assert ranking.best(w2, measured, 8192, 4)[0] == wide
+
+
 @pytest.mark.parametrize(
     ("ratios", "answer"),
     [((1.1, 1.5), "yes"), ((0.9, 0.5), "no"), ((1.01, 0.99), "same"), ((0.9, 1.2), "open")],
@@ -230,6 +244,8 @@ def test_predict_refuses(tmp_path: Path) -> None:
     """What cannot be predicted, or read."""
     with pytest.raises(Mxfp4Error, match="--tokens must be at least 1; got 0"):
         run_predict("--tokens", "0")
+    with pytest.raises(Mxfp4Error, match="--search must be of 16, 32, 64, 128; got 16 8"):
+        run_predict("--search", "16", "8")
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(Mxfp4Error, match="--read must be a file of JSON"):
         run_predict("--read", str(tmp_path / "report.json"))

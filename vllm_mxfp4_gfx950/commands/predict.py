@@ -14,13 +14,16 @@ import triton
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.gfx950 import trial
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH
-from vllm_mxfp4_gfx950.gfx950.ranking import Installed, Measured, predicted
+from vllm_mxfp4_gfx950.gfx950.ranking import Installed, Measured, best, predicted, wide
 from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, TOKENS, add_shape_arguments, layer_shape
 from vllm_mxfp4_gfx950.tables import ladder
 from vllm_mxfp4_gfx950.tiles import TileConfig, gemms
 from vllm_mxfp4_gfx950.timing import progress
 
 Report = dict[str, Any]
+
+SEARCHED = (16, 32, 64, 128)
+"""block_m that matmul_ogs takes and a search tries."""
 
 EVIDENCE = "Predicted for a gfx950 from what kernels execute on the emulator; nothing ran on one."
 
@@ -35,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="hold the model to aiter's kernels in this directory, compiled here, instead",
     )
+    parser.add_argument(
+        "--search",
+        type=int,
+        nargs="+",
+        metavar="ROWS",
+        help="with the best tiles of a wide search of these block_m",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--read", type=Path, nargs="+", help="print the tables of such objects instead")
 
@@ -46,10 +56,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if min(args.tokens) < 1:
         raise Mxfp4Error("--tokens", "at least 1", min(args.tokens), "Correct it")
+    if args.search and not set(args.search) <= set(SEARCHED):
+        rule = f"of {', '.join(map(str, SEARCHED))}"
+        raise Mxfp4Error("--search", rule, " ".join(map(str, args.search)), "Correct it")
     divisions = [(args.model, args.tp, args.ep)]
     if args.all:
         divisions = [(model, tp, ep) for model in GPT_OSS for tp, ep in DIVISIONS]
-    report = tried(args.aiter) if args.aiter else layers(divisions, args.tokens)
+    report = tried(args.aiter) if args.aiter else layers(divisions, args.tokens, args.search)
     print(json.dumps(rounded(report)) if args.json else text(rounded(report)))
     return 0
 
@@ -73,52 +86,49 @@ def read(file: Path) -> Report:
     return report
 
 
-def layers(divisions: list[tuple[str, int, int]], tokens: list[int]) -> Report:
-    """Predict layers with the tiles that would serve them.
+def layers(divisions: list[tuple[str, int, int]], tokens: list[int], search: list[int] | None) -> Report:
+    """Predict layers with the tiles that would serve them, or with the best of a search.
 
     Args:
         divisions: model, tensor-parallel and expert-parallel ranks of each.
         tokens: T of each forward.
+        search: block_m of the tiles to search; None for those that would serve.
     """
     installed = Installed()
     kernels = installed.layer.backend.KERNELS
-    known: dict[TileConfig, dict[str, Measured]] = {}
+    measured: dict[tuple[str, TileConfig], Measured] = {}
+
+    def measure(tile: TileConfig) -> None:
+        if all(each != tile for _, each in measured):
+            measured.update({(name, tile): each for name, each in installed.measured(tile).items()})
+
+    tiles = list(wide(search)) if search else []
+    for done, tile in enumerate(tiles):
+        progress(done, len(tiles))
+        measure(tile)
     rows = []
-    for done, (model, tp, ep) in enumerate(divisions):
-        progress(done, len(divisions))
+    for model, tp, ep in divisions:
         shape = layer_shape(model, tp, ep)
         for each in tokens:
             matmuls = []
             for gemm in gemms(shape):
-                rungs = ladder(ARCH, kernels, triton.__version__, gemm)
-                assert rungs is not None
-                tile = rungs.at(each)
-                if tile not in known:
-                    known[tile] = installed.measured(tile)
-                done_by = known[tile][gemm.name].at(tile, gemm.k)
-                found = predicted(gemm, tile, done_by, each, shape.topk)
-                matmuls.append(
-                    {
-                        "tile": astuple(tile),
-                        "us": [one.us for one in found],
-                        "limits": [one.limits for one in found],
-                    }
-                )
-            rows.append(
-                {
-                    "model": model,
-                    "tp": tp,
-                    "ep": ep,
-                    "tokens": each,
-                    "us": [sum(pair) for pair in zip(*(m["us"] for m in matmuls), strict=True)],
-                    "matmuls": matmuls,
-                }
-            )
-    progress(len(divisions), len(divisions))
+                if search:
+                    tile, found = best(gemm, measured, each, shape.topk)
+                else:
+                    rungs = ladder(ARCH, kernels, triton.__version__, gemm)
+                    assert rungs is not None
+                    tile = rungs.at(each)
+                    measure(tile)
+                    done_by = measured[gemm.name, tile].at(tile, gemm.k)
+                    found = predicted(gemm, tile, done_by, each, shape.topk)
+                us, limits = [one.us for one in found], [one.limits for one in found]
+                matmuls.append({"tile": astuple(tile), "us": us, "limits": limits})
+            row = {"model": model, "tp": tp, "ep": ep, "tokens": each, "matmuls": matmuls}
+            rows.append(row | {"us": [sum(pair) for pair in zip(*(m["us"] for m in matmuls), strict=True)]})
     whole = [curve for curve in trial.CURVES if curve.experts == 128 and curve.intermediate == 3072]
     published = {curve.kernel: {str(tokens): us for tokens, us in curve.us.items()} for curve in whole}
     facts = {"kind": "layers", "kernels": kernels, "triton": triton.__version__, "published": published}
-    return facts | {"rows": rows}
+    return facts | {"searched": len(tiles), "rows": rows}
 
 
 def tried(source: Path) -> Report:
@@ -174,6 +184,12 @@ def layers_text(report: Report) -> str:
         title = f"{model}, {report['kernels']}, triton {report['triton']}: us of both matmuls, predicted"
         parts += [title, table(head, body)]
         first = [row for row in own if (row["tp"], row["ep"]) == divisions[0]]
+        if report.get("searched"):
+            body = [[str(row["tokens"]), *(tile_text(m["tile"]) for m in row["matmuls"])] for row in first]
+            parts += [
+                f"{model}, {names[0]}: best of {report['searched']} tiles",
+                table(["tokens", "w13", "w2"], body),
+            ]
         limits = list(first[0]["matmuls"][0]["limits"][0])
         body = [
             [str(row["tokens"]), *(span(both_cards(row["matmuls"], limit)) for limit in limits)]
@@ -181,6 +197,14 @@ def layers_text(report: Report) -> str:
         ]
         parts += [f"{model}, {names[0]}: us that each resource takes", table(["tokens", *limits], body)]
     return "\n\n".join(parts)
+
+
+def tile_text(tile: list[int]) -> str:
+    """A tile in a few words."""
+    block_m, block_n, block_k, split_k, num_warps, num_stages, waves_per_eu = tile
+    text = f"{block_m}x{block_n}x{block_k}, {num_warps} warps, {num_stages} stages"
+    text += f", split {split_k}" if split_k > 1 else ""
+    return text + (f", {waves_per_eu} waves" if waves_per_eu else "")
 
 
 def both_cards(matmuls: list[Report], limit: str) -> list[float]:

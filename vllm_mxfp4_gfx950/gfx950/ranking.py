@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ MAX_OVERREAD = 1.02
 
 WORTH_A_CHANGE = 0.95
 """A tile gives way to another only for less work than this: each one that serves is a kernel to compile."""
+
+SPLITS = (1, 2, 4, 8)
+SPLIT_TOKENS = 16
+"""Ways to split w2's depth in a wider search, up to so many tokens; above, there are workgroups enough."""
 
 TRIED_TOKENS = 64
 LONG_K = 2880
@@ -143,6 +148,42 @@ class Installed:
             return {}  # One of the two does not fit; the other cannot be reached without it.
         seen = zip(tried, few, many, strict=True)
         return {compiled.gemm: Measured.of(*each) for compiled, *each in seen if compiled.fits}
+
+
+def wide(rows: Sequence[int]) -> Iterator[TileConfig]:
+    """The tiles of a wider search: up to 512 columns, and registers for 2 to 4 waves of a SIMD.
+
+    A split depth is not among them, as each workgroup does the same there: see `SPLITS`.
+
+    Args:
+        rows: block_m.
+    """
+    ways = itertools.product(rows, (32, 64, 128, 256, 512), (2, 4, 8), (1, 2), (0, 2, 3, 4))
+    for block_m, block_n, num_warps, num_stages, waves in ways:
+        if 512 <= block_m * block_n // num_warps <= 16384:
+            yield TileConfig(block_m, block_n, 256, 1, num_warps, num_stages, waves)
+
+
+def best(
+    gemm: Gemm, measured: Mapping[tuple[str, TileConfig], Measured], tokens: int, topk: int
+) -> tuple[TileConfig, tuple[Prediction, ...]]:
+    """The tile of least regret, and what it takes by card.
+
+    Args:
+        gemm: the matmul.
+        measured: by matmul and tile.
+        tokens: T.
+        topk: experts per token.
+    """
+    times: dict[TileConfig, tuple[Prediction, ...]] = {}
+    for (name, tile), each in measured.items():
+        if name == gemm.name and (tokens > WEIGHT_BOUND_TOKENS or overread(gemm, tile) <= MAX_OVERREAD):
+            for split in SPLITS if name == "w2" and tokens <= SPLIT_TOKENS else SPLITS[:1]:
+                cut = dataclasses.replace(tile, split_k=split)
+                times[cut] = predicted(gemm, cut, each.at(cut, gemm.k), tokens, topk)
+    cost = regrets({tile: tuple(each.us for each in some) for tile, some in times.items()})
+    least = min(cost, key=cost.__getitem__)
+    return least, times[least]
 
 
 def predicted(
