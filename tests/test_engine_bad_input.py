@@ -132,6 +132,11 @@ def replace(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callab
             "Correct num_experts_per_tok in the model's config.json.",
             id="topk-above-experts",
         ),
+        pytest.param(
+            lambda config: config.update(num_experts=32),
+            "config.json must be the same number; got 8 and 32, and 8 in the files. Delete num_experts.",
+            id="two-counts",
+        ),
     ],
 )
 def test_config(change: Callable[[Config], object], text: str, tmp_path: Path) -> None:
@@ -201,6 +206,24 @@ def test_float16(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint.write(TinyGptOss(), tmp_path)
     outcome = engine.outcome(checkpoint, quantization=FLAG, dtype="float16")
     assert "--dtype must be torch.bfloat16 or torch.float32 on cpu; got torch.float16. Serve with" in outcome
+
+
+def test_sharded_state(tmp_path: Path) -> None:
+    """What a server would have saved, which has no experts, and would be loaded past their loaders."""
+    checkpoint = tiny_checkpoint.write(TinyGptOss(), tmp_path)
+    outcome = engine.outcome(checkpoint, quantization=FLAG, dtype="bfloat16", load_format="sharded_state")
+    assert "--load-format must be one that reads a checkpoint; got sharded_state. Leave it out" in outcome
+
+
+def test_model_impl(tmp_path: Path) -> None:
+    """Transformers' model asks for no method of ours: dummy weights would be served without it."""
+    checkpoint = tiny_checkpoint.write(TinyGptOss(), tmp_path)
+    other = {"model_impl": "transformers", "load_format": "dummy"}
+    outcome = engine.outcome(checkpoint, quantization=FLAG, dtype="bfloat16", **other)
+    text = (
+        f"the model must be vLLM's own for --quantization {FLAG}; got transformers'. Leave out --model-impl"
+    )
+    assert text in outcome
 
 
 def test_lora(tmp_path: Path) -> None:
@@ -282,10 +305,20 @@ def test_offload(argument: str, flag: str, value: str, tmp_path: Path) -> None:
     assert f"{flag} must be 0; got {value}. Leave it out: prepared experts stay where they are." in outcome
 
 
-def test_loaded_twice(tmp_path: Path) -> None:
-    """Weights that are loaded into a server that has served, and the request behind that."""
-    checkpoint = tiny_checkpoint.write(TinyGptOss(), tmp_path)
-    loaded, served = engine.load_again(checkpoint, quantization=FLAG, dtype="bfloat16")
+def test_saved_and_loaded_again(tmp_path: Path) -> None:
+    """A state that is saved, and weights that are loaded again, each with a request behind."""
+    checkpoint = tiny_checkpoint.write(TinyGptOss(), tmp_path / "checkpoint")
+    state = tmp_path / "state"
+    state.mkdir()
+    arguments = {"quantization": FLAG, "dtype": "bfloat16"}
+    saved, served_then, loaded, served = engine.save_and_load(checkpoint, state, **arguments)
+    assert saved == (
+        "Mxfp4Error: model.layers.0.mlp.experts.routed_experts.* must be left out of any saved state; "
+        "got state_dict(). Keep the checkpoint that the model was loaded from: "
+        "prepared experts cannot be saved."
+    )
+    assert list(state.iterdir()) == []
+    assert served_then == ""
     fix = "Start the server anew: reload_weights and sleep level 2 are not served"
     text = f"model.layers.0.mlp.experts's weights must be loaded once; got a second time. {fix}."
     assert loaded == f"Mxfp4Error: {text}"
@@ -301,9 +334,10 @@ parallel = Object(ep_size=1, enable_eplb=False)
 moe = Object(hidden_dim=128, intermediate_size=128, num_experts=8, moe_parallel_config=parallel,
              is_lora_enabled=False, moe_backend="auto")
 config = Object(
-    parallel_config=Object(data_parallel_size=1),
+    parallel_config=Object(data_parallel_size=1),  # Without context parallelism, as in older vLLMs.
     offload_config=Object(uva=Object(cpu_offload_gb=0), prefetch=Object(offload_group_size=0)),
     model_config=Object(enable_return_routed_experts=False),
+    load_config=Object(load_format="dummy"),
 )
 
 def refusal(function, *arguments):
@@ -318,8 +352,13 @@ for name, holder, attribute, value in (
     ("eplb", moe.moe_parallel_config, "enable_eplb", True),
     ("dp", config.parallel_config, "data_parallel_size", 2),
     ("routed experts of vLLM 0.24 to 0.30", config.model_config, "enable_return_routed_experts", True),
+    ("sharded_state", config.load_config, "load_format", "sharded_state"),
+    ("runai_streamer_sharded", config.load_config, "load_format", "runai_streamer_sharded"),
+    ("tensorizer", config.load_config, "load_format", "tensorizer"),
+    ("pcp", config.parallel_config, "prefill_context_parallel_size", 2),
+    ("no pcp", config.parallel_config, "prefill_context_parallel_size", 1),
 ):
-    usual = getattr(holder, attribute)
+    usual = getattr(holder, attribute, 1)
     setattr(holder, attribute, value)
     texts[name] = refusal(vllm_plugin.check_servable, config, moe)
     setattr(holder, attribute, usual)
@@ -344,6 +383,13 @@ def test_parallelism_and_capture() -> None:
             "--enable-return-routed-experts must be off; got on. "
             "Leave it out: the routing is inside of the layer."
         ),
+        **{
+            state: f"--load-format must be one that reads a checkpoint; got {state}. "
+            "Leave it out, and serve the checkpoint that the state was made from."
+            for state in ("sharded_state", "runai_streamer_sharded", "tensorizer")
+        },
+        "pcp": "--prefill-context-parallel-size must be 1; got 2. Leave it out.",
+        "no pcp": None,
         "gfx950 False": (
             "--enforce-eager must be given for the reference backend on a GPU; got nothing. "
             "Add --enforce-eager, or choose another with VLLM_MXFP4_BACKEND."

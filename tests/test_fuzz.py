@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -153,7 +154,8 @@ def fixture_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz") / "config.json"
 
 
-FIELDS = tuple(GPT_OSS["gpt-oss-20b"])
+SOUND = GPT_OSS["gpt-oss-20b"] | {"model_type": "gpt_oss"}
+FIELDS = (*SOUND, "num_experts", "text_config")
 
 
 @fuzz(
@@ -161,15 +163,20 @@ FIELDS = tuple(GPT_OSS["gpt-oss-20b"])
     content=st.binary(max_size=99)
     | JSON.map(lambda value: json.dumps(value).encode())
     | st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3).map(
-        lambda changed: json.dumps(GPT_OSS["gpt-oss-20b"] | changed).encode()
+        lambda changed: json.dumps(SOUND | changed).encode()
     ),
+    installed=st.booleans(),
     tp=st.integers(-1, 9),
     expert_parallel=st.booleans(),
 )
-def test_config_of_a_command(file: Path, content: bytes, tp: int, expert_parallel: bool) -> None:
-    """The path of a config.json given to --model."""
+def test_config_of_a_command(
+    file: Path, content: bytes, installed: bool, tp: int, expert_parallel: bool
+) -> None:
+    """The path of a config.json given to --model, where transformers is installed and where it is not."""
     file.write_bytes(content)
-    with served_or_refused():
+    with served_or_refused(), pytest.MonkeyPatch.context() as patch:
+        if not installed:
+            patch.setitem(sys.modules, "transformers", None)
         assert isinstance(layer_shape(str(file), tp, tp if expert_parallel else 1), MoeShape)
 
 

@@ -211,6 +211,7 @@ def test_a_tile_reaches_the_kernel(paths: dict[str, list[Path]]) -> None:
 def test_a_miss_of_the_table_fits(compile_layer: Compile, tmp_path: Path) -> None:
     """Sizes that GPT-OSS does not have take the nearest tiles."""
     sizes = {
+        "model_type": "gpt_oss",
         "num_local_experts": 32,
         "num_experts_per_tok": 4,
         "hidden_size": 3072,

@@ -18,6 +18,7 @@ MAY_IMPORT: dict[str, str] = {
     "moe": "errors mxfp4",
     "models": "errors mxfp4 moe",
     "settings": "errors",
+    "plugins": "",
     "tiles": "moe",
     "arch": "moe tiles",
     "tables": "errors moe tiles arch",
@@ -29,13 +30,13 @@ MAY_IMPORT: dict[str, str] = {
     "checkpoint": "errors mxfp4 moe settings",
     "files": "errors moe settings checkpoint",
     "serving": "errors moe settings backends self_check",
-    "vllm_plugin": "errors mxfp4 moe settings backends checkpoint files serving",
+    "vllm_plugin": "errors mxfp4 moe models settings plugins backends checkpoint files serving",
     "gfx950": "errors mxfp4 moe models settings tiles arch tables backends tolerance",
     "tuning": "errors moe models settings tiles arch tables backends random_layer timing tolerance",
     "bench": "errors moe models settings backends random_layer timing tolerance",
     "evaluation": "errors settings",
-    "commands": "errors mxfp4 moe models settings tiles arch tables backends checkpoint files gfx950 "
-    "random_layer timing tolerance tuning bench evaluation",
+    "commands": "errors mxfp4 moe models settings plugins tiles arch tables backends checkpoint files "
+    "gfx950 random_layer timing tolerance tuning bench evaluation",
     "cli": "errors commands",
 }
 """Each part of the package, and the parts below it that it may import beside itself."""
@@ -50,6 +51,7 @@ ONLY_IN = {
 
 INSIDE = {
     "cli.py": "a command, and nothing of the others",
+    "models.py": "transformers, where it is installed",
     "backends/triton/package.py": "triton_kernels, and our file for it: the registry's",
     "backends/ck.py": "aiter: likewise",
     "commands/doctor.py": "all that may be broken",

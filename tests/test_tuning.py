@@ -344,7 +344,7 @@ def test_run_on_a_gpu(
 ) -> None:
     """A small model, three batches: a table that is whole, serves, and is right; and nothing to do again."""
     sizes = {"num_local_experts": 8, "num_experts_per_tok": 4, "hidden_size": 320, "intermediate_size": 320}
-    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_oss"} | sizes))
     monkeypatch.setattr(tune_command, "SIZES", (1, 64, 1024))
     monkeypatch.setattr(record, "SIZES", (1, 64, 1024))
     args = argparse.Namespace(

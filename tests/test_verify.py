@@ -23,7 +23,7 @@ def verify(
 ) -> CompletedProcess[str]:
     """Run the command on a small model, with Triton 3.6.0 and a copy of ours."""
     config = tmp_path / "config.json"
-    config.write_text(json.dumps(SIZES))
+    config.write_text(json.dumps({"model_type": "gpt_oss"} | SIZES))
     whole = ["-m", "vllm_mxfp4_gfx950.cli", command, f"--model={config}", *arguments]
     path = [ours, *paths_of("3.6.0", "matmul_ogs")]
     # Without PYTHONSAFEPATH, the working directory's package would come before the copy.

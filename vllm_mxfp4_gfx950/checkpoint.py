@@ -17,6 +17,9 @@ METHODS = ("mxfp4", "gpt_oss_mxfp4")
 PICKLES = ("pt", "npcache")
 """vLLM's load formats that read nothing but pickles."""
 
+STATES = ("sharded_state", "runai_streamer_sharded", "tensorizer")
+"""Those that fill a model's parameters, or some of whose files do, and not by the parameters' own loaders."""
+
 TENSORS = {
     "w13": "gate_up_proj_blocks",
     "w13_scale": "gate_up_proj_scales",

@@ -24,8 +24,9 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.model_loader import DefaultModelLoader, RunaiModelStreamerLoader, get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models import ModelRegistry
 
-from vllm_mxfp4_gfx950 import backends, checkpoint, files, serving, settings
+from vllm_mxfp4_gfx950 import backends, checkpoint, files, models, plugins, serving, settings
 from vllm_mxfp4_gfx950.checkpoint import PARAMETERS
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.moe import (
@@ -100,6 +101,7 @@ class Mxfp4TritonConfig(QuantizationConfig):
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
         """Refuse other models, other formats and impossible sizes, as soon as vLLM has read them."""
+        check_registry()
         config = hf_config.get_text_config()
         model_type = config.model_type
         if model_type != "gpt_oss":
@@ -109,10 +111,16 @@ class Mxfp4TritonConfig(QuantizationConfig):
         if self.quant_method is None:
             files.check_not_mxfp4(Path(model_name))
         checkpoint.check_method(self.quant_method)
+        file = Path(model_name) / "config.json"
+        if file.is_file():  # transformers keeps one of two counts, and does not say which.
+            models.check_counts(file, models.read_json(file))
         whole_layer(config)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Our method for the experts; vLLM's unquantized one for linear layers, its default for others."""
+        if get_current_vllm_config().model_config.using_transformers_backend():
+            fix = "Leave out --model-impl, and have GptOssForCausalLM among config.json's architectures"
+            raise Mxfp4Error("the model", f"vLLM's own for --quantization {FLAG}", "transformers'", fix)
         if isinstance(layer, RoutedExperts):
             if not self.checked:  # With a model's first layer.
                 config = get_current_vllm_config()
@@ -267,6 +275,7 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         self.prepared = self.layers.prepare(weights, self.prefix)
         for name in PARAMETERS:
             delattr(layer, name)
+        layer.register_state_dict_pre_hook(refuse_state_dict)
 
     def apply_monolithic(
         self,
@@ -278,6 +287,25 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         """bf16[T, H] and the router's logits [T, global_experts] to bf16[T, H]."""
         assert self.prepared is not None
         return self.prepared.run(x, router_logits)
+
+
+def refuse_state_dict(layer: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Raise Mxfp4Error where a model is asked for its state, in which these experts would be missing.
+
+    A hook of torch's, called by `state_dict`.
+    """
+    fix = "Keep the checkpoint that the model was loaded from: prepared experts cannot be saved"
+    raise Mxfp4Error(f"{prefix}*", "left out of any saved state", "state_dict()", fix)
+
+
+def check_registry() -> None:
+    """Raise Mxfp4Error where another plugin has replaced vLLM's GPT-OSS, whose layers ask for ours."""
+    model = ModelRegistry.models["GptOssForCausalLM"]
+    # A name for what is imported when it is needed, or a class.
+    module = getattr(model, "module_name", None) or model.model_cls.__module__
+    if plugins.package_of(module) != "vllm":
+        rule = f"vLLM's own for --quantization {FLAG}"
+        raise Mxfp4Error("GptOssForCausalLM", rule, module, plugins.how_to_turn_off(module))
 
 
 def check_servable(config: VllmConfig, moe: FusedMoEConfig) -> None:
@@ -310,7 +338,14 @@ def check_servable(config: VllmConfig, moe: FusedMoEConfig) -> None:
         raise Mxfp4Error(
             "--data-parallel-size", "1", data_parallel_size, "Start one server for each replica instead"
         )
+    # Asked of vLLM's that have it: with expert parallelism its ranks do not gather each other's tokens.
+    context_parallel_size = getattr(config.parallel_config, "prefill_context_parallel_size", 1)
+    if context_parallel_size != 1:
+        raise Mxfp4Error("--prefill-context-parallel-size", "1", context_parallel_size, "Leave it out")
     load_format = config.load_config.load_format
+    if load_format in checkpoint.STATES:
+        fix = "Leave it out, and serve the checkpoint that the state was made from"
+        raise Mxfp4Error("--load-format", "one that reads a checkpoint", load_format, fix)
     if load_format in checkpoint.PICKLES:
         raise Mxfp4Error("--load-format", "one that reads safetensors", load_format, "Leave it out")
 

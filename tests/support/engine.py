@@ -115,9 +115,9 @@ def outcome(checkpoint: Path, environment: dict[str, str] | None = None, **argum
     return _in_engine_process("this-cpu", _outcome, checkpoint, environment or {}, arguments)
 
 
-def load_again(checkpoint: Path, **arguments: Any) -> tuple[str, str]:
-    """The error of loading weights into an engine that has them, and that of the next request."""
-    return _in_engine_process("this-cpu", _load_again, checkpoint, arguments)
+def save_and_load(checkpoint: Path, directory: Path, **arguments: Any) -> list[str]:
+    """The errors of saving a sharded state, of a request, of loading the weights again, and of a request."""
+    return _in_engine_process("this-cpu", _save_and_load, checkpoint, directory, arguments)
 
 
 def quantization_class(checkpoint: Path, quantization: str | None) -> str:
@@ -259,17 +259,21 @@ def _bench(job: dict[str, Any]) -> str:
     return printed.getvalue()
 
 
-def _load_again(checkpoint: Path, arguments: dict[str, Any]) -> tuple[str, str]:
+def _save_and_load(checkpoint: Path, directory: Path, arguments: dict[str, Any]) -> list[str]:
     errors = []
     with _llm(checkpoint, arguments) as llm:
-        for call in (lambda: llm.collective_rpc("reload_weights"), lambda: _serve(llm, [[1, 2, 3]], 1)):
+        for call in (
+            lambda: llm.collective_rpc("save_sharded_state", args=(str(directory),)),
+            lambda: _serve(llm, [[1, 2, 3]], 1),
+            lambda: llm.collective_rpc("reload_weights"),
+            lambda: _serve(llm, [[1, 2, 3]], 1),
+        ):
             try:
                 call()
                 errors.append("")
             except Exception as error:
                 errors.append(f"{type(error).__name__}: {error}")
-    loaded, served = errors
-    return loaded, served
+    return errors
 
 
 def _outcome(checkpoint: Path, environment: dict[str, str], arguments: dict[str, Any]) -> str:
