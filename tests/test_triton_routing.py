@@ -144,13 +144,13 @@ def test_example() -> None:
 def test_sizes(monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
     """Any topk and number of experts up to those that were executed; more are refused."""
     monkeypatch.setattr(triton_package, "why_not", lambda *arguments: "the next question")
-    for experts, topk in ((8, 3), (5, 5), (1024, 32)):
+    for experts, topk in ((8, 3), (5, 5), (512, 32)):
         reason = triton_package.why_not_layer(kernels, make_shape(experts, topk, 320, 288), "gfx950")
         assert reason == "the next question"
-    for experts, topk in ((1025, 4), (64, 33)):
+    for experts, topk in ((513, 4), (64, 33)):
         reason = triton_package.why_not_layer(kernels, make_shape(experts, topk, 320, 288), "gfx950")
         assert reason == (
-            f"routing takes up to 1024 experts and a topk of up to 32, not {experts} and {topk}"
+            f"routing takes up to 512 experts and a topk of up to 32, not {experts} and {topk}"
         )
 
 

@@ -33,7 +33,7 @@ SCALE_GROUPS = 8
 SCALE_ROWS = 512
 """The kernels load whole tiles of scales, unmasked: K up to 256 values (8 groups), N up to 512 rows."""
 
-MAX_EXPERTS, MAX_TOPK = 1024, 32
+MAX_EXPERTS, MAX_TOPK = 512, 32
 """The largest that `routing` has been executed with, on the emulated gfx950."""
 
 EXPERTS_AT_ONCE = 4
