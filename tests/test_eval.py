@@ -36,8 +36,9 @@ from tokenizers import Tokenizer
 from vllm_mxfp4_gfx950 import cli
 from vllm_mxfp4_gfx950.commands.eval import Measured
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
-from vllm_mxfp4_gfx950.evaluation.compare import Position, divergence, kl, paired
+from vllm_mxfp4_gfx950.evaluation.compare import LEVEL, MANY, Position, divergence, interval, kl, paired
 from vllm_mxfp4_gfx950.evaluation.measure import Question, Tasks, ask, choose_endpoint
+from vllm_mxfp4_gfx950.evaluation.report import decision_lines
 from vllm_mxfp4_gfx950.evaluation.side import (
     HARMONY_TOKEN,
     RESULT,
@@ -115,6 +116,45 @@ def test_interval_covers(lost: float) -> None:
 def test_verdict(counts: tuple[int, int, int, int], margin: float, verdict: str) -> None:
     """A regression is beyond the margin with the whole interval."""
     assert paired(*outcomes(*counts)).verdict(margin) == verdict
+
+
+@pytest.mark.parametrize(
+    ("counts", "margin", "needed"),
+    [
+        # None changed: 1.96 sqrt(2) / n is below 0.02 from n = 139 on, which is 137 questions and 2.
+        pytest.param((40, 0, 0, 10), 0.02, 137, id="identical"),
+        # 1.96^2 (0.042 - 0.002^2) / (-0.002 + 0.01)^2
+        pytest.param((7000, 220, 200, 2580), 0.002, MANY, id="at-the-margin"),
+        pytest.param((700, 22, 20, 258), 0.01, 2521, id="towards-as-accurate"),
+        # 1.96^2 (0.06 - 0.02^2) / (-0.02 + 0.01)^2
+        pytest.param((700, 40, 20, 240), 0.01, 2290, id="towards-a-regression"),
+        pytest.param((1000, 0, 0, 200), 0.02, 1200, id="decided"),
+    ],
+)
+def test_decided_by(counts: tuple[int, int, int, int], margin: float, needed: int) -> None:
+    """By hand, without the interval's adjustment; and a line for what is not decided."""
+    found = paired(*outcomes(*counts))
+    assert found.decided_by(margin) == pytest.approx(needed, rel=0.02)
+    lines = decision_lines({"copy": found}, margin)
+    assert bool(lines) == (found.verdict(margin) not in ("regression", "as accurate"))
+    if lines:
+        number = f"more than {MANY}" if needed == MANY else f"about {found.decided_by(margin)}"
+        assert lines == [f"- copy: {number} questions would decide, with such shares lost and won"]
+
+
+@pytest.mark.parametrize("margin", [0.01, 0.04])
+def test_so_many_decide(margin: float) -> None:
+    """Of 1000 comparisons about half; with a quarter of the questions few, with four times as many all."""
+    needed = paired(*outcomes(both=350, lost=20, won=10, neither=120)).decided_by(margin)
+    rng = np.random.default_rng(0)
+    decided = []
+    for questions in (needed // 4, needed, 4 * needed):
+        samples = rng.multinomial(questions, [0.7, 0.04, 0.02, 0.24], size=1000)[:, 1:3].tolist()
+        intervals = [interval(questions, lost, won, LEVEL) for lost, won in samples]
+        decided.append(sum(high < -margin or low >= -margin for low, high in intervals))
+    assert decided[0] < 250
+    assert 400 < decided[1] < 600
+    assert decided[2] > 950
 
 
 def top(logprobs: np.ndarray, count: int) -> dict[int, float]:

@@ -149,9 +149,7 @@ def test_sizes(monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
         assert reason == "the next question"
     for experts, topk in ((513, 4), (64, 33)):
         reason = triton_package.why_not_layer(kernels, make_shape(experts, topk, 320, 288), "gfx950")
-        assert reason == (
-            f"routing takes up to 512 experts and a topk of up to 32, not {experts} and {topk}"
-        )
+        assert reason == (f"routing takes up to 512 experts and a topk of up to 32, not {experts} and {topk}")
 
 
 @once

@@ -306,12 +306,14 @@ def conclude(tested: Measured, baseline: Measured, args: argparse.Namespace) -> 
         lines += ["", report.HEADER]
         lines += [report.accuracy_row(task, found, args.margin) for task, found in differences.items()]
         lines += ["", f"- intervals hold at {1 - LEVEL:.0%} for all tasks together; margin {args.margin:g}"]
+        lines += report.decision_lines(differences, args.margin)
         empty = [sum(question.empty for question in side.questions) for side in (tested, baseline)]
         lines.append(f"- empty answers, counted as wrong: tested {empty[0]}, baseline {empty[1]}")
     facts: dict[str, Any] = {"tested": tested.side, "baseline": baseline.side}
     facts |= {"paths": [tested.path, baseline.path], "margin": args.margin, "max_kl": args.max_kl}
     facts["tasks"] = {
-        task: dataclasses.asdict(found) | {"verdict": found.verdict(args.margin)}
+        task: dataclasses.asdict(found)
+        | {"verdict": found.verdict(args.margin), "decided_by": found.decided_by(args.margin)}
         for task, found in differences.items()
     }
     facts["changed"] = [

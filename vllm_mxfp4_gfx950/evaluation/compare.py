@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 LEVEL = 0.05
 """Chance that an interval misses, or a test rejects what is true, over all tasks of a comparison together."""
+
+MANY = 10**7
+"""More questions than anybody asks."""
 
 REST = 1e-6
 """Probability below which what is left of a distribution is rounding: the servers compute in float32."""
@@ -53,6 +57,36 @@ class Difference:
             return "worse, perhaps within the margin"
         return "undecided"
 
+    def decided_by(self, margin: float) -> int:
+        """About how many questions would put the interval on one side of the margin.
+
+        It is the least number at which it would, if as large a share is lost and won of all of them as was
+        of these. Of that many, chance lets about half of the comparisons end so.
+
+        Returns:
+            `questions` where they do so already; MANY where that many do not.
+
+        Source: the formula in `paired`, solved for the number. With many questions that is
+        z^2 (changed - difference^2) / (difference + margin)^2, of the shares that changed and that differ.
+        """
+
+        def decided(questions: int) -> bool:
+            lost, won = (count * questions / self.questions for count in (self.lost, self.won))
+            low, high = interval(questions, lost, won, self.alpha)
+            return high < -margin or low >= -margin
+
+        return bisect.bisect_left(range(MANY), True, lo=self.questions, key=decided)
+
+
+def interval(questions: int, lost: float, won: float, alpha: float) -> tuple[float, float]:
+    """The interval of `paired`, from counts."""
+    from scipy.stats import norm
+
+    n = questions + 2
+    middle = (won - lost) / n
+    half = float(norm.isf(alpha / 2)) * math.sqrt(((won + lost + 2) / n - middle**2) / n)
+    return max(-1.0, middle - half), min(1.0, middle + half)
+
 
 def paired(tested: Sequence[bool], baseline: Sequence[bool], alpha: float = LEVEL) -> Difference:
     """Compare two sides question by question.
@@ -67,15 +101,12 @@ def paired(tested: Sequence[bool], baseline: Sequence[bool], alpha: float = LEVE
     Source: McNemar 1947; Bonett and Price 2012; both as recommended by Fagerland, Lydersen and Laake,
     Statistics in Medicine 33 (2014) 2850.
     """
-    from scipy.stats import binomtest, norm
+    from scipy.stats import binomtest
 
     pairs = list(zip(tested, baseline, strict=True))
     lost, won = pairs.count((False, True)), pairs.count((True, False))
     p = binomtest(won, won + lost).pvalue if won + lost else 1.0
-    n = len(pairs) + 2
-    middle = (won - lost) / n
-    half = float(norm.isf(alpha / 2)) * math.sqrt(((won + lost + 2) / n - middle**2) / n)
-    low, high = max(-1.0, middle - half), min(1.0, middle + half)
+    low, high = interval(len(pairs), lost, won, alpha)
     return Difference(len(pairs), sum(tested), sum(baseline), lost, won, float(p), low, high, alpha)
 
 

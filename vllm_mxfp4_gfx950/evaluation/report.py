@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_mxfp4_gfx950.evaluation.compare import Difference, Divergence, Position
+from vllm_mxfp4_gfx950.evaluation.compare import MANY, Difference, Divergence, Position
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +34,17 @@ def accuracy_row(task: str, found: Difference, margin: float) -> str:
         found.verdict(margin),
     )
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def decision_lines(differences: dict[str, Difference], margin: float) -> list[str]:
+    """For each task without a verdict, about how many questions would bring one."""
+    lines = []
+    for task, found in differences.items():
+        needed = found.decided_by(margin)
+        if needed > found.questions:
+            number = f"more than {needed}" if needed == MANY else f"about {needed}"
+            lines.append(f"- {task}: {number} questions would decide, with such shares lost and won")
+    return lines
 
 
 def divergence_lines(
