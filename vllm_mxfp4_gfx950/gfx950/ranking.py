@@ -16,6 +16,7 @@ from triton.runtime.errors import OutOfResources
 
 from vllm_mxfp4_gfx950.arch import GFX950
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
+from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault
 from vllm_mxfp4_gfx950.gfx950.layer import CompiledLayer
 from vllm_mxfp4_gfx950.gfx950.time_model import CARDS, Card, Prediction, Profile, Work, along, launch, work
 from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, TOKENS, layer_shape
@@ -138,14 +139,14 @@ class Installed:
         self.short = CompiledLayer(dataclasses.replace(shape, hidden=SHORT_K, intermediate=SHORT_K))
 
     def measured(self, tile: TileConfig) -> dict[str, Measured]:
-        """What w13 and w2 do with a tile, without the one that it does not fit."""
+        """What w13 and w2 do with a tile, without the one that it does not fit, or that is refused."""
         tried = self.layer.tried(TRIED_TOKENS, tile)
         if not any(compiled.fits for compiled in tried):
             return {}
         try:
             few, many = (each.profiled(TRIED_TOKENS, tile) for each in (self.short, self.layer))
-        except OutOfResources:
-            return {}  # One of the two does not fit; the other cannot be reached without it.
+        except (OutOfResources, Fault):
+            return {}  # One of the two does not fit, or is refused; the other cannot be reached without it.
         seen = zip(tried, few, many, strict=True)
         return {compiled.gemm: Measured.of(*each) for compiled, *each in seen if compiled.fits}
 
