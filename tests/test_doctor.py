@@ -568,7 +568,7 @@ def test_doctor_and_serving_agree_about_gfx950(tmp_path: Path) -> None:
     """The choice before loading, with vLLM's triton_kernels, by settings and sizes."""
     write(tmp_path, {"tables/gfx950.json": "{}"})
     for name, change in (("wide", {"num_experts_per_tok": 6}), ("odd", {"hidden_size": 100})):
-        (tmp_path / name).write_text(json.dumps(GPT_OSS["gpt-oss-20b"] | change))
+        (tmp_path / name).write_text(json.dumps({"model_type": "gpt_oss"} | GPT_OSS["gpt-oss-20b"] | change))
     cases = [
         ({}, "gpt-oss-20b"),
         ({}, "gpt-oss-120b"),
