@@ -127,7 +127,7 @@ def test_defaults_are_transformers() -> None:
     ids=["no-files", "first", "second", "neither"],
 )
 def test_two_counts(files: dict[str, Any], text: str, tmp_path: Path, reading: str) -> None:
-    """Both are named, and what the files have; one of them deleted, the file is read."""
+    """Both are named, and what the files have; with the one deleted that the error says, the file is read."""
     for name, shapes in files.items():
         tensors = {f"model.layers.0.mlp.experts.{key}": torch.zeros(size) for key, size in shapes.items()}
         save_file(tensors, tmp_path / f"{name}.safetensors")
@@ -136,6 +136,12 @@ def test_two_counts(files: dict[str, Any], text: str, tmp_path: Path, reading: s
     for path in (file, tmp_path):
         with pytest.raises(Mxfp4Error, match=f"^{re.escape(expected)}$"):
             layer_shape(str(path))
+    wrong = re.search(r"Delete (\w+)\.$", text)
+    if wrong:
+        content = json.loads(file.read_text())
+        count = content["num_local_experts"] + content["num_experts"] - content.pop(wrong[1])
+        write(tmp_path, content)
+        assert layer_shape(str(file)).experts == count
 
 
 def test_experts_in_takes_no_harm(tmp_path: Path) -> None:
