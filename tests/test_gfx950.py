@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -239,6 +239,39 @@ def test_quantized_activations_are_seen(old: str, new: str) -> None:
     assert not CompiledMatmul("w2", 1, 1, spotless).fits
     w4a16 = replace(spotless, mfma={"v_mfma_f32_16x16x32_bf16": 2}, fp4_conversions=1)
     assert CompiledMatmul("w2", 1, 1, w4a16).fits
+
+
+SCALED = ASSEMBLY.replace("v_cvt_scalef32_pk_bf16_fp4", "v_mov_b32").replace(
+    "v_mfma_f32_16x16x32_bf16 v[0:3], v[4:7], v[8:11], 0",
+    "v_mfma_scale_f32_16x16x128_f8f6f4 v[0:3], v[4:7], v[8:15], 0, v16, v17 op_sel_hi:[0,0,0] cbsz:4",
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "addends", "lossless"),
+    [
+        pytest.param("", "", 2, True, id="two-addends"),
+        pytest.param("", "", 1, False, id="one-addend"),
+        pytest.param("", "", 0, False, id="no-codes"),
+        pytest.param("cbsz:4", "cbsz:4 blgp:1", 2, False, id="e5m2"),
+        pytest.param("cbsz:4", "cbsz:4 blgp:4", 2, False, id="fp4-activations"),
+        pytest.param("cbsz:4", "", 2, False, id="fp8-weights"),
+        pytest.param("v_mov_b32 v3", "v_cvt_scalef32_pk_bf16_fp4 v3", 2, False, id="converted-too"),
+        pytest.param(
+            "v_mfma_scale_f32_16x16x128_f8f6f4", "v_mfma_f32_16x16x128_f8f6f4", 2, False, id="no-scales"
+        ),
+    ],
+)
+def test_two_addends(old: str, new: str, addends: int, lossless: bool) -> None:
+    """FP4 by FP8 loses nothing where a bf16 is two of them, and only there."""
+    codes = {"Codes": torch.zeros(3, addends, 64, dtype=torch.uint8)} if addends else {}
+    signature = dict.fromkeys(codes, "*u8")
+    assembly = SCALED.replace(old, new) if old else SCALED
+    report = read(Launch("kernel", assembly, 0, (1, 1, 1), tuple(codes.values()), signature))
+    spotless = replace(report, vgpr_spills=0, sgpr_spills=0, scratch_bytes=0)
+    assert (report.is_lossless, report.is_w4a16) == (lossless, False)
+    assert CompiledMatmul("w2", 1, 1, spotless).fits == lossless
+    json.dumps(asdict(report))
 
 
 def test_presented_restores() -> None:

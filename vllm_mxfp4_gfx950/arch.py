@@ -42,6 +42,7 @@ class Arch:
         needs_layout: triton_kernels must have a layout of one of these names; () for whatever it has.
         own_layout: which of our own matmuls there are; "" for none.
         value_layouts, scale_layouts: the names of triton_kernels' layouts that they read; () for any.
+        two_fp8: whether its matrix unit multiplies FP8 by FP4, scales included, for `two_fp8`.
         overlaps: whether our kernels begin while the launch before them runs, and wait there: see
             `routing_kernels.await_previous`.
         narrower: by kernels, what of TILES they can take.
@@ -61,6 +62,7 @@ class Arch:
     own_layout: str = ""
     value_layouts: tuple[str, ...] = ()
     scale_layouts: tuple[str, ...] = ()
+    two_fp8: bool = False
     overlaps: bool = False
     narrower: Mapping[str, Mapping[str, Integers]] = field(default_factory=dict)
     candidates: Mapping[str, tuple[TileConfig, ...]] = field(default_factory=dict)
@@ -149,6 +151,7 @@ GFX950 = Arch(
     needs_layout=CDNA4_SCALES,
     own_layout="cdna4",
     scale_layouts=CDNA4_SCALES,
+    two_fp8=True,
     candidates={
         "matmul_ogs": GFX950_TILES,
         "matmul": GFX950_TILES,

@@ -44,9 +44,9 @@ class CompiledMatmul:
 
     @property
     def fits(self) -> bool:
-        """Compiles, spills nothing, touches no scratch memory, and leaves activations in bf16."""
+        """Compiles, spills nothing, touches no scratch memory, and loses nothing of an activation."""
         report = self.report
-        if report is None or not report.is_w4a16:
+        if report is None or not report.is_lossless:
             return False
         return not (report.vgpr_spills or report.sgpr_spills or report.scratch_bytes)
 

@@ -7,10 +7,16 @@ from collections import Counter
 from dataclasses import dataclass
 
 from vllm_mxfp4_gfx950.gfx950.driver import LDS_BYTES, WAVE, Launch
+from vllm_mxfp4_gfx950.gfx950.emulator.arithmetic import E2M1, E4M3
 
 SIMDS = 4
 """SIMD units of a compute unit."""
 
+ADDENDS = 2
+"""FP8 that a bf16 is the sum of: 8 significant bits, of which each has 4."""
+
+SCALED = re.compile(r"^\s*v_mfma_scale_.*$", re.MULTILINE)
+FORMAT = re.compile(r"(cbsz|blgp):(\d+)")
 LABEL = re.compile(r"([.$\w]+):")
 BRANCH = re.compile(r"s_c?branch\w*\s+(\.L\w+)")
 INSTRUCTION = re.compile(r"[a-z]\w+")
@@ -34,6 +40,9 @@ class KernelReport:
         occupancy: waves that a SIMD then holds.
         mfma: the kinds of matrix instruction, by mnemonic, with their number in the text.
         fp4_conversions: instructions that convert FP4, in the text.
+        scaled: the formats of the two operands of each kind of scaled matrix instruction, as cbsz and blgp
+            number them.
+        addends: how many FP8 each activation is the sum of, by the launch's `Codes`; 0 where it has none.
         lds_loads: loads that go from memory straight to LDS, in the text.
         loop_instructions, loop_mfma, loop_scratch: instructions, matrix instructions and scratch
             accesses in the main loop, which is the smallest loop with the most matrix instructions.
@@ -53,6 +62,8 @@ class KernelReport:
     occupancy: int
     mfma: dict[str, int]
     fp4_conversions: int
+    scaled: tuple[tuple[int, int], ...]
+    addends: int
     lds_loads: int
     loop_instructions: int
     loop_mfma: int
@@ -63,6 +74,18 @@ class KernelReport:
         """Whether it multiplies in bf16 what it converted from FP4, and nothing else."""
         kinds = [name.rpartition("_")[2] for name in self.mfma]
         return bool(kinds) and set(kinds) == {"bf16"} and self.fp4_conversions > 0
+
+    @property
+    def is_two_fp8(self) -> bool:
+        """Whether it multiplies FP4 as it is by the two e4m3 that a bf16 is the sum of, and nothing else."""
+        ours = bool(self.mfma) and all(name.startswith("v_mfma_scale_") for name in self.mfma)
+        formats = self.scaled in (((E4M3, E2M1),), ((E2M1, E4M3),))
+        return ours and formats and self.addends == ADDENDS and not self.fp4_conversions
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether activations keep all the bits of a bf16, and weights those of FP4."""
+        return self.is_w4a16 or self.is_two_fp8
 
     @property
     def per_mfma(self) -> float:
@@ -84,6 +107,7 @@ def read(launch: Launch) -> KernelReport:
     workgroups = min(by_registers * SIMDS // waves, LDS_BYTES // max(1, launch.lds_bytes))
     body, loops = _instructions(launch.assembly)
     text = Counter(body)
+    codes = [value for name, value in launch.values() if name == "Codes"]
     main = max(loops, key=lambda loop: (_count(loop, "v_mfma"), -len(loop)), default=[])
     return KernelReport(
         name=launch.name,
@@ -100,6 +124,8 @@ def read(launch: Launch) -> KernelReport:
         occupancy=-(-workgroups * waves // SIMDS),
         mfma={name: n for name, n in text.items() if name.startswith("v_mfma")},
         fp4_conversions=sum(n for name, n in text.items() if name.startswith("v_cvt") and "fp4" in name),
+        scaled=tuple(sorted({_formats(line) for line in SCALED.findall(launch.assembly)})),
+        addends=codes[0].shape[1] if codes else 0,
         lds_loads=text["lds"] + _count(body, "global_load_lds"),
         loop_instructions=len(main),
         loop_mfma=_count(main, "v_mfma"),
@@ -123,6 +149,12 @@ def _instructions(assembly: str) -> tuple[list[str], list[list[str]]]:
             if (branch := BRANCH.match(line)) and branch[1] in labels:
                 spans[labels[branch[1]]] = len(body)
     return body, [body[start:stop] for start, stop in spans.items()]
+
+
+def _formats(line: str) -> tuple[int, int]:
+    """The formats of a scaled matrix instruction's two operands."""
+    named = dict(FORMAT.findall(line))
+    return int(named.get("cbsz", 0)), int(named.get("blgp", 0))
 
 
 def _count(mnemonics: list[str], prefix: str) -> int:

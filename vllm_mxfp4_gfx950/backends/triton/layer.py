@@ -11,7 +11,7 @@ import torch
 import triton
 
 from vllm_mxfp4_gfx950.arch import HOPPER_K
-from vllm_mxfp4_gfx950.backends.triton import own, package, routing
+from vllm_mxfp4_gfx950.backends.triton import own, package, routing, two_fp8
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, pad_intermediate
 from vllm_mxfp4_gfx950.tables import ladder
 from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig, gemms
@@ -30,7 +30,7 @@ class Prepared(ABC):
         sizes: how many sizes of tiles the routing schedules, from 16 rows on.
         tiles: w13's and w2's by number of tokens; None leaves a call to the package.
         flags: the same as triton_kernels' OptFlags.
-        own: our own matmuls, for few tokens; None where they do not serve.
+        own: our own matmuls, for few tokens or, with two FP8 addends, for any; None where they do not serve.
     """
 
     KERNELS: ClassVar[str]
@@ -51,7 +51,7 @@ class Prepared(ABC):
     sizes: int
     tiles: tuple[Ladder[TileConfig | None], Ladder[TileConfig | None]]
     flags: tuple[Ladder[Any], Ladder[Any]]
-    own: own.Own | None
+    own: own.Own | two_fp8.TwoFp8 | None
 
     @staticmethod
     @abstractmethod
@@ -138,6 +138,11 @@ class Prepared(ABC):
         """Choose experts, and sort the choices that live on this rank."""
         return routing.route(router_logits, self.shape.topk, self.shape.experts, self.order, self.sizes)
 
+    @property
+    def keeps_nan(self) -> bool:
+        """Whether a token with a NaN comes out as NaN."""
+        return isinstance(self.own, two_fp8.TwoFp8)
+
     def first_batches(self) -> set[int]:
         """The smallest batch of each of the ladders' rungs but the first ones.
 
@@ -145,7 +150,7 @@ class Prepared(ABC):
         """
         lasts = {bound for rungs in self.tiles for bound in rungs.bounds[:-1]}
         if self.own is not None:
-            lasts |= {bound for rungs in self.own.tiles for bound in rungs.bounds}
+            lasts |= {bound for rungs in self.own.tiles for bound in rungs.bounds if self.own.ends(bound)}
         return {last + 1 for last in lasts}
 
     def tiles_at(self, tokens: int) -> tuple[TileConfig | None, TileConfig | None]:

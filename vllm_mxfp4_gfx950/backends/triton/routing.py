@@ -33,7 +33,7 @@ MIN_PAIRS = 4
 """Choices of that workgroup, made up ones included. With fewer, Triton 3.5 makes CDNA spill them."""
 
 ONE_LAUNCH = 32
-"""Tokens up to which each workgroup counts all choices itself, instead of a launch before it."""
+"""Tokens up to which each workgroup counts all choices itself, instead of a launch before it, unless told."""
 
 MAX_GROUPS = 128
 """Of blocks, each group counted by one workgroup. Each block is placed by a workgroup of its own, which reads
@@ -90,6 +90,23 @@ class Routing:
     schedule: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Other work that needs no routing, done in its last launch.
+
+    Args:
+        few, place: kernels that do what the routing's of that name do in as many workgroups as those have,
+            and the other work in those behind them.
+        workgroups: how many the other work has.
+        arguments: of it, by name.
+    """
+
+    few: Any
+    place: Any
+    workgroups: int
+    arguments: dict[str, Any]
+
+
 def order_of(expert_map: torch.Tensor | None) -> torch.Tensor | None:
     """int32[global_experts], the model's experts with this rank's first, in its order; None for all.
 
@@ -111,6 +128,8 @@ def route(
     *,
     smallest: int = 16,
     overlaps: bool = False,
+    beside: Beside | None = None,
+    one_launch: int = ONE_LAUNCH,
 ) -> Routing:
     """Choose experts among all of the model's, weigh them, and sort the choices that live on this rank.
 
@@ -122,6 +141,8 @@ def route(
         sizes: how many sizes of tiles to schedule, each of twice as many rows as the one before.
         smallest: rows of the first.
         overlaps: as in `package.launch_options`.
+        beside: other work to do in the last launch.
+        one_launch: tokens up to which each workgroup counts all choices itself.
     """
     tokens, global_experts = router_logits.shape
     pairs = tokens * topk
@@ -142,11 +163,12 @@ def route(
     into = routing.gather, routing.scatter, routing.weights, routing.count, starts, routing.schedule
     slots = triton.next_power_of_2(topk)
     constants: Any = {"TOPK": topk, "SLOTS": slots, "SMALLEST": smallest, "SIZES": sizes}
-    constants |= {"BLOCK_EXPERTS": block_experts}
+    constants |= {"BLOCK_EXPERTS": block_experts} | (beside.arguments if beside else {})
     strides = router_logits.stride(0), starts.stride(0), routing.schedule.stride(0)
     if tokens <= FEW and topk > 1 and router_logits.dtype == torch.bfloat16:
         block_tokens = max(MIN_PAIRS // slots, triton.next_power_of_2(tokens))
-        kernels.few[(1,)](
+        few, more = (beside.few, beside.workgroups) if beside else (kernels.few, 0)
+        few[(1 + more,)](
             router_logits, order, *into, tokens, global_experts, experts, *strides,
             BLOCK_TOKENS=block_tokens, BLOCK_TILES=triton.next_power_of_2(strides[2]),
             **constants, **launch_options(min(MAX_WARPS, block_tokens), overlaps),
@@ -157,13 +179,14 @@ def route(
     members = triton.cdiv(blocks, MAX_GROUPS)
     groups = triton.cdiv(blocks, members)
     counts = None
-    if tokens > ONE_LAUNCH:
+    if tokens > one_launch:
         counts = torch.empty(groups + groups * members, block_experts, **integers)
         kernels.count[(groups,)](
             router_logits, order, counts, tokens, global_experts, experts, groups, members, strides[0],
             TOPK=topk, BLOCK_EXPERTS=block_experts, **options,
         )  # fmt: skip
-    kernels.place[(blocks,)](
+    place, more = (beside.place, beside.workgroups) if beside else (kernels.place, 0)
+    place[(blocks + more,)](
         router_logits, order, counts, *into, tokens, global_experts, experts, blocks, groups, members,
         *strides, BLOCK_COUNTS=BLOCK_COUNTS, BLOCK_SCHEDULE=BLOCK_SCHEDULE, **constants, **options,
     )  # fmt: skip
