@@ -36,6 +36,8 @@ EVERYTHING = [
     "triton",
     "triton_ogs",
     "triton_matmul",
+    "two_fp8_ogs",
+    "two_fp8_matmul",
     "ck",
     "reference",
     "gpt-oss-20b",
@@ -299,7 +301,7 @@ def test_lines(tmp_path: Path) -> None:
         fields = ["ok", *shown] if check["ok"] else ["FAIL", *shown, check["fix"]]
         assert re.split(r" {2,}", line) == fields
         assert line.index(check["what"]) == 6
-        assert line.index(shown[1]) == 6 + len("triton_matmul") + 2
+        assert line.index(shown[1]) == 6 + len("two_fp8_matmul") + 2
 
 
 @pytest.mark.parametrize("platform", ["hip", "cuda"])

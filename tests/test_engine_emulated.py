@@ -97,7 +97,7 @@ def fixture_serve(
     triton, kernels = OF_BACKEND[backend]
     path = paths_of(triton, kernels)
 
-    def run(kernel: str, self_check: str = "first", **environment: str) -> Emulated:
+    def run(kernel: str, self_check: str = "first", name: str = backend, **environment: str) -> Emulated:
         answers = tmp_path_factory.mktemp("emulated") / "answers.json"
         script = str(SUPPORT / "serve_emulated.py")
         command = [script, str(checkpoint), json.dumps(prompts), str(TOKENS), kernel, str(answers)]
@@ -109,7 +109,7 @@ def fixture_serve(
         assert ("Self-check of model.layers.0.mlp.experts" in log) == (self_check == "first")
         assert ("Layers are not checked: VLLM_MXFP4_SELF_CHECK=off." in log) == (self_check == "off")
         source = f"triton_kernels in {path[-1] / 'triton_kernels'}, triton {triton}"
-        assert f"MoE layers run through {backend} on gfx950 ({source})" in log
+        assert f"MoE layers run through {name} on gfx950 ({source})" in log
         served: Emulated = json.loads(answers.read_text())
         return served
 
@@ -147,6 +147,19 @@ def test_every_layer_ran_on_the_emulator(prompts: list[list[int]], emulated: Emu
         assert not w2[0].endswith("_swiglu")
         assert w13[1] > 0
         assert w2[1] > 0
+
+
+def test_two_fp8(serve: Serve, backend: str, reference: Served, prompts: list[list[int]]) -> None:
+    """Our kernels with two FP8 addends, asked for by name: the same tokens, by four launches a layer."""
+    name = backend.replace("triton", "two_fp8")
+    served = serve("sound", name=name, VLLM_MXFP4_BACKEND="two_fp8")
+    assert served["token_ids"] == reference.token_ids
+    assert len(served["calls"]) == MODEL.layers * TOKENS
+    for call in served["calls"]:
+        split, w13, w2, combine = call["kernels"]
+        assert split[0] == ("place_and_split" if call["tokens"] > len(prompts) else "few_and_split")
+        assert (w13[0], w2[0], combine[0]) == ("two_fp8_matmul", "two_fp8_matmul", "combine")
+        assert min(w13[1], w2[1]) > 0
 
 
 def test_a_wrong_instruction_shows(serve: Serve, reference: Served) -> None:

@@ -29,7 +29,7 @@ class Case:
 
 
 GPUS = ("gfx950", "gfx942", "sm90", "sm100", "gfx1100", "cpu")
-BACKENDS = ("auto", "triton", "ck", "reference")
+BACKENDS = ("auto", "triton", "two_fp8", "ck", "reference")
 ASK = """
 import json, sys
 from vllm_mxfp4_gfx950.backends import select
@@ -183,6 +183,16 @@ def rows() -> dict[tuple[tuple[str, ...], tuple[str, ...], str, str], str]:
             (situations, others, "auto", "01"): refused(*reasons),
             (situations, gfx950 + others, "triton", "01"): refused(*reasons),
         }
+    not_of = "its matrix instructions are those of gfx950, not of {arch}"
+    table[ALL, GPUS[1:], "two_fp8", "01"] = refused(f"two_fp8_ogs: {not_of}", f"two_fp8_matmul: {not_of}")
+    # They stand in front of triton_kernels, and need what it needs.
+    table |= {
+        (situations, gfx950, "two_fp8", strict): text.replace("triton_ogs", "two_fp8_ogs").replace(
+            "triton_matmul", "two_fp8_matmul"
+        )
+        for (situations, gpus, backend, strict), text in table.items()
+        if backend == "triton" and "gfx950" in gpus
+    }
     return table
 
 

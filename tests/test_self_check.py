@@ -183,6 +183,7 @@ class TwoKernels:
     """A layer with own matmuls for few tokens, which are wrong."""
 
     SCATTERS = False
+    keeps_nan = False
 
     def __init__(self, weights: MoeWeights, own: bool) -> None:
         self.weights, self.own = weights, own

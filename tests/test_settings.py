@@ -36,12 +36,12 @@ def test_from_environment_reads_the_process(monkeypatch: pytest.MonkeyPatch) -> 
     [
         (
             {"VLLM_MXFP4_BACKEND": "Triton"},
-            "VLLM_MXFP4_BACKEND must be one of auto, triton, ck, reference; got 'Triton'. "
+            "VLLM_MXFP4_BACKEND must be one of auto, triton, two_fp8, ck, reference; got 'Triton'. "
             "Set VLLM_MXFP4_BACKEND to one of these or unset it.",
         ),
         (
             {"VLLM_MXFP4_BACKEND": ""},
-            "VLLM_MXFP4_BACKEND must be one of auto, triton, ck, reference; got ''. "
+            "VLLM_MXFP4_BACKEND must be one of auto, triton, two_fp8, ck, reference; got ''. "
             "Set VLLM_MXFP4_BACKEND to one of these or unset it.",
         ),
         (

@@ -18,6 +18,9 @@ from vllm_mxfp4_gfx950.tolerance import compare
 TOKENS = (1, 8, 32, 64, 256, 1024, 2048)
 """Batches that are always tried: from one row of an expert to full tiles, and every kernel of the routing."""
 
+NAN_TOKENS = 8
+"""Tokens of the batch in which one has a NaN."""
+
 FAR = 30.0
 """By so much the logits of experts that are not to be chosen lie below the others."""
 
@@ -75,7 +78,7 @@ def check(
     tokens = tokens or sizes(layer)
     x, logits = batch(weights, shape, max(tokens))
     truth, plain = reference.truth_and_plain(x, logits, weights, shape)
-    worst = 0.0
+    worst, miss = 0.0, ""
     for index, count in enumerate(tokens):
         try:
             out = layer.run(x[:count], logits[:count])
@@ -87,7 +90,19 @@ def check(
             miss = brief(error)
         if miss:
             return Outcome(f"{count} tokens: {miss}", worst, tokens[: index + 1], time.perf_counter() - began)
-    return Outcome("", worst, tokens, time.perf_counter() - began)
+    if isinstance(layer, backends.TiledLayer) and layer.keeps_nan:
+        miss = nan_lost(layer, x[:NAN_TOKENS], logits[:NAN_TOKENS])
+    return Outcome(miss, worst, tokens, time.perf_counter() - began)
+
+
+def nan_lost(layer: backends.Layer, x: torch.Tensor, logits: torch.Tensor) -> str:
+    """What becomes of a token with one NaN, and of the others beside it; "" where it alone is NaN."""
+    spoilt = x.clone()
+    spoilt[0, -1] = torch.nan
+    out = layer.run(spoilt, logits)
+    if not out[0].isnan().all():
+        return "a NaN is lost"
+    return "" if out[1:].isfinite().all() else "a NaN spoils other tokens"
 
 
 def sizes(layer: backends.Layer) -> tuple[int, ...]:

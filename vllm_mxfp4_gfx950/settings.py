@@ -18,7 +18,7 @@ STRICT_VAR = "VLLM_MXFP4_STRICT"
 SELF_CHECK_VAR = "VLLM_MXFP4_SELF_CHECK"
 TABLES_VAR = "VLLM_MXFP4_TABLES"
 VARIABLES = (BACKEND_VAR, STRICT_VAR, SELF_CHECK_VAR, TABLES_VAR)
-BACKENDS = ("auto", "triton", "ck", "reference")
+BACKENDS = ("auto", "triton", "two_fp8", "ck", "reference")
 SELF_CHECKS = ("first", "all", "off")
 ALIKE = 0.9
 """Names that are alike by so much, as difflib measures it, are one name and its misspelling. vLLM's own names

@@ -62,6 +62,10 @@ class TiledLayer(Layer, Protocol):
     def route(self, router_logits: torch.Tensor) -> Routing:
         """Choose experts, and sort the choices that live on this rank."""
 
+    @property
+    def keeps_nan(self) -> bool:
+        """Whether a token with a NaN comes out as NaN, and not as numbers that a minimum made of it."""
+
     def first_batches(self) -> set[int]:
         """The smallest batch that each of its tiles serves, but those of one token."""
 
@@ -108,6 +112,10 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
     "triton": tuple(
         Entry(name, partial(package.why_not_layer, kernels), partial(package.backend, kernels))
         for name, kernels in (("triton_ogs", "matmul_ogs"), ("triton_matmul", "matmul"))
+    ),
+    "two_fp8": tuple(
+        Entry(name, partial(package.why_not_two_fp8, kernels), partial(package.two_fp8, kernels))
+        for name, kernels in (("two_fp8_ogs", "matmul_ogs"), ("two_fp8_matmul", "matmul"))
     ),
     "ck": (Entry(ck.NAME, ck.why_not, lambda: ck),),
     "reference": (Entry(reference.NAME, reference.why_not, lambda: reference),),

@@ -368,7 +368,7 @@ def check_backend(entry: Entry, shape: MoeShape, arch: str, chosen: bool, missed
     if chosen or not missed:
         return Check(True, entry.name, found, "chosen" if chosen else "not needed here")
     fix = "Install the aiter that vLLM's build for this GPU names"
-    if family == "triton":
+    if family in ("triton", "two_fp8"):
         fix = package.remedy()
     if not works and state_of(entry, layer_shape("gpt-oss-20b"), arch)[0]:
         fix = "Nothing is to be mended here: it is this model's sizes"

@@ -150,6 +150,19 @@ def why_not_layer(kernels: str, shape: MoeShape, arch: str) -> str | None:
     return reason
 
 
+def why_not_two_fp8(kernels: str, shape: MoeShape, arch: str) -> str | None:
+    """The reason why our kernels with two FP8 addends cannot stand in front of a generation's; as above."""
+    if not arch_named(arch).two_fp8:
+        there = (name for name, each in ARCHES.items() if each.two_fp8)
+        return f"its matrix instructions are those of {', '.join(there)}, not of {arch}"
+    return why_not_layer(kernels, shape, arch)
+
+
+def two_fp8(kernels: str) -> Any:
+    """A generation's backend with our kernels with two FP8 addends in front of it."""
+    return importlib.import_module(f"{__package__}.two_fp8").Backend(backend(kernels))
+
+
 def backend(kernels: str) -> Any:
     """Load our file for a generation, which imports triton_kernels by that name."""
     find()
