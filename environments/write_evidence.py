@@ -9,6 +9,7 @@ file and change its entry's date.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -31,8 +32,11 @@ Rows = Iterable[dict[str, object]]
 
 def main() -> int:
     """Write or check the page; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="say whether the page is right instead")
+    args = parser.parse_args()
     text = page(json.loads((FOLDER / "index.json").read_text()))
-    if sys.argv[1:] == ["--check"]:
+    if args.check:
         same = PAGE.read_text() == text
         print(f"{PAGE.name} is {'up to date' if same else 'not what write_evidence.py writes'}")
         return 0 if same else 1

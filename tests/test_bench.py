@@ -19,7 +19,7 @@ import torch
 from engine import FLAG
 from tiny_checkpoint import TinyGptOss
 
-from vllm_mxfp4_gfx950 import cli, timing
+from vllm_mxfp4_gfx950 import cli, options, timing
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.bench import layer, report, serve, vllm_layers
 from vllm_mxfp4_gfx950.bench.layer import Layer
@@ -262,7 +262,7 @@ def test_peers_are_those_of_the_platform(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.version, "hip", hip)
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
+    options.of_bench(parser)
     assert bench.peers_here() == peers
     assert parser.parse_args(["layer", "--peers", "marlin"]).peers == ["MARLIN"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from run_python import ROOT, run_python
 
-from vllm_mxfp4_gfx950 import cli, commands
+from vllm_mxfp4_gfx950 import cli, commands, models, options
 from vllm_mxfp4_gfx950.bench import serve
-from vllm_mxfp4_gfx950.commands import bench, doctor
+from vllm_mxfp4_gfx950.commands import doctor
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.models import GPT_OSS
 
@@ -20,6 +20,30 @@ SCRIPTS = [
     for file in sorted((ROOT / folder).glob("*.py"))
     if '__name__ == "__main__"' in file.read_text()
 ]
+
+
+WITHOUT_TORCH = """\
+import sys
+from importlib.machinery import PathFinder
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        absent = name.partition(".")[0] in ("torch", "triton", "vllm")
+        return None if absent else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+"""
+"""A sitecustomize.py that hides what a client's environment lacks."""
+
+MISSING = "vllm-mxfp4 {}: {} must be installed; got nothing. Run where vLLM's build for this GPU is.\n"
+
+
+@pytest.fixture(name="client")
+def fixture_client(tmp_path: Path) -> Path:
+    """A folder for the path's beginning, by which torch, Triton and vLLM are absent."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_TORCH)
+    return tmp_path
 
 
 def test_every_command_is_named() -> None:
@@ -40,16 +64,19 @@ def test_help_lists_the_commands_and_loads_nothing() -> None:
     process = run_python(["-c", code], COLUMNS="200")
     assert process.returncode == 0, process.stderr
     assert process.stdout.endswith("heavy []\n")
-    for name, summary in cli.COMMANDS.items():
+    for name, (_, summary) in cli.COMMANDS.items():
         assert re.search(rf"^ +{name} +{summary}$", process.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_command_has_help(name: str) -> None:
-    """Each command's module has what `main` calls, and says what its options are."""
-    process = run_python(["-m", "vllm_mxfp4_gfx950.cli", name, "--help"])
+def test_command_has_help(name: str, client: Path) -> None:
+    """Each command's module has what `main` calls, and says what its options are where it could not run."""
+    process = run_python(["-m", "vllm_mxfp4_gfx950.cli", name, "--help"], [client])
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith(f"usage: vllm-mxfp4 {name} ")
+    process = run_python(["-m", "vllm_mxfp4_gfx950.cli", name, "--no-such-option"], [client])
+    assert process.returncode == 2
+    assert process.stderr.startswith("usage: ")
     assert callable(import_module(f"vllm_mxfp4_gfx950.commands.{name}").run)
 
 
@@ -81,40 +108,25 @@ def test_error_of_a_command(
         assert printed.endswith("ValueError: a bug\n")
 
 
-WITHOUT_TORCH = """\
-import sys
-from importlib.machinery import PathFinder
-
-class Finder(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        absent = name.partition(".")[0] in ("torch", "triton", "vllm")
-        return None if absent else super().find_spec(name, path, target)
-
-sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
-"""
-"""A sitecustomize.py that hides what a client's environment lacks."""
-
-
-def test_plot_needs_no_torch(tmp_path: Path) -> None:
+def test_plot_needs_no_torch(client: Path) -> None:
     """`bench plot` draws what was measured elsewhere; what would measure says that torch is absent."""
-    (tmp_path / "sitecustomize.py").write_text(WITHOUT_TORCH)
     row = {"layer": "E=4", "tokens": 1, "floor_us": 1.0, "us": {"ours": [2.0, 3.0]}}
     report = {"bench": "layer", "device": "CPU", "versions": {}, "rows": [row]}
-    (tmp_path / "layer.json").write_text(json.dumps(report))
+    (client / "layer.json").write_text(json.dumps(report))
     command = ["-m", "vllm_mxfp4_gfx950.cli", "bench"]
-    drawn = ["plot", str(tmp_path / "layer.json"), "--plot", str(tmp_path / "layer.svg")]
-    process = run_python([*command, *drawn], [tmp_path])
+    drawn = ["plot", str(client / "layer.json"), "--plot", str(client / "layer.svg")]
+    process = run_python([*command, *drawn], [client])
     assert process.returncode == 0, process.stderr
-    assert (tmp_path / "layer.svg").read_text().startswith("<?xml")
-    process = run_python([*command, "layer"], [tmp_path])
+    assert (client / "layer.svg").read_text().startswith("<?xml")
+    process = run_python([*command, "layer"], [client])
     assert process.returncode == 2
-    assert process.stderr.endswith("ModuleNotFoundError: No module named 'torch'\n")
+    assert process.stderr.endswith(MISSING.format("bench", "torch"))
 
 
 def test_help_of_bench_names_what_there_is() -> None:
-    """Written out in `commands.bench`, which imports nothing that needs torch."""
-    assert tuple(GPT_OSS) == bench.MODELS == tuple(serve.LAYERS)
+    """Written out in `options`, which imports nothing that needs torch."""
+    assert tuple(GPT_OSS) == options.MODELS == tuple(serve.LAYERS)
+    assert models.TOKENS == options.TOKENS
     for kind, names in (("layer", GPT_OSS), ("serve", [*serve.LAYERS, *serve.LENGTHS, *serve.ROUTINGS])):
         process = run_python(["-m", "vllm_mxfp4_gfx950.cli", "bench", kind, "--help"])
         assert set(names) <= set(re.findall(r"[\w-]+", process.stdout))
@@ -143,7 +155,10 @@ def test_docker_leaves_out_what_git_does() -> None:
         (["compile", "--tokens", "16", "0"], "--tokens must be at least 1; got 0. Correct it."),
         (["compile", "--model", "gpt-oss"], "got gpt-oss (No such file or directory). Correct the name."),
         (["compile", "--model", "o" * 300], "(File name too long). Correct the name."),
-        (["compile", "--model", str(ROOT)], f"got {ROOT} (Is a directory). Correct the name."),
+        (
+            ["compile", "--model", str(ROOT)],
+            "/config.json (No such file or directory). Correct the name.",
+        ),
     ],
     ids=["tokens", "name", "long-name", "directory"],
 )
@@ -153,15 +168,21 @@ def test_wrong_value(arguments: list[str], text: str, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.strip().endswith(text)
 
 
-def test_a_package_is_missing(tmp_path: Path) -> None:
-    """Told in a line, before the command's own options."""
-    for name in ("torch", "triton"):
-        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no', name='{name}')")
-    process = run_python(["-m", "vllm_mxfp4_gfx950.cli", "compile", "--help"], [tmp_path])
+@pytest.mark.parametrize("name", ["compile", "verify", "predict", "tune"])
+def test_a_package_is_missing(name: str, client: Path) -> None:
+    """Told in a line, by what needs it."""
+    process = run_python(["-m", "vllm_mxfp4_gfx950.cli", name], [client])
     assert process.returncode == 2
-    text = "torch must be installed; got nothing. Run where vLLM's build for this GPU is.\n"
-    assert process.stderr.endswith(f"vllm-mxfp4 compile: {text}")
-    assert run_python(["-m", "vllm_mxfp4_gfx950.cli", "doctor", "--help"], [tmp_path]).returncode == 0
+    assert process.stderr in [MISSING.format(name, package) for package in ("torch", "triton")]
+
+
+def test_doctor_needs_no_torch(client: Path) -> None:
+    """It says so, and all else that it can."""
+    process = run_python(["-m", "vllm_mxfp4_gfx950.cli", "doctor", "--json"], [client])
+    assert process.returncode == 1, process.stderr
+    checks = {check["what"]: check for check in json.loads(process.stdout)}
+    assert checks["torch"]["found"] == "ModuleNotFoundError: No module named 'torch'"
+    assert checks["plugin"]["ok"]
 
 
 def test_installed_script_is_this_one() -> None:

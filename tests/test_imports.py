@@ -35,9 +35,10 @@ MAY_IMPORT: dict[str, str] = {
     "tuning": "errors moe models settings tiles arch tables backends random_layer timing tolerance",
     "bench": "errors moe models settings backends random_layer timing tolerance",
     "evaluation": "errors settings",
-    "commands": "errors mxfp4 moe models settings plugins tiles arch tables backends checkpoint files "
-    "gfx950 random_layer timing tolerance tuning bench evaluation",
-    "cli": "errors commands",
+    "options": "settings",
+    "commands": "errors options mxfp4 moe models settings plugins tiles arch tables backends checkpoint "
+    "files gfx950 random_layer timing tolerance tuning bench evaluation",
+    "cli": "errors options commands",
 }
 """Each part of the package, and the parts below it that it may import beside itself."""
 
@@ -206,6 +207,7 @@ def loaded_by(module: str, path: tuple[Path, ...] = ()) -> tuple[list[str], int]
     [
         ("errors", []),
         ("settings", []),
+        ("options", []),
         ("cli", []),
         ("mxfp4", ["torch"]),
         ("moe", ["torch"]),

@@ -8,6 +8,7 @@ import gcn
 import pytest
 from run_python import ROOT, run_python
 
+from vllm_mxfp4_gfx950 import options
 from vllm_mxfp4_gfx950.commands import predict
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.gfx950 import peers, ranking, time_model, trial
@@ -236,7 +237,7 @@ def test_aiter_s_kernel_is_executed(packages: Path) -> None:
 def run_predict(*arguments: str) -> int:
     """The command, in this process."""
     parser = argparse.ArgumentParser()
-    predict.add_arguments(parser)
+    options.of_predict(parser)
     return predict.run(parser.parse_args(arguments))
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,17 +45,6 @@ TOKENS = tuple(2**i for i in range(14))
 """Token counts of a forward that tile tables are made for."""
 
 
-def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options that `layer_shape` takes."""
-    parser.add_argument(
-        "--model",
-        default="gpt-oss-20b",
-        help=f"{', '.join(GPT_OSS)}, or a checkpoint's directory or config.json",
-    )
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
-    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks, which hold experts whole")
-
-
 def layer_shape(model: str, tp: int = 1, ep: int = 1) -> MoeShape:
     """One layer of a model on one rank, as vLLM divides it.
 
@@ -93,7 +82,7 @@ def read_config(path: Path) -> Any:
     Raises:
         Mxfp4Error: there is none, or it is of another model, or transformers does not take it.
     """
-    file = path / "config.json" if path.is_dir() else path
+    file = path / "config.json" if os.path.isdir(path) else path
     content = read_json(file)
     if content.get("model_type") != "gpt_oss":
         fix = "Give the config.json of a GPT-OSS"

@@ -12,75 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_mxfp4_gfx950.bench import report
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
+from vllm_mxfp4_gfx950.options import PEERS
 
 # What needs torch is imported where it measures: `plot` draws where there is none.
 if TYPE_CHECKING:
     from vllm_mxfp4_gfx950.bench.layer import Row
-
-PEERS = ("TRITON", "MARLIN")
-MODELS = ("gpt-oss-20b", "gpt-oss-120b")
-LAYER = "time one MoE layer, this package's and vLLM's own, after each was compared with float64"
-SERVE = "measure vLLM's throughput and latency, with this package and with its own MoE backends"
-PLOT = "draw what was measured"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    kinds = parser.add_subparsers(metavar="kind", dest="kind", required=True)
-    layer = kinds.add_parser("layer", help=LAYER, description=LAYER)
-    layer.add_argument(
-        "--model",
-        nargs="+",
-        default=MODELS,
-        help=f"{', '.join(MODELS)}, or a config.json; more than one is measured in turn",
-    )
-    layer.add_argument("--tokens", type=int, nargs="+", help="tokens of a forward")
-    layer.add_argument(
-        "--peers",
-        type=str.upper,
-        nargs="*",
-        choices=PEERS,
-        help="vLLM's, beside ours; by default those that this device can run",
-    )
-    serving = kinds.add_parser("serve", help=SERVE, description=SERVE)
-    serving.add_argument(
-        "--model",
-        default=MODELS[0],
-        help=f"{', '.join(MODELS)} with dummy weights, or a checkpoint as vLLM takes it",
-    )
-    serving.add_argument(
-        "--load",
-        nargs="+",
-        default=["short"],
-        help="short, 1k1k, 1k8k, 8k1k, or BATCH/INPUT/OUTPUT, requests and tokens of each",
-    )
-    serving.add_argument(
-        "--concurrency",
-        type=int,
-        nargs="+",
-        default=(4, 16, 64),
-        help="batches of 1k1k, 1k8k and 8k1k",
-    )
-    serving.add_argument("--rounds", type=int, default=3, help="times that each load is measured")
-    serving.add_argument(
-        "--engines",
-        nargs="+",
-        help="ours, or names of vLLM's --moe-backend; by default ours and those that this device can run",
-    )
-    serving.add_argument(
-        "--routing",
-        nargs="+",
-        choices=("alike", "spread"),
-        help="of dummy weights: alike, all tokens choose the same experts, as vLLM makes them; spread (the "
-        "default), each token has its own, as in a trained model; or both, measured in turn",
-    )
-    serving.add_argument("--engine-args", default="{}", help="more arguments of vllm.LLM, a JSON object")
-    plot = kinds.add_parser("plot", help=PLOT, description=PLOT)
-    plot.add_argument("files", type=Path, nargs="+", help="what --json wrote; more than one are drawn as one")
-    plot.add_argument("--plot", type=Path, required=True, help="the .png or .svg to write")
-    for each in (layer, serving):
-        each.add_argument("--json", type=Path, help="write the figures there, anew after each row")
-        each.add_argument("--plot", type=Path, help="draw them there, a .png or .svg")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ import triton
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH
 from vllm_mxfp4_gfx950.gfx950.layer import CompiledLayer, CompiledMatmul
-from vllm_mxfp4_gfx950.models import TOKENS, add_shape_arguments, layer_shape
+from vllm_mxfp4_gfx950.models import layer_shape
 from vllm_mxfp4_gfx950.settings import from_environment
 from vllm_mxfp4_gfx950.tables import whose
 from vllm_mxfp4_gfx950.tiles import gemms
@@ -19,14 +19,6 @@ from vllm_mxfp4_gfx950.timing import progress
 
 FIGURES = ("waves", "LDS", "VGPR", "AGPR", "spills", "scratch", "per CU", "occupancy", "per MFMA")
 HEADER = "tokens gemm workgroups  tile          " + "".join(f"{name:>10}" for name in FIGURES)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    add_shape_arguments(parser)
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="tokens of a forward")
-    parser.add_argument("--upstream", action="store_true", help="show triton_kernels' own tiles too")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -67,17 +67,6 @@ class Check:
     fix: str = ""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    parser.add_argument("--json", action="store_true", help="print a JSON list: ok, what, found, needed, fix")
-    parser.add_argument("--arch", help="answer for this GPU, such as gfx950, instead of those found")
-    parser.add_argument(
-        "--model", help="gpt-oss-20b, gpt-oss-120b, or a checkpoint's directory; by default both"
-    )
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
-    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks, which hold experts whole")
-
-
 def run(args: argparse.Namespace) -> int:
     """Print the checks, a line each; the exit code is 1 when one of them failed."""
     with contextlib.redirect_stdout(sys.stderr):  # Some packages print when they are imported.

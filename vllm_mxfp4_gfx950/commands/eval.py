@@ -31,15 +31,6 @@ from vllm_mxfp4_gfx950.evaluation.side import (
 ROLES = ("tested", "baseline")
 REQUIRED = ("lm_eval", "scipy", "matplotlib", "tqdm", "requests")
 
-EPILOG = """\
-A side is one of:
-  "[NAME=VALUE ...] MODEL [arguments of vllm serve ...]"   a server that is started and stopped here
-  "http://host:port [LOG]"                                 one that runs, with the file of its log
-  DIRECTORY                                                what an earlier run kept of a side
-
-A server that demands a key is asked with the --api-key of its side, or with OPENAI_API_KEY.
-"""
-
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
@@ -62,29 +53,6 @@ class Measured:
     questions: list[Question]
     top: int
     positions: list[Position]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EPILOG
-    parser.add_argument(
-        "sides", nargs="+", metavar="side", help="the tested one, and what it is held against"
-    )
-    parser.add_argument("--tasks", nargs="+", help="of lm-eval; by default gsm8k, or all of --include-path")
-    parser.add_argument("--include-path", type=Path, help="folder with task files to take the tasks from")
-    parser.add_argument("--limit", type=int, help="questions of each task; by default all")
-    parser.add_argument("--concurrency", type=int, default=64, help="requests at a time")
-    parser.add_argument("--endpoint", choices=("chat", "completions"), help="by default what the model needs")
-    parser.add_argument("--margin", type=float, default=0.02, help="loss of accuracy that is allowed")
-    parser.add_argument("--logprobs", type=Path, metavar="TEXT", help="compare distributions over this file")
-    parser.add_argument("--top", type=int, default=20, help="tokens of each distribution, -1 for all")
-    parser.add_argument("--window", type=int, default=512, help="tokens that are read at once")
-    parser.add_argument("--max-kl", type=float, default=0.01, help="mean KL that is allowed, in nats")
-    parser.add_argument("--same-path", action="store_true", help="compare even where both may be one path")
-    parser.add_argument(
-        "--out", type=Path, default=Path("mxfp4-eval"), help="directory of results and report"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

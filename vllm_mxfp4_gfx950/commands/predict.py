@@ -15,7 +15,7 @@ from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.gfx950 import trial
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH
 from vllm_mxfp4_gfx950.gfx950.ranking import Installed, Measured, best, predicted, wide
-from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, TOKENS, add_shape_arguments, layer_shape
+from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, layer_shape
 from vllm_mxfp4_gfx950.tables import ladder
 from vllm_mxfp4_gfx950.tiles import TileConfig, gemms
 from vllm_mxfp4_gfx950.timing import progress
@@ -26,27 +26,6 @@ SEARCHED = (16, 32, 64, 128)
 """block_m that matmul_ogs takes and a search tries."""
 
 EVIDENCE = "Predicted for a gfx950 from what kernels execute on the emulator; nothing ran on one."
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    add_shape_arguments(parser)
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="tokens of a forward")
-    parser.add_argument("--all", action="store_true", help="every model and division instead")
-    parser.add_argument(
-        "--aiter",
-        type=Path,
-        help="hold the model to aiter's kernels in this directory, compiled here, instead",
-    )
-    parser.add_argument(
-        "--search",
-        type=int,
-        nargs="+",
-        metavar="ROWS",
-        help="with the best tiles of a wide search of these block_m",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--read", type=Path, nargs="+", help="print the tables of such objects instead")
 
 
 def run(args: argparse.Namespace) -> int:

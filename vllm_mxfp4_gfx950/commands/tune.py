@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 import triton
@@ -11,19 +10,11 @@ import triton
 from vllm_mxfp4_gfx950 import backends
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.gfx950 import ranking
-from vllm_mxfp4_gfx950.models import add_shape_arguments, layer_shape
+from vllm_mxfp4_gfx950.models import layer_shape
 from vllm_mxfp4_gfx950.settings import TABLES_VAR
 from vllm_mxfp4_gfx950.timing import progress
 from vllm_mxfp4_gfx950.tuning.record import SIZES, Table
 from vllm_mxfp4_gfx950.tuning.search import Batch, Layers, tune, warm_up
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    add_shape_arguments(parser)
-    parser.add_argument("--out", type=Path, help=f"the directory of your tables, as for {TABLES_VAR}")
-    parser.add_argument("--arch", choices=["gfx950"], help="rank its tiles by compiling, all models at once")
-    parser.add_argument("--table", type=Path, help="with --arch: the file to bring up to date")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,18 +11,12 @@ import triton
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault
 from vllm_mxfp4_gfx950.gfx950.verification import Check, EmulatedLayer
-from vllm_mxfp4_gfx950.models import add_shape_arguments, layer_shape
+from vllm_mxfp4_gfx950.models import layer_shape
 from vllm_mxfp4_gfx950.moe import first_experts
+from vllm_mxfp4_gfx950.options import SAMPLE, WHOLE_TOKENS
 from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights
 from vllm_mxfp4_gfx950.settings import from_environment
 from vllm_mxfp4_gfx950.timing import progress
-
-TOKENS = (1, 3, 16, 64, 1024)
-WHOLE_TOKENS = 3
-"""Up to so many tokens every workgroup is executed."""
-
-SAMPLE = 16
-"""Workgroups of each matmul that are executed for more."""
 
 FIGURES = (
     "error",
@@ -36,20 +30,6 @@ FIGURES = (
     "seconds",
 )
 HEADER = "tokens stage   workgroups " + "".join(f"{name:>10}" for name in FIGURES) + "  result"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    add_shape_arguments(parser)
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="tokens of a forward")
-    parser.add_argument(
-        "--sample",
-        type=int,
-        help=f"workgroups of each matmul to execute; by default all up to {WHOLE_TOKENS} tokens, "
-        f"{SAMPLE} for more; 0 for all",
-    )
-    parser.add_argument("--upstream", action="store_true", help="with triton_kernels' own tiles")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
