@@ -20,6 +20,7 @@ from vllm_mxfp4_gfx950.models import TOKENS
 from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.tables import ladder, store
 from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig, encode, gemms, parse
+from vllm_mxfp4_gfx950.tuning.record import SIZES
 
 Tile = tuple[int, int, int, int, int, int, int]
 PLAIN: Tile = (16, 64, 256, 1, 4, 1, 0)
@@ -133,7 +134,7 @@ def test_table() -> None:
             for (kind, _, g), each in found.items()
             if kind == kernels and g.experts == gemm.experts and g.name != gemm.name
         )
-        assert rungs.bounds == other.bounds == TOKENS[: {32: 9, 128: 10}[gemm.experts]]
+        assert rungs.bounds == other.bounds == SIZES[: SIZES.index({32: 448, 128: 896}[gemm.experts]) + 1]
         assert [tile.block_m for tile in rungs.rungs] == [tile.block_m for tile in other.rungs], (
             kernels,
             triton,
@@ -188,14 +189,15 @@ def test_other_tritons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton: 
     def own_for(arch: str, largest: int, tables: Path | None = None) -> own.Own | None:
         scales = torch.tensor([3, largest], dtype=torch.uint8)
         layouts = HopperMXValueLayout(), HopperMXScaleLayout()
-        w13, w2 = (Weight(None, None, torch.zeros(4), scales, some, layouts) for some in (scales * 0, scales))
+        values = torch.zeros(4, dtype=torch.uint8)
+        w13, w2 = (Weight(None, None, torch.zeros(4), values, some, layouts) for some in (scales * 0, scales))
         return own.own_for(arch, shape, w13, w2, None, tables)
 
     monkeypatch.setattr(own.triton, "__version__", triton)
     found = own_for("sm90", 124)
     assert (found is not None) == (triton == "3.6.0")
     if found is not None:
-        assert [tokens for tokens in (1, 256, 257) if found.serves(tokens)] == [1, 256]
+        assert [tokens for tokens in (1, 448, 449) if found.serves(tokens)] == [1, 448]
     assert own_for("gfx950", 124) is None
     assert own_for("sm90", own.MAX_SCALE + 1) is None
     # A user's table: for up to so many tokens, with the Triton that it was timed with; or for none.
@@ -207,7 +209,7 @@ def test_other_tritons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton: 
         store.write(tmp_path / str(bound) / "sm90.json", "sm90", {}, rows)
     found = own_for("sm90", 124, tmp_path / "16")
     assert (found and found.tiles[0].bounds) == {
-        "3.6.0": (1, 2, 4, 8, 16, 32, 64, 128, 256),
+        "3.6.0": SIZES[: SIZES.index(448) + 1],
         "3.8.0": (16,),
     }.get(triton)
     assert (own_for("sm90", 124, tmp_path / "0") is not None) == (triton == "3.6.0")

@@ -261,7 +261,7 @@ def test_every_rung(weights: MoeWeights) -> None:
     tiles = Ladder((1, 2, 256), "xyz")
     assert self_check.sizes(layer_of(weights)) == self_check.TOKENS
     assert self_check.sizes(Tiled((flags,))) == (1, 8, 32, 64, 65, 256, 513, 1024, 2048, 4097)
-    both = Tiled((flags,), SimpleNamespace(tiles=(tiles, tiles)))
+    both = Tiled((flags,), SimpleNamespace(tiles=(tiles, tiles), ends=lambda bound: True))
     # 257, as the rung of 65 to 512 tokens begins where our own matmuls serve, and ends behind them.
     assert self_check.sizes(both) == (1, 2, 3, 8, 32, 64, 65, 256, 257, 513, 1024, 2048, 4097)
 
