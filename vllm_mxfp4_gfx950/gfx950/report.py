@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_mxfp4_gfx950.gfx950.driver import LDS_BYTES, WAVE, Launch
 from vllm_mxfp4_gfx950.gfx950.emulator.arithmetic import E2M1, E4M3
+from vllm_mxfp4_gfx950.gfx950.emulator.assembly import Instruction, parse
 
 SIMDS = 4
 """SIMD units of a compute unit."""
 
 ADDENDS = 2
 """FP8 that a bf16 is the sum of: 8 significant bits, of which each has 4."""
-
-SCALED = re.compile(r"^\s*v_mfma_scale_.*$", re.MULTILINE)
-FORMAT = re.compile(r"(cbsz|blgp):(\d+)")
-LABEL = re.compile(r"([.$\w]+):")
-BRANCH = re.compile(r"s_c?branch\w*\s+(\.L\w+)")
-INSTRUCTION = re.compile(r"[a-z]\w+")
 
 
 @dataclass(frozen=True)
@@ -101,22 +96,22 @@ def read(launch: Launch) -> KernelReport:
 
     Source: LLVM, AMDGPUUsage (code object V5 metadata, assembler directives).
     """
-    notes = dict(re.findall(r"^[ -]+\.(\w+):\s+(\d+)$", launch.assembly, re.MULTILINE))
-    by_registers = int(re.findall(r"^; Occupancy: (\d+)", launch.assembly, re.MULTILINE)[0])
-    waves = -(-int(notes["max_flat_workgroup_size"]) // WAVE)
+    program = parse(launch.name, launch.assembly)
+    body, notes = program.instructions, program.notes
+    by_registers = program.remarks["Occupancy"]
+    waves = -(-notes["max_flat_workgroup_size"] // WAVE)
     workgroups = min(by_registers * SIMDS // waves, LDS_BYTES // max(1, launch.lds_bytes))
-    body, loops = _instructions(launch.assembly)
-    text = Counter(body)
+    text = Counter(instruction.mnemonic for instruction in body)
     codes = [value for name, value in launch.values() if name == "Codes"]
-    main = max(loops, key=lambda loop: (_count(loop, "v_mfma"), -len(loop)), default=[])
+    main = max(program.loops, key=lambda loop: (_count(loop, "v_mfma"), -len(loop)), default=())
     return KernelReport(
         name=launch.name,
-        vgprs=int(notes["vgpr_count"]),
-        agprs=int(notes["agpr_count"]),
-        sgprs=int(notes["sgpr_count"]),
-        vgpr_spills=int(notes["vgpr_spill_count"]),
-        sgpr_spills=int(notes["sgpr_spill_count"]),
-        scratch_bytes=int(notes["private_segment_fixed_size"]),
+        vgprs=notes["vgpr_count"],
+        agprs=notes["agpr_count"],
+        sgprs=notes["sgpr_count"],
+        vgpr_spills=notes["vgpr_spill_count"],
+        sgpr_spills=notes["sgpr_spill_count"],
+        scratch_bytes=notes["private_segment_fixed_size"],
         lds_bytes=launch.lds_bytes,
         waves=waves,
         instructions=len(body),
@@ -124,38 +119,19 @@ def read(launch: Launch) -> KernelReport:
         occupancy=-(-workgroups * waves // SIMDS),
         mfma={name: n for name, n in text.items() if name.startswith("v_mfma")},
         fp4_conversions=sum(n for name, n in text.items() if name.startswith("v_cvt") and "fp4" in name),
-        scaled=tuple(sorted({_formats(line) for line in SCALED.findall(launch.assembly)})),
+        scaled=tuple(sorted({_formats(one) for one in body if one.mnemonic.startswith("v_mfma_scale_")})),
         addends=codes[0].shape[1] if codes else 0,
-        lds_loads=text["lds"] + _count(body, "global_load_lds"),
+        lds_loads=sum("lds" in one.modifiers or one.mnemonic.startswith("global_load_lds") for one in body),
         loop_instructions=len(main),
         loop_mfma=_count(main, "v_mfma"),
         loop_scratch=_count(main, "scratch_"),
     )
 
 
-def _instructions(assembly: str) -> tuple[list[str], list[list[str]]]:
-    """The mnemonics of a kernel in order, and those of each of its loops."""
-    body: list[str] = []
-    labels: dict[str, int] = {}
-    spans: dict[int, int] = {}
-    lines = assembly.partition(".amdhsa_kernel")[0].splitlines()
-    for line in (line.partition(";")[0].strip() for line in lines):
-        if label := LABEL.match(line):
-            labels[label[1]] = len(body)
-        elif INSTRUCTION.match(line):
-            mnemonic, *operands = line.split()
-            # A buffer_load that ends in "lds" writes there, as global_load_lds does.
-            body.append("lds" if operands and operands[-1] == "lds" else mnemonic)
-            if (branch := BRANCH.match(line)) and branch[1] in labels:
-                spans[labels[branch[1]]] = len(body)
-    return body, [body[start:stop] for start, stop in spans.items()]
-
-
-def _formats(line: str) -> tuple[int, int]:
+def _formats(instruction: Instruction) -> tuple[int, int]:
     """The formats of a scaled matrix instruction's two operands."""
-    named = dict(FORMAT.findall(line))
-    return int(named.get("cbsz", 0)), int(named.get("blgp", 0))
+    return int(instruction.modifiers.get("cbsz", "0")), int(instruction.modifiers.get("blgp", "0"))
 
 
-def _count(mnemonics: list[str], prefix: str) -> int:
-    return sum(name.startswith(prefix) for name in mnemonics)
+def _count(instructions: Sequence[Instruction], prefix: str) -> int:
+    return sum(instruction.mnemonic.startswith(prefix) for instruction in instructions)

@@ -23,6 +23,7 @@ import re
 from dataclasses import dataclass
 
 from vllm_mxfp4_gfx950.gfx950.driver import COMPUTE_UNITS, WAVE, Launch
+from vllm_mxfp4_gfx950.gfx950.emulator.assembly import Instruction
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute, load
 from vllm_mxfp4_gfx950.gfx950.report import SIMDS, read
 
@@ -213,7 +214,8 @@ def operations(name: str, assembly: str, fp4_cycles: int) -> tuple[tuple[Op, ...
     """The instructions of each block of a kernel."""
     kernel = load(name, assembly)
 
-    def op(mnemonic: str, kind: str, text: str) -> Op:
+    def op(instruction: Instruction, kind: str) -> Op:
+        mnemonic = instruction.mnemonic
         cycles = ISSUE_CYCLES
         if kind == "matrix":
             cycles = MATRIX_CYCLES[re.findall(r"\d+x\d+x\d+", mnemonic)[0]]
@@ -222,15 +224,15 @@ def operations(name: str, assembly: str, fp4_cycles: int) -> tuple[tuple[Op, ...
         elif SLOW_VECTOR.match(mnemonic):
             cycles = SLOW_VECTOR_CYCLES
         elif mnemonic == "s_nop":
-            cycles *= int(text.removeprefix(mnemonic), 0) + 1
+            cycles *= int(instruction.operands[0], 0) + 1
         elif mnemonic.startswith("s_load"):
             kind = "smem"
-        left = {name: int(number) for name, number in re.findall(r"(\w+)\((\d+)\)", text)}
+        left = instruction.counters if kind == "wait" else {}
         return Op(kind, cycles, left.get("vmcnt"), left.get("lgkmcnt"))
 
     blocks = []
     for block in kernel.blocks:
-        ops = [op(s.instruction.mnemonic, s.kind, s.instruction.text) for s in block.steps]
+        ops = [op(s.instruction, s.kind) for s in block.steps]
         if block.end is not None:
             ops.append(Op("branch", ISSUE_CYCLES))
         blocks.append(tuple(ops))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +52,7 @@ WIDTHS: dict[str, tuple[int, int, Any]] = {
 def wait(form: Form) -> Effect:
     """Wait until at most so many memory instructions of each kind are outstanding."""
     text = form.instruction.text
-    counts = {name: int(value) for name, value in re.findall(r"(\w+)\((\d+)\)", text)}
+    counts = form.instruction.counters
     # What 7 of expcnt, its largest, waits for is nothing.
     known = {"vmcnt", "lgkmcnt"} | ({"expcnt"} if counts.get("expcnt") == 7 else set())
     if set(counts) - known or not counts:

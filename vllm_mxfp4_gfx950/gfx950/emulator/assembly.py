@@ -1,4 +1,4 @@
-"""Reading gfx950 assembly: instructions, labels, and what the kernel's descriptor and metadata say.
+"""The one reader of gfx950 assembly, for the emulator and for reports: instructions, labels, loops, metadata.
 
 Source: LLVM, AMDGPUUsage (code object V5 metadata, kernel descriptor directives, kernarg preload) and
 the assembler syntax of AMDGPU operands and modifiers.
@@ -7,13 +7,17 @@ the assembler syntax of AMDGPU operands and modifiers.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 LABEL = re.compile(r"([.$\w]+):$")
 MNEMONIC = re.compile(r"([a-z]\w+)(?:\s+(.*))?$")
 DIRECTIVE = re.compile(r"^\s*\.amdhsa_(\w+) (\d+)$", re.MULTILINE)
+REMARK = re.compile(r"^; (\w+): (\d+)", re.MULTILINE)
 NOTE = re.compile(r"^[ -]+\.(\w+):\s+(\d+)$", re.MULTILINE)
 ARGUMENT = re.compile(r"\.offset:\s+(\d+)\s+\.size:\s+(\d+)\s+\.value_kind:\s+(\w+)")
+COUNTER = re.compile(r"(\w+)\((\d+)\)")
 ALIGNED_ENTRY = ".p2align\t8"
 """Stands before the entry of a kernel whose arguments are preloaded; what comes first loads them."""
 
@@ -32,9 +36,14 @@ class Instruction:
 
     mnemonic: str
     operands: tuple[str, ...]
-    modifiers: dict[str, str]
+    modifiers: Mapping[str, str]
     line: int
     text: str
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What an s_waitcnt names, and of each how many memory instructions it leaves outstanding."""
+        return {name: int(left) for name, left in COUNTER.findall(self.text)}
 
 
 @dataclass(frozen=True)
@@ -47,17 +56,30 @@ class Program:
         labels: position of the instruction after each label.
         entry: position at which waves start.
         descriptor: the kernel descriptor's directives, without ".amdhsa_".
+        remarks: the compiler's numbers in its comments behind the kernel, by name.
         notes: the metadata's numbers, by key.
         arguments: offset and size in bytes of each kernel argument that is not hidden, and its kind.
     """
 
     name: str
     instructions: tuple[Instruction, ...]
-    labels: dict[str, int]
+    labels: Mapping[str, int]
     entry: int
-    descriptor: dict[str, int]
-    notes: dict[str, int]
+    descriptor: Mapping[str, int]
+    remarks: Mapping[str, int]
+    notes: Mapping[str, int]
     arguments: tuple[tuple[int, int, str], ...]
+
+    @property
+    def loops(self) -> list[tuple[Instruction, ...]]:
+        """The instructions of each loop, from its label to the last branch back to it."""
+        stops: dict[int, int] = {}
+        for position, instruction in enumerate(self.instructions):
+            if "branch" in instruction.mnemonic:
+                start = self.labels.get(instruction.operands[0])
+                if start is not None and start <= position:
+                    stops[start] = position + 1
+        return [self.instructions[start:stop] for start, stop in stops.items()]
 
 
 def parse(name: str, assembly: str) -> Program:
@@ -83,10 +105,11 @@ def parse(name: str, assembly: str) -> Program:
     return Program(
         name=name,
         instructions=tuple(instructions),
-        labels=labels,
+        labels=MappingProxyType(labels),
         entry=entry,
-        descriptor={key: int(value) for key, value in DIRECTIVE.findall(rest)},
-        notes={key: int(value) for key, value in NOTE.findall(rest)},
+        descriptor=_numbers(DIRECTIVE, rest),
+        remarks=_numbers(REMARK, rest),
+        notes=_numbers(NOTE, rest),
         arguments=tuple(
             (int(offset), int(size), kind)
             for offset, size, kind in ARGUMENT.findall(rest)
@@ -95,10 +118,15 @@ def parse(name: str, assembly: str) -> Program:
     )
 
 
-def _split(text: str) -> tuple[tuple[str, ...], dict[str, str]]:
+def _numbers(pattern: re.Pattern[str], text: str) -> Mapping[str, int]:
+    """The numbers that a pattern finds, by name."""
+    return MappingProxyType({name: int(number) for name, number in pattern.findall(text)})
+
+
+def _split(text: str) -> tuple[tuple[str, ...], Mapping[str, str]]:
     """Operands, which commas separate, and modifiers, which blanks do; brackets hold either together."""
     parts = re.split(r",\s*(?![^\[(]*[\])])", text)
     last, *modifiers = re.split(r"\s+(?![^\[(]*[\])])", parts[-1].strip())
     operands = (*(part.strip() for part in parts[:-1]), last)
     named = (modifier.partition(":") for modifier in modifiers)
-    return tuple(filter(None, operands)), {key: value for key, _, value in named}
+    return tuple(filter(None, operands)), MappingProxyType({key: value for key, _, value in named})
