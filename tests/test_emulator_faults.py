@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from run_python import run_python
 from test_verification import paths_of
 
-from vllm_mxfp4_gfx950.gfx950.emulator.execution import load
+from vllm_mxfp4_gfx950.gfx950.emulator.load import load
 from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault
 from vllm_mxfp4_gfx950.gfx950.verification import MAX_FROBENIUS
 

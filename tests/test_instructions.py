@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from gcn import METADATA, NOTES, run
 
-from vllm_mxfp4_gfx950.gfx950.emulator.execution import load
+from vllm_mxfp4_gfx950.gfx950.emulator.load import load
 from vllm_mxfp4_gfx950.gfx950.emulator.operands import Unknown
 
 M32, M64, ALL = 2**32 - 1, 2**64 - 1, 2**64 - 1

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from triton._C.libtriton import amd, llvm
 
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH
-from vllm_mxfp4_gfx950.gfx950.emulator.execution import MODE, Block, Counts, Run, load
+from vllm_mxfp4_gfx950.gfx950.emulator.execution import Counts, Run
+from vllm_mxfp4_gfx950.gfx950.emulator.load import MODE, Block, load
 from vllm_mxfp4_gfx950.gfx950.emulator.memory import SETTLED, GlobalMemory, Lds, Region
 from vllm_mxfp4_gfx950.gfx950.emulator.operands import Machine
 from vllm_mxfp4_gfx950.gfx950.emulator.waves import ALL, M0, VCC, Waves

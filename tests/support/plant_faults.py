@@ -23,7 +23,8 @@ from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.backends.triton import routing as triton_routing
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH, Launch, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.assembly import Instruction, Program, parse
-from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute, lay_out
+from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
+from vllm_mxfp4_gfx950.gfx950.emulator.launch import lay_out
 from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault
 from vllm_mxfp4_gfx950.gfx950.layer import MATMULS
 from vllm_mxfp4_gfx950.gfx950.verification import EmulatedLayer

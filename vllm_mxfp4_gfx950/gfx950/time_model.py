@@ -24,7 +24,8 @@ from dataclasses import dataclass
 
 from vllm_mxfp4_gfx950.gfx950.driver import COMPUTE_UNITS, WAVE, Launch
 from vllm_mxfp4_gfx950.gfx950.emulator.assembly import Instruction
-from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute, load
+from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
+from vllm_mxfp4_gfx950.gfx950.emulator.load import load
 from vllm_mxfp4_gfx950.gfx950.report import SIMDS, read
 
 ISSUE_CYCLES = 4

@@ -7,21 +7,19 @@ one batch after the other, as hardware would be free to do.
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from vllm_mxfp4_gfx950.gfx950.driver import WAVE, Launch
-from vllm_mxfp4_gfx950.gfx950.emulator.assembly import Instruction, Program, parse
-from vllm_mxfp4_gfx950.gfx950.emulator.decode import Step, decode
-from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault, GlobalMemory, Lds, Region
-from vllm_mxfp4_gfx950.gfx950.emulator.operands import Machine, Registers, Unknown
+from vllm_mxfp4_gfx950.gfx950.emulator.launch import lay_out, start
+from vllm_mxfp4_gfx950.gfx950.emulator.load import CONDITIONS, Block, Kernel, load, located
+from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault, GlobalMemory, Lds
+from vllm_mxfp4_gfx950.gfx950.emulator.operands import Machine
 from vllm_mxfp4_gfx950.gfx950.emulator.waves import SCALAR_KEY, VCC, Waves
 
 MAX_BLOCKS = 200_000
@@ -29,29 +27,6 @@ MAX_BLOCKS = 200_000
 
 WAVES_AT_ONCE = 256
 """Waves of a batch: enough to make NumPy's calls cheap, few enough that the arrays stay in the caches."""
-
-MODE = {
-    "float_denorm_mode_32": 3,
-    "float_denorm_mode_16_64": 3,
-    "float_round_mode_32": 0,
-    "float_round_mode_16_64": 0,
-    "ieee_mode": 1,
-}
-"""What the descriptor must ask for: `arithmetic` computes that and nothing else."""
-
-USER_SGPRS = ("dispatch_ptr", "queue_ptr", "kernarg_segment_ptr", "dispatch_id")
-"""Pairs of scalar registers that a kernel may ask for, in the order in which it gets them."""
-
-Condition = Callable[[Waves], NDArray[np.bool_]]
-CONDITIONS: dict[str, Condition] = {
-    "s_cbranch_scc0": lambda waves: ~waves.scc,
-    "s_cbranch_scc1": lambda waves: waves.scc,
-    "s_cbranch_vccz": lambda waves: waves.read_pair(VCC) == 0,
-    "s_cbranch_vccnz": lambda waves: waves.read_pair(VCC) != 0,
-    "s_cbranch_execz": lambda waves: waves.exec == 0,
-    "s_cbranch_execnz": lambda waves: waves.exec != 0,
-}
-"""Which waves take a conditional branch: bool[waves]."""
 
 KINDS = (
     "vector",
@@ -66,9 +41,6 @@ KINDS = (
     "barrier",
 )
 """What instructions are counted as."""
-
-ENDS = (*CONDITIONS, "s_branch", "s_barrier", "s_endpgm")
-"""Instructions behind which waves may part."""
 
 
 @dataclass
@@ -94,100 +66,6 @@ class Counts:
     idle_workgroups: int = 0
     lds_passes: int = 0
     lds_conflicts: int = 0
-
-
-@dataclass(frozen=True)
-class Block:
-    """Instructions without a way in or out but at the ends.
-
-    Args:
-        first: position of its first instruction.
-        steps: what is executed.
-        end: the instruction that ends it; None where the next block just follows.
-        target: the block that the end may branch to.
-        kinds, mnemonics: how many instructions of each kind it has, the end included.
-    """
-
-    first: int
-    steps: tuple[Step, ...]
-    end: Instruction | None
-    target: int
-    kinds: Counter[str]
-    mnemonics: Counter[str]
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A program, decoded.
-
-    Args:
-        program: what it was decoded from.
-        blocks: in the order of the text.
-        entry: the block at which waves start.
-    """
-
-    program: Program
-    blocks: tuple[Block, ...]
-    entry: int
-
-
-@functools.lru_cache(maxsize=256)
-def load(name: str, assembly: str) -> Kernel:
-    """Take a kernel apart and decode it.
-
-    Raises:
-        Fault: it has an instruction, or asks for a mode, that the emulator does not know.
-    """
-    program = parse(name, assembly)
-    for key, value in MODE.items():
-        if program.descriptor.get(key) != value:
-            raise Fault(f"{name}: {key} is {program.descriptor.get(key)}; the emulator computes {value} only")
-    registers = registers_of(program)
-    starts = {program.entry, *program.labels.values()}
-    starts |= {i + 1 for i, one in enumerate(program.instructions) if one.mnemonic in ENDS}
-    bounds = sorted(start for start in starts if start < len(program.instructions))
-    number = {start: index for index, start in enumerate(bounds)}
-    blocks = []
-    for start, stop in zip(bounds, [*bounds[1:], len(program.instructions)], strict=True):
-        part = program.instructions[start:stop]
-        end = part[-1] if part[-1].mnemonic in ENDS else None
-        target = -1
-        if end is not None and end.operands:
-            position = program.labels.get(end.operands[0], -1)
-            if position not in number:
-                raise located(Fault(f"there is nothing at {end.operands[0]}"), name, end)
-            target = number[position]
-        if stop == len(program.instructions) and (
-            end is None or end.mnemonic not in ("s_endpgm", "s_branch")
-        ):
-            raise located(Fault("runs over the kernel's end"), name, part[-1])
-        steps = []
-        for instruction in part[:-1] if end else part:
-            try:
-                steps.append(decode(instruction, registers))
-            except Fault as fault:
-                raise located(fault, name, instruction) from fault
-            except (KeyError, IndexError, ValueError) as error:
-                unknown = Unknown(f"not something the emulator knows ({error!r})")
-                raise located(unknown, name, instruction) from error
-        kinds = Counter(step.kind for step in steps)
-        if end is not None:
-            kinds["barrier" if end.mnemonic == "s_barrier" else "branch"] += 1
-        mnemonics = Counter(instruction.mnemonic for instruction in part)
-        blocks.append(Block(start, tuple(steps), end, target, kinds, mnemonics))
-    return Kernel(program, tuple(blocks), number[program.entry])
-
-
-def registers_of(program: Program) -> Registers:
-    """How many registers a kernel has."""
-    accumulation = program.descriptor["accum_offset"]
-    vector = max(program.notes["vgpr_count"], accumulation + program.notes["agpr_count"])
-    return Registers(vector, accumulation, program.notes["sgpr_count"])
-
-
-def located(fault: Fault, name: str, instruction: Instruction) -> Fault:
-    """The fault with the kernel and the line where it happened."""
-    return type(fault)(f"{name}, line {instruction.line}: {instruction.text}: {fault}")
 
 
 def execute(
@@ -228,103 +106,6 @@ def execute(
         counts.bytes_read[region.name] = region.bytes_read
         counts.bytes_written[region.name] = region.bytes_written
     return counts
-
-
-def lay_out(program: Program, launch: Launch) -> tuple[NDArray[np.uint8], list[Region]]:
-    """The kernel arguments as they lie in memory, and the tensors they point to.
-
-    Source: Triton passes a signature's arguments that are not constants, in order, then pointers to two
-    scratch memories, which these kernels do not use.
-    """
-    size = max((offset + size for offset, size, _ in program.arguments), default=0)
-    raw = np.zeros(max(8, size), np.uint8)
-    values = launch.values()
-    if len(values) + 2 != len(program.arguments):
-        raise Fault(
-            f"{launch.name} takes {len(program.arguments)} arguments; got {len(values)} and 2 of scratch"
-        )
-    regions: list[Region] = []
-    for (offset, width, kind), (name, value) in zip(program.arguments, values, strict=False):
-        tensor = plain_tensor(value)
-        if (kind == "global_buffer") != (tensor is not None or value is None):
-            raise Fault(f"{launch.name}: argument {name} is {kind}; got {type(value).__name__}")
-        if tensor is not None:
-            bits = tensor.data_ptr().to_bytes(width, "little")
-            if tensor.numel():
-                regions.append(tensor_region(name, tensor))
-        elif isinstance(value, float):
-            bits = np.array(value, f"f{width}").tobytes()
-        else:
-            bits = (int(value or 0) % 2 ** (8 * width)).to_bytes(width, "little")
-        raw[offset : offset + width] = np.frombuffer(bits, np.uint8)
-    regions.append(Region("kernel arguments", raw.ctypes.data, raw))
-    return raw, without_overlap(regions)
-
-
-def plain_tensor(value: Any) -> torch.Tensor | None:
-    """The tensor of an argument: triton_kernels passes its own, and Triton wraps those of another type."""
-    while hasattr(value, "data_ptr") and not isinstance(value, torch.Tensor):
-        value = value.storage.data if hasattr(value, "storage") else value.base
-    return value if isinstance(value, torch.Tensor) else None
-
-
-def tensor_region(name: str, tensor: torch.Tensor) -> Region:
-    """A tensor's whole storage: triton_kernels clears more of an allocation than the view that it passes."""
-    storage = tensor.untyped_storage()
-    flat = torch.empty(0, dtype=torch.uint8).set_(storage)
-    return Region(name, storage.data_ptr(), flat.numpy())
-
-
-def without_overlap(regions: list[Region]) -> list[Region]:
-    """Regions that share bytes, as one."""
-    merged: list[Region] = []
-    for region in sorted(regions, key=lambda each: (each.start, -each.data.size)):
-        last = merged[-1] if merged else None
-        if last is None or region.start >= last.start + last.data.size:
-            merged.append(region)
-            continue
-        size = max(last.data.size, region.start + region.data.size - last.start)
-        data = np.lib.stride_tricks.as_strided(last.data, (size,), (1,))
-        name = last.name if region.name in last.name.split("+") else f"{last.name}+{region.name}"
-        merged[-1] = Region(name, last.start, data)
-    return merged
-
-
-def start(program: Program, arguments: NDArray[np.uint8], ids: NDArray[Any], waves: int) -> Waves:
-    """Waves at the kernel's entry, with the registers that hardware sets.
-
-    Args:
-        program: the kernel.
-        arguments: uint8[n], the kernel arguments.
-        ids: int64[3, workgroups], their coordinates.
-        waves: of a workgroup.
-
-    Source: LLVM, AMDGPUUsage, "Initial Kernel Execution State" and "Preloaded Kernel Arguments".
-    """
-    descriptor, notes = program.descriptor, program.notes
-    count = ids.shape[1]
-    vector = registers_of(program).vector
-    workgroup = np.repeat(np.arange(count), waves)
-    wave = np.tile(np.arange(waves, dtype=np.uint8), count)
-    group = Waves(vector, -(-notes["private_segment_fixed_size"] // 4), workgroup, wave)
-    group.write_v(0, (wave[:, None].astype(np.uint32) * WAVE + np.arange(WAVE, dtype=np.uint32)))
-    at = 0
-    for name in USER_SGPRS:
-        if descriptor.get(f"user_sgpr_{name}"):
-            if name == "kernarg_segment_ptr":
-                group.write_pair(at, np.asarray(arguments.ctypes.data, np.uint64))
-            at += 2
-    words = arguments[: len(arguments) // 4 * 4].view(np.uint32)
-    offset = descriptor["user_sgpr_kernarg_preload_offset"]
-    for word in words[offset : offset + descriptor["user_sgpr_kernarg_preload_length"]]:
-        group.write_s(at, word)
-        at += 1
-    at = descriptor["user_sgpr_count"]
-    for axis, name in enumerate("xyz"):
-        if descriptor[f"system_sgpr_workgroup_id_{name}"]:
-            group.write_s(at, ids[axis][workgroup].astype(np.uint32))
-            at += 1
-    return group
 
 
 def check_done(waves: Waves) -> None:
@@ -382,7 +163,7 @@ class Run:
             self.executed[group.block] += len(group)
             if self.trace is not None and ((group.workgroup == 0) & (group.wave == 0)).any():
                 self.trace.append(group.block)
-            if block.kinds["matrix"]:
+            if "matrix" in block.kinds:
                 busy |= set(group.workgroup.tolist())
             self._leave(group, block, live)
         for index, times in self.executed.items():

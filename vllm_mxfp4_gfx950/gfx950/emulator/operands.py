@@ -11,7 +11,7 @@ import numpy as np
 
 from vllm_mxfp4_gfx950.gfx950.driver import WAVE
 from vllm_mxfp4_gfx950.gfx950.emulator.arithmetic import Array
-from vllm_mxfp4_gfx950.gfx950.emulator.assembly import Instruction
+from vllm_mxfp4_gfx950.gfx950.emulator.assembly import Instruction, Program
 from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault, GlobalMemory, Lds
 from vllm_mxfp4_gfx950.gfx950.emulator.waves import EXEC, M0, SCALAR_KEY, VCC, Waves, expand, pack
 
@@ -87,6 +87,13 @@ class Registers:
     vector: int
     accumulation: int
     scalar: int
+
+    @classmethod
+    def of(cls, program: Program) -> Registers:
+        """Those that the descriptor and the metadata ask for."""
+        accumulation = program.descriptor["accum_offset"]
+        vector = max(program.notes["vgpr_count"], accumulation + program.notes["agpr_count"])
+        return cls(vector, accumulation, program.notes["sgpr_count"])
 
 
 class Form:
