@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_mxfp4_gfx950.gfx950.driver import LDS_BYTES, WAVE, Launch
-from vllm_mxfp4_gfx950.gfx950.emulator.arithmetic import E2M1, E4M3
 from vllm_mxfp4_gfx950.gfx950.emulator.assembly import Instruction, parse
+from vllm_mxfp4_gfx950.gfx950.emulator.instructions.small_floats import E2M1, E4M3
 
 SIMDS = 4
 """SIMD units of a compute unit."""

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from vllm_mxfp4_gfx950.gfx950.driver import WAVE
-from vllm_mxfp4_gfx950.gfx950.emulator.arithmetic import Array
 from vllm_mxfp4_gfx950.gfx950.emulator.assembly import Instruction, Program
+from vllm_mxfp4_gfx950.gfx950.emulator.instructions.op import Array
 from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault, GlobalMemory, Lds
 from vllm_mxfp4_gfx950.gfx950.emulator.waves import EXEC, M0, SCALAR_KEY, VCC, Waves, expand, pack
 
@@ -282,3 +282,20 @@ def vector_write(kind: str, target: Operand) -> Write:
     if kind in ("u16", "i16"):
         return lambda waves, value: waves.write_v(register, np.asarray(value).astype(np.uint32))
     return lambda waves, value: waves.write_v(register, np.asarray(value).view(np.uint32))
+
+
+def applied(writes: list[Write], function: Callable[..., Any], reads: list[Read]) -> Effect:
+    """Read the operands, compute, and write the result, or each of several."""
+    if len(writes) == 1:
+        write = writes[0]
+        return lambda waves, machine: write(waves, function(*[read(waves) for read in reads]))
+
+    def effect(waves: Waves, machine: Machine) -> None:
+        for write, result in zip(writes, function(*[read(waves) for read in reads]), strict=True):
+            write(waves, result)
+
+    return effect
+
+
+Entry: TypeAlias = tuple[str, Callable[[Form], Effect]]
+"""An instruction in the tables: its kind, for counting, and what makes of its text what it does."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_mxfp4_gfx950.gfx950.driver import WAVE
-from vllm_mxfp4_gfx950.gfx950.emulator.arithmetic import Array
+from vllm_mxfp4_gfx950.gfx950.emulator.instructions.op import Array
 from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault, Indices
 
 SGPRS = 128

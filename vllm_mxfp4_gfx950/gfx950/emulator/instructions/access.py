@@ -1,18 +1,20 @@
-"""Instructions that reach memory, and the one that waits for them."""
+"""Instructions that reach memory or LDS, and the one that waits for them; PATTERNS is all of the former."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_mxfp4_gfx950.gfx950.emulator.arithmetic import Array
+from vllm_mxfp4_gfx950.gfx950.emulator.instructions.op import Array
 from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault, GlobalMemory
 from vllm_mxfp4_gfx950.gfx950.emulator.operands import (
     LANE,
     Effect,
+    Entry,
     Form,
     Machine,
     Operand,
@@ -70,12 +72,6 @@ def wait(form: Form) -> Effect:
             waves.wait(waves.lds, lds)
 
     return effect
-
-
-def nothing(form: Form) -> Effect:
-    """Timing only."""
-    form.texts, form.modifiers = [], {}
-    return lambda waves, machine: None
 
 
 def scalar_load(form: Form, words: str) -> Effect:
@@ -341,3 +337,20 @@ def narrow(raw: NDArray[np.uint8], dtype: Any) -> Array:
     values = np.ascontiguousarray(raw).view(dtype)[:, 0]
     result: Array = values if dtype == np.uint32 else values.astype(np.int32).view(np.uint32)
     return result
+
+
+TABLE: dict[str, Entry] = {"s_waitcnt": ("wait", wait)}
+
+PATTERNS: tuple[tuple[re.Pattern[str], str, Callable[..., Effect]], ...] = (
+    (re.compile(r"s_load_dword(?P<words>|x2|x4|x8|x16)"), "scalar", scalar_load),
+    (re.compile(r"buffer_(?P<verb>load|store)_(?P<width>\w+)"), "memory", buffer),
+    (re.compile(r"buffer_(?P<verb>atomic_add)(?P<width>)"), "memory", buffer),
+    (re.compile(r"global_(?P<verb>load)_(?P<lds>lds_)?(?P<width>\w+)"), "memory", global_),
+    (re.compile(r"global_(?P<verb>store)(?P<lds>)_(?P<width>\w+)"), "memory", global_),
+    (re.compile(r"global_(?P<verb>atomic_add)(?P<lds>)(?P<width>)"), "memory", global_),
+    (re.compile(r"scratch_(?P<verb>load|store)_dword(?P<words>|x2|x3|x4)"), "scratch", scratch),
+    (re.compile(r"ds_read(?P<two>2)?(?P<stride>st64)?_(?P<width>\w+)"), "lds", lds_read),
+    (re.compile(r"ds_write(?P<two>2)?(?P<stride>st64)?_(?P<width>b\d+)(?P<high>_d16_hi)?"), "lds", lds_write),
+)
+"""Memory instructions, of which the name says the width and more: a pattern, the kind, and the decoder, which
+gets the pattern's groups."""
