@@ -20,7 +20,13 @@ from tiny_checkpoint import TinyGptOss
 
 from vllm_mxfp4_gfx950 import cli, tiles
 from vllm_mxfp4_gfx950.backends.triton import package
-from vllm_mxfp4_gfx950.commands.doctor import MASKS, check_backends, check_dependencies, check_plugin
+from vllm_mxfp4_gfx950.commands.doctor import (
+    MASKS,
+    check_backends,
+    check_dependencies,
+    check_other_plugins,
+    check_plugin,
+)
 from vllm_mxfp4_gfx950.models import GPT_OSS, layer_shape
 from vllm_mxfp4_gfx950.tables import store
 
@@ -31,6 +37,7 @@ EVERYTHING = [
     "dependencies",
     "vllm",
     "plugin",
+    "other plugins",
     "GPU",
     "settings",
     "triton",
@@ -189,6 +196,22 @@ def test_plugin_that_is_not_registered(tmp_path: Path, monkeypatch: pytest.Monke
     assert not check.ok
     assert check.found == "not registered"
     assert check.fix == "pip install this package's checkout"
+
+
+def test_another_plugin_that_replaces_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ATOM beside us: our flag would be accepted, and its model served."""
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    (check,) = check_other_plugins()
+    assert check.ok
+    points = "[vllm.general_plugins]\natom_model_registry = atom.plugin.vllm.register:register_model\n"
+    monkeypatch.syspath_prepend(write(tmp_path, distribution("atom", "1.0", points=points)))
+    (check,) = check_other_plugins()
+    assert not check.ok
+    assert check.found == "atom_model_registry (atom.plugin.vllm.register:register_model)"
+    assert check.fix == "Set ATOM_DISABLE_VLLM_PLUGIN=1"
+    monkeypatch.setenv("ATOM_DISABLE_VLLM_PLUGIN", "1")
+    (check,) = check_other_plugins()
+    assert check.ok
 
 
 @pytest.mark.parametrize(

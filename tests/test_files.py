@@ -355,7 +355,8 @@ def without_vllm(folder: Path) -> bool:
     """Whether a checkpoint is sound by the published names."""
     config = json.loads((folder / "config.json").read_text())
     try:
-        return bool(files.check_directory(folder, config, whole_layer(SimpleNamespace(**config))))
+        read = SimpleNamespace(**config)
+        return bool(files.check_directory(folder, read, whole_layer(read)))
     except Mxfp4Error:
         return False
 

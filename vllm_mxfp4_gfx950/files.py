@@ -301,12 +301,12 @@ def refuse_absent(headers: Mapping[Path, Header], absent: list[str], tied: bool)
     )
 
 
-def check_directory(folder: Path, config: Mapping[str, Any], shape: MoeShape) -> list[Path]:
+def check_directory(folder: Path, config: Any, shape: MoeShape) -> list[Path]:
     """`check_files` by the published names, where there is no framework to ask.
 
     Args:
         folder: the checkpoint.
-        config: its config.json.
+        config: its config.json, as `models.read_config` gives it.
         shape: one of its layers, whole.
 
     Returns:
@@ -321,20 +321,21 @@ def check_directory(folder: Path, config: Mapping[str, Any], shape: MoeShape) ->
         listed = json.loads(index.read_text())["weight_map"].values()
         files = [file for file in files if file.name in listed]
     headers = {file: read_header(file) for file in sorted(files)}
-    layers = config["num_hidden_layers"]
+    layers = config.num_hidden_layers
     there: set[str] = set()
     for header in headers.values():
         for name, (dtype, size) in header.items():
             check_expert(name, dtype, size, layers, shape)
             there |= published_names(name)
     absent = []
-    for name in needed_tensors(layers, headless="ForCausalLM" not in str(config.get("architectures"))):
+    headless = "ForCausalLM" not in str(getattr(config, "architectures", None))
+    for name in needed_tensors(layers, headless=headless):
         before, _, behind = name.rpartition(".")
         if name not in there and not {f"{before}.{i}.{behind}" for i in range(shape.experts)} <= there:
             absent.append(name)
     if absent and headers:
         check_names(headers)
-        refuse_absent(headers, sorted(absent), bool(config.get("tie_word_embeddings")))
+        refuse_absent(headers, sorted(absent), bool(getattr(config, "tie_word_embeddings", False)))
     return list(headers)
 
 

@@ -16,6 +16,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_mxfp4_gfx950 import plugins
 from vllm_mxfp4_gfx950.errors import Mxfp4Error, brief
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def examine(arch: str | None = None, model: str | None = None, tp: int = 1, ep: 
         *guarded("dependencies", check_dependencies),
         *guarded("vllm", check_vllm),
         *guarded("plugin", check_plugin),
+        *guarded("other plugins", check_other_plugins),
         *guarded("backends", lambda: check_backends(arch, model, tp, ep)),
     ]
 
@@ -174,6 +176,13 @@ def check_plugin() -> list[Check]:
     ok = bool(points) and (allowed is None or PLUGIN in allowed.split(","))
     fix = f"Unset VLLM_PLUGINS or add {PLUGIN} to it" if points else "pip install this package's checkout"
     return [Check(ok, "plugin", found, f"{PLUGIN} in {PLUGIN_GROUP}", fix)]
+
+
+def check_other_plugins() -> list[Check]:
+    """Whether another plugin puts a model of its own in the place of vLLM's GPT-OSS."""
+    replacing = plugins.replacing_model()
+    found, fix = replacing or "none known to replace it", plugins.how_to_turn_off(plugins.ATOM)
+    return [Check(not replacing, "other plugins", found, "vLLM's own GPT-OSS", "" if not replacing else fix)]
 
 
 def check_backends(arch: str | None, model: str | None, tp: int, ep: int) -> list[Check]:
@@ -378,9 +387,8 @@ def state_of(entry: Entry, shape: MoeShape, arch: str) -> tuple[bool, str]:
 
 
 def model_name(model: str) -> str:
-    """A model as `models.layer_shape` takes it: a checkpoint's directory by its config.json."""
-    name = model.removeprefix("openai/")
-    return str(Path(name) / "config.json") if Path(name).is_dir() else name
+    """A model as `models.layer_shape` takes it."""
+    return model.removeprefix("openai/")
 
 
 def check_model(model: str, arch: str, asked: Settings | None, tp: int, ep: int) -> tuple[str, list[Check]]:
@@ -438,9 +446,10 @@ def tiles_of(backend: TiledBackend, shape: MoeShape, arch: str, asked: Settings)
 def check_checkpoint(directory: Path, whole: MoeShape) -> list[Check]:
     """A checkpoint's files, by what can be read of them without loading."""
     from vllm_mxfp4_gfx950 import checkpoint, files
+    from vllm_mxfp4_gfx950.models import read_config
 
-    config = json.loads((directory / "config.json").read_text())
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    config = read_config(directory)
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     try:
         if method is None:
             files.check_not_mxfp4(directory)
