@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from vllm_mxfp4_gfx950.models import CONFIG
+
 BLOCK = 32
 UNKNOWN, END = "<unk>", "<end>"
 E2M1_RMS = 2.926
@@ -110,21 +112,16 @@ def config(model: TinyGptOss) -> dict[str, object]:
 
     Source: huggingface.co/openai/gpt-oss-20b, config.json.
     """
-    return {
-        "architectures": ["GptOssForCausalLM"],
-        "attention_bias": True,
+    content = {
+        **CONFIG,
         "attention_dropout": 0.0,
         "eos_token_id": 1,
         "experts_per_token": model.topk,
         "head_dim": model.head_dim,
-        "hidden_act": "silu",
         "hidden_size": model.hidden,
-        "initial_context_length": 4096,
         "initializer_range": 0.02,
         "intermediate_size": model.intermediate,
         "layer_types": [("sliding_attention", "full_attention")[i % 2] for i in range(model.layers)],
-        "max_position_embeddings": 131072,
-        "model_type": "gpt_oss",
         "num_attention_heads": model.heads,
         "num_experts_per_tok": model.topk,
         "num_hidden_layers": model.layers,
@@ -141,24 +138,13 @@ def config(model: TinyGptOss) -> dict[str, object]:
             ],
             "quant_method": "mxfp4",
         },
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": {
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "factor": 32.0,
-            "original_max_position_embeddings": 4096,
-            "rope_type": "yarn",
-            "truncate": False,
-        },
-        "rope_theta": 150000,
         "router_aux_loss_coef": 0.9,
         "sliding_window": model.sliding_window,
-        "swiglu_limit": 7.0,
-        "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
         "use_cache": True,
         "vocab_size": model.vocab,
     }
+    return dict(sorted(content.items()))
 
 
 def tensors(model: TinyGptOss) -> dict[str, torch.Tensor]:

@@ -29,6 +29,31 @@ GPT_OSS: dict[str, dict[str, Any]] = {
 stands in the model's code only. What a config.json leaves out is for transformers as in gpt-oss-120b's.
 """
 
+CONFIG = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "hidden_act": "silu",
+    "initial_context_length": 4096,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+}
+"""What all config.json of GPT-OSS have alike, as far as vLLM reads it.
+
+Source: huggingface.co/openai/gpt-oss-20b and gpt-oss-120b, config.json.
+"""
+
 ALIASES = {"num_experts": "num_local_experts"}
 """Other names that transformers takes, and what they stand for.
 

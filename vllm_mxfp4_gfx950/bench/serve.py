@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
-from vllm_mxfp4_gfx950.models import GPT_OSS
+from vllm_mxfp4_gfx950.models import CONFIG, GPT_OSS
 
 LAYERS = {"gpt-oss-20b": 24, "gpt-oss-120b": 36}
 
@@ -83,36 +83,21 @@ def routings(model: str, asked: list[str] | None) -> list[str]:
 def config(model: str) -> dict[str, Any]:
     """A model's config.json, as far as vLLM reads it.
 
-    Source: huggingface.co/openai/gpt-oss-20b and gpt-oss-120b, config.json.
+    Source: as of `models.CONFIG`.
     """
     sizes = {name: value for name, value in GPT_OSS[model].items() if name != "swiglu_alpha"}
-    return sizes | {
-        "architectures": ["GptOssForCausalLM"],
-        "attention_bias": True,
+    return {
+        **CONFIG,
+        **sizes,
         "eos_token_id": 200002,
         "head_dim": 64,
-        "hidden_act": "silu",
-        "initial_context_length": 4096,
         "layer_types": ["sliding_attention", "full_attention"] * (LAYERS[model] // 2),
-        "max_position_embeddings": 131072,
-        "model_type": "gpt_oss",
         "num_attention_heads": 64,
         "num_hidden_layers": LAYERS[model],
         "num_key_value_heads": 8,
         "pad_token_id": 199999,
         "quantization_config": {"quant_method": "mxfp4"},
-        "rms_norm_eps": 1e-5,
-        "rope_scaling": {
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "factor": 32.0,
-            "original_max_position_embeddings": 4096,
-            "rope_type": "yarn",
-            "truncate": False,
-        },
-        "rope_theta": 150000,
         "sliding_window": 128,
-        "tie_word_embeddings": False,
         "vocab_size": 201088,
     }
 
