@@ -10,7 +10,6 @@ import argparse
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import tiny_checkpoint
 from tiny_checkpoint import TinyGptOss
 
 from vllm_mxfp4_gfx950.errors import first_error
+from vllm_mxfp4_gfx950.evaluation.server import free_port
 
 MODEL = TinyGptOss()
 PROMPTS = ["bada baki", "dona dimu tiri salo", "<end>", "miro nasu dika bola duvi bana"]
@@ -72,7 +72,7 @@ def _demo(checkpoint: Path, log: Path) -> None:
     size_bytes = (checkpoint / "model.safetensors").stat().st_size
     _step("write", f"a GPT-OSS with random weights in MXFP4, {size_bytes / 1e6:.1f} MB")
 
-    port = _free_port()
+    port = free_port()
     command = ["vllm", "serve", str(checkpoint), "--quantization", "mxfp4-triton", "--dtype", "float32"]
     command += ["--max-model-len", "256", "--kv-cache-memory-bytes", str(2**26), "--port", str(port)]
     _step("serve", " ".join(["vllm serve CHECKPOINT", *command[3:]]))
@@ -191,12 +191,6 @@ def _session(leader: int) -> list[int]:
         if int(fields[3]) == leader and fields[0] != "Z":
             pids.append(int(stat.parent.name))
     return pids
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _step(name: str, text: str) -> None:

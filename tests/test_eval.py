@@ -39,19 +39,21 @@ from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.evaluation.compare import LEVEL, MANY, Position, divergence, interval, kl, paired
 from vllm_mxfp4_gfx950.evaluation.measure import Question, Tasks, ask, choose_endpoint
 from vllm_mxfp4_gfx950.evaluation.report import decision_lines
-from vllm_mxfp4_gfx950.evaluation.side import (
+from vllm_mxfp4_gfx950.evaluation.server import (
     HARMONY_TOKEN,
-    RESULT,
     Server,
     free_port,
     get,
-    identity,
-    key_of,
     moe_path,
-    parse,
-    serving,
     stop,
     wait_until_healthy,
+)
+from vllm_mxfp4_gfx950.evaluation.side import (
+    RESULT,
+    identity,
+    key_of,
+    parse,
+    serving,
 )
 
 

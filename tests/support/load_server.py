@@ -13,7 +13,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,8 @@ import psutil
 import requests
 import tiny_checkpoint
 from tiny_checkpoint import TinyGptOss
+
+from vllm_mxfp4_gfx950.evaluation.server import free_port, wait_until_healthy
 
 MODEL = TinyGptOss()
 PROMPTS = 96
@@ -104,9 +105,7 @@ class Server:
     """`vllm serve`, in a session of its own, by which all of its processes are found."""
 
     def __init__(self, checkpoint: Path, log: Path, *options: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.url, self.log = f"http://127.0.0.1:{port}", log
         command = [str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint)]
         command += [
@@ -130,16 +129,6 @@ class Server:
             self.process = subprocess.Popen(
                 [*command, *options], stdout=output, stderr=output, env=environment, start_new_session=True
             )
-
-    def wait_until_ready(self) -> None:
-        """Until it answers."""
-        while self.process.poll() is None:
-            try:
-                if requests.get(f"{self.url}/health").ok:
-                    return
-            except requests.RequestException:
-                time.sleep(1)
-        raise LoadError(f"the server ended with {self.process.returncode}: {self.tail()}")
 
     def tail(self) -> str:
         """The end of its log."""
@@ -200,7 +189,7 @@ def serving(checkpoint: Path, log: Path, *options: str) -> Iterator[Server]:
     """A server that is ready; whatever of it is left at the end is killed."""
     server = Server(checkpoint, log, *options)
     try:
-        server.wait_until_ready()
+        wait_until_healthy(server.process, [server.url], log)
         yield server
     finally:
         for process in server.processes():

@@ -15,12 +15,11 @@ from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.evaluation import report
 from vllm_mxfp4_gfx950.evaluation.compare import LEVEL, Difference, Position, divergence, paired
 from vllm_mxfp4_gfx950.evaluation.measure import Question, Tasks, ask, choose_endpoint, read
+from vllm_mxfp4_gfx950.evaluation.server import Access, describe
 from vllm_mxfp4_gfx950.evaluation.side import (
     LEVEL_VARIABLE,
     RESULT,
-    Access,
     Side,
-    describe,
     digest,
     identity,
     key_of,

@@ -11,7 +11,8 @@ from typing import Any
 
 from vllm_mxfp4_gfx950.errors import Mxfp4Error, brief
 from vllm_mxfp4_gfx950.evaluation.compare import Position
-from vllm_mxfp4_gfx950.evaluation.side import Server, digest, post
+from vllm_mxfp4_gfx950.evaluation.server import Server, post
+from vllm_mxfp4_gfx950.evaluation.side import digest
 
 METRICS = ("exact_match", "acc")
 """Metrics that are right or wrong for each question; a task's first of these counts."""

@@ -1,0 +1,201 @@
+"""A server of vLLM: awaited, asked what it is and other things, and stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_mxfp4_gfx950.errors import Mxfp4Error, first_error
+
+PATHS = (
+    re.compile(r"MoE layers run through (.+?\))[.;]"),
+    re.compile(r"Using ('\w+' Mxfp4 MoE backend)"),
+    re.compile(r"Using (\w+ Unquantized MoE backend)"),
+)
+"""What the log calls the path: ours, vLLM's for MXFP4, vLLM's for other checkpoints of GPT-OSS."""
+
+HARMONY_TOKEN = "<|channel|>"
+"""One token in harmony's vocabulary, and in none that is not for it."""
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+
+STOP_SECONDS = 30
+SECONDS = 600
+"""That one request may take."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """How a server is asked.
+
+    Args:
+        key: that it demands; "" for none.
+        verify: whether its certificate has to be good; not of a server that was started here.
+    """
+
+    key: str = ""
+    verify: bool = True
+
+    def headers(self) -> dict[str, str]:
+        """Of a request."""
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers.
+
+    Args:
+        url: without "/v1".
+        model: its name there.
+        context: tokens that a request may have.
+        path: what its log says computes the experts; empty where there is no log, or no such line.
+        harmony: whether its tokenizer has harmony's special tokens.
+        tokenizer: the checkpoint that it loaded, which has one.
+        access: how it is asked.
+    """
+
+    url: str
+    model: str
+    context: int
+    path: str
+    harmony: bool
+    tokenizer: str = ""
+    access: Access = Access()
+
+
+def wait_until_healthy(process: subprocess.Popen[bytes], urls: list[str], log: Path) -> str:
+    """Wait for as long as the server is starting; vLLM itself limits that.
+
+    Args:
+        process: the server.
+        urls: where it may answer; the one that does is returned.
+        log: that it writes.
+
+    Raises:
+        Mxfp4Error: it ended. The reason is the first error of its log, as its last words are of another one
+            of its processes, which only met the end of the first.
+    """
+    import requests
+
+    while process.poll() is None:
+        for url in urls:
+            with suppress(requests.RequestException), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Of a certificate that is not looked at.
+                if requests.get(f"{url}/health", timeout=5, verify=False).ok:
+                    return url
+        time.sleep(0.5)
+    text = log.read_text(errors="replace")
+    found, fix = f"exit code {process.returncode}", f"Read {log}"
+    first = first_error(text)
+    if first:
+        found += f" after: {first.rstrip('.')}"
+    else:
+        print("\n".join(text.splitlines()[-25:]), file=sys.stderr)
+        fix += ", which ends as above"
+    raise Mxfp4Error("the server", "able to start", found, fix)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Let a server shut down, and end what is left of it."""
+    try:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+    finally:  # A second signal to this process must not spare it, either.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def describe(url: str, log: Path | None, access: Access) -> Server:
+    """Ask a server what it is.
+
+    Raises:
+        Mxfp4Error: it does not answer as vLLM does.
+    """
+    try:
+        served = decoded(url, get(f"{url}/v1/models", access))["data"][0]
+        model, context = served["id"], served["max_model_len"]
+        request = {"model": model, "prompt": HARMONY_TOKEN}
+        request |= {"add_special_tokens": False, "return_token_strs": True}
+        strings = post(f"{url}/tokenize", request, access)["token_strs"]
+    except (LookupError, TypeError) as error:
+        found = f"an answer that lacks a field ({type(error).__name__}: {error})"
+        raise Mxfp4Error(url, "answered by vLLM", found, "Correct the URL") from error
+    path = moe_path(log.read_text(errors="replace")) if log else ""
+    tokenizer = served.get("root") or model
+    return Server(url, model, context, path, strings == [HARMONY_TOKEN], tokenizer, access)
+
+
+def moe_path(log: str) -> str:
+    """What computes the experts, by the last line of a log that says so; a fallback logs a second one."""
+    found = [(match.start(), match[1]) for path in PATHS for match in path.finditer(log)]
+    return max(found)[1] if found else ""
+
+
+def get(url: str, access: Access = Access()) -> str:
+    """The body of an answer.
+
+    Raises:
+        Mxfp4Error: there was none, or it was an error.
+    """
+    return answer("GET", url, None, access)
+
+
+def post(url: str, request: dict[str, Any], access: Access) -> Any:
+    """The parsed answer to a request in JSON.
+
+    Raises:
+        Mxfp4Error: there was none, or it was an error, or no JSON.
+    """
+    return decoded(url, answer("POST", url, request, access))
+
+
+def decoded(url: str, body: str) -> Any:
+    """The JSON that a server answered."""
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise Mxfp4Error(url, "answered by vLLM", f"no JSON: {body[:100]!r}", "Correct the URL") from error
+
+
+def answer(method: str, url: str, request: dict[str, Any] | None, access: Access) -> str:
+    """What a server answers to one request."""
+    import requests
+
+    try:
+        with warnings.catch_warnings():
+            if not access.verify:
+                warnings.simplefilter("ignore")
+            response = requests.request(
+                method, url, json=request, timeout=SECONDS, headers=access.headers(), verify=access.verify
+            )
+    except requests.RequestException as error:
+        raise Mxfp4Error(url, "answered by vLLM", type(error).__name__, "Start the server") from error
+    if not response.ok:
+        found = f"status {response.status_code}: {response.text[:300]}"
+        fix = "Ask vLLM itself, and read its log"
+        if response.status_code == 401:
+            fix = f"Set {KEY_VARIABLE} to {'the' if access.key else 'a'} key that the server takes"
+        raise Mxfp4Error(url, "answered by vLLM", found, fix)
+    return str(response.text)
