@@ -20,13 +20,9 @@ from tiny_checkpoint import TinyGptOss
 
 from vllm_mxfp4_gfx950 import cli, tiles
 from vllm_mxfp4_gfx950.backends.triton import package
-from vllm_mxfp4_gfx950.commands.doctor import (
-    MASKS,
-    check_backends,
-    check_dependencies,
-    check_other_plugins,
-    check_plugin,
-)
+from vllm_mxfp4_gfx950.diagnosis.environment import check_dependencies, check_other_plugins, check_plugin
+from vllm_mxfp4_gfx950.diagnosis.machine import MASKS
+from vllm_mxfp4_gfx950.diagnosis.model import check_backends
 from vllm_mxfp4_gfx950.models import GPT_OSS, layer_shape
 from vllm_mxfp4_gfx950.tables import store
 

@@ -35,9 +35,10 @@ MAY_IMPORT: dict[str, str] = {
     "tuning": "errors moe models settings tiles arch tables backends random_layer timing tolerance",
     "bench": "errors moe models settings backends random_layer timing tolerance",
     "evaluation": "errors settings",
+    "diagnosis": "errors moe models settings plugins tiles arch tables backends checkpoint files",
     "options": "settings",
-    "commands": "errors options mxfp4 moe models settings plugins tiles arch tables backends checkpoint "
-    "files gfx950 random_layer timing tolerance tuning bench evaluation",
+    "commands": "errors options diagnosis mxfp4 moe models settings plugins tiles arch tables backends "
+    "checkpoint files gfx950 random_layer timing tolerance tuning bench evaluation",
     "cli": "errors options commands",
 }
 """Each part of the package, and the parts below it that it may import beside itself."""
@@ -55,7 +56,7 @@ INSIDE = {
     "models.py": "transformers, where it is installed",
     "backends/triton/package.py": "triton_kernels, and our file for it: the registry's",
     "backends/ck.py": "aiter: likewise",
-    "commands/doctor.py": "all that may be broken",
+    "diagnosis/*.py": "all that may be broken",
     "commands/bench.py": "vLLM's layers, which need vLLM",
     "bench/vllm_*.py": "one of vLLM's layers, and not the other's package",
     "bench/report.py": "matplotlib, for --plot",
@@ -157,9 +158,9 @@ def test_source_keeps_the_rules() -> None:
         ("backends/triton/matmul_ogs.py", "import aiter.ops", "backends/triton/matmul_ogs.py imports aiter"),
         ("commands/doctor.py", "import vllm", "commands/doctor.py imports vllm"),
         (
-            "commands/doctor.py",
+            "diagnosis/model.py",
             "import importlib\ndef f():\n    importlib.import_module('vllm.envs')",
-            "commands/doctor.py imports vllm",
+            "diagnosis/model.py imports vllm",
         ),
         ("bench/serve.py", "import vllm", "bench/serve.py imports vllm"),
         ("moe.py", "NAME = ''\n__import__(f'aiter.{NAME}')", "moe.py imports aiter"),

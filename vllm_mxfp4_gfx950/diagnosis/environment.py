@@ -1,0 +1,83 @@
+"""What is installed, found with as few imports as can be."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from importlib import metadata, util
+from pathlib import Path
+
+from vllm_mxfp4_gfx950 import plugins
+from vllm_mxfp4_gfx950.diagnosis import Check
+
+DISTRIBUTION = "vllm-mxfp4-gfx950"
+PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "mxfp4_triton"
+NEVER_REQUIRED = ("torch", "triton", "triton-kernels", "vllm")
+"""What an install of ours must not replace."""
+
+ROUTED_EXPERTS = Path("model_executor", "layers", "fused_moe", "routed_experts.py")
+"""The file of vLLM that our plugin's layer came with, in 0.24."""
+
+
+def directory_of(package: str) -> Path | None:
+    """Where a package would be imported from."""
+    spec = util.find_spec(package)
+    places = (spec.submodule_search_locations or [str(spec.origin)]) if spec else []
+    return next(map(Path, places), None)
+
+
+def installed(package: str) -> str:
+    """Which distribution a package is of and where it lies, found without importing it."""
+    directory = directory_of(package)
+    if directory is None:
+        return "not installed"
+    for name in metadata.packages_distributions().get(package, ()):
+        distribution = metadata.distribution(name)
+        if Path(str(distribution.locate_file(package))).resolve() == directory.resolve():
+            return f"{name} {distribution.version} in {directory}"
+    return f"in {directory}"
+
+
+def check_torch() -> list[Check]:
+    """Torch, and the GPU platform that it was built for."""
+    torch = importlib.import_module("torch")
+    platforms = {"hip": torch.version.hip, "cuda": torch.version.cuda}
+    built_for = [f"{name} {version}" for name, version in platforms.items() if version] or ["cpu only"]
+    return [Check(True, "torch", f"{torch.__version__}, {built_for[0]}", "the build that vllm needs")]
+
+
+def check_dependencies() -> list[Check]:
+    """What installing this package pulls in."""
+    required = [r for r in metadata.requires(DISTRIBUTION) or () if "extra ==" not in r]
+    names = {re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower() for requirement in required}
+    found = ", ".join(required) or "none"
+    rule = f"none of {', '.join(NEVER_REQUIRED)}"
+    fix = f"Install {DISTRIBUTION} with --no-deps, and report this"
+    return [Check(names.isdisjoint(NEVER_REQUIRED), "dependencies", found, rule, fix)]
+
+
+def check_vllm() -> list[Check]:
+    """The host, looked at without importing it, which takes seconds."""
+    directory = directory_of("vllm")
+    ok = directory is not None and (directory / ROUTED_EXPERTS).is_file()
+    return [Check(ok, "vllm", installed("vllm"), "0.24 or later", "Install vLLM 0.24 or later")]
+
+
+def check_plugin() -> list[Check]:
+    """Whether vLLM would find this package and load it."""
+    points = metadata.entry_points(group=PLUGIN_GROUP, name=PLUGIN)
+    found = ", ".join(point.value for point in points) or "not registered"
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None:
+        found += f", VLLM_PLUGINS={allowed}"
+    ok = bool(points) and (allowed is None or PLUGIN in allowed.split(","))
+    fix = f"Unset VLLM_PLUGINS or add {PLUGIN} to it" if points else "pip install this package's checkout"
+    return [Check(ok, "plugin", found, f"{PLUGIN} in {PLUGIN_GROUP}", fix)]
+
+
+def check_other_plugins() -> list[Check]:
+    """Whether another plugin puts a model of its own in the place of vLLM's GPT-OSS."""
+    replacing = plugins.replacing_model()
+    found, fix = replacing or "none known to replace it", plugins.how_to_turn_off(plugins.ATOM)
+    return [Check(not replacing, "other plugins", found, "vLLM's own GPT-OSS", "" if not replacing else fix)]
