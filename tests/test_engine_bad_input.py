@@ -328,7 +328,7 @@ def test_saved_and_loaded_again(tmp_path: Path) -> None:
 PARALLELISM = """
 import json
 from types import SimpleNamespace as Object
-from vllm_mxfp4_gfx950 import backends, vllm_plugin
+from vllm_mxfp4_gfx950 import backends, vllm_checks
 
 parallel = Object(ep_size=1, enable_eplb=False)
 moe = Object(hidden_dim=128, intermediate_size=128, num_experts=8, moe_parallel_config=parallel,
@@ -343,7 +343,7 @@ config = Object(
 def refusal(function, *arguments):
     try:
         function(*arguments)
-    except vllm_plugin.Mxfp4Error as error:
+    except vllm_checks.Mxfp4Error as error:
         return str(error)
 
 texts = {}
@@ -360,12 +360,12 @@ for name, holder, attribute, value in (
 ):
     usual = getattr(holder, attribute, 1)
     setattr(holder, attribute, value)
-    texts[name] = refusal(vllm_plugin.check_servable, config, moe)
+    texts[name] = refusal(vllm_checks.check_servable, config, moe)
     setattr(holder, attribute, usual)
 for arch, eager in (("gfx950", False), ("gfx950", True), ("cpu", False)):
     selection = backends.Selection(backends.reference, arch, ())
     texts[f"{arch} {eager}"] = refusal(
-        vllm_plugin.check_capture, Object(model_config=Object(enforce_eager=eager)), selection
+        vllm_checks.check_capture, Object(model_config=Object(enforce_eager=eager)), selection
     )
 print(json.dumps(texts))
 """

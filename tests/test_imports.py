@@ -30,7 +30,8 @@ MAY_IMPORT: dict[str, str] = {
     "checkpoint": "errors mxfp4 moe settings",
     "files": "errors moe settings checkpoint",
     "serving": "errors moe settings backends self_check",
-    "vllm_plugin": "errors mxfp4 moe models settings plugins backends checkpoint files serving",
+    "vllm_checks": "errors settings plugins backends checkpoint files",
+    "vllm_plugin": "errors mxfp4 moe models settings plugins backends checkpoint files serving vllm_checks",
     "gfx950": "errors mxfp4 moe models settings tiles arch tables backends tolerance",
     "tuning": "errors moe models settings tiles arch tables backends random_layer timing tolerance",
     "bench": "errors moe models settings backends random_layer timing tolerance",
@@ -46,7 +47,7 @@ MAY_IMPORT: dict[str, str] = {
 ONLY_IN = {
     "triton_kernels": "backends/triton/*.py",
     "aiter": "backends/ck.py",
-    "vllm": "vllm_plugin.py bench/vllm_*.py",
+    "vllm": "vllm_plugin.py vllm_checks.py bench/vllm_*.py",
     "matplotlib": "bench/report.py evaluation/report.py",
 }
 """Foreign packages, and the files that may import them."""

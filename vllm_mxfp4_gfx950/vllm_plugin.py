@@ -22,11 +22,9 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.model_loader import DefaultModelLoader, RunaiModelStreamerLoader, get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
-from vllm.model_executor.models import ModelRegistry
 
-from vllm_mxfp4_gfx950 import backends, checkpoint, files, models, plugins, serving, settings
+from vllm_mxfp4_gfx950 import backends, checkpoint, files, models, serving, settings
 from vllm_mxfp4_gfx950.checkpoint import PARAMETERS
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.moe import (
@@ -38,6 +36,13 @@ from vllm_mxfp4_gfx950.moe import (
 )
 from vllm_mxfp4_gfx950.mxfp4 import BLOCK
 from vllm_mxfp4_gfx950.settings import FLAG
+from vllm_mxfp4_gfx950.vllm_checks import (
+    check_capture,
+    check_registry,
+    check_servable,
+    files_to_load,
+    names_in_checkpoint,
+)
 
 # Loggers below `vllm` print where vLLM's own do.
 logger = init_logger("vllm.mxfp4_triton")
@@ -298,58 +303,6 @@ def refuse_state_dict(layer: torch.nn.Module, prefix: str, keep_vars: bool) -> N
     raise Mxfp4Error(f"{prefix}*", "left out of any saved state", "state_dict()", fix)
 
 
-def check_registry() -> None:
-    """Raise Mxfp4Error where another plugin has replaced vLLM's GPT-OSS, whose layers ask for ours."""
-    model = ModelRegistry.models["GptOssForCausalLM"]
-    # A name for what is imported when it is needed, or a class.
-    module = getattr(model, "module_name", None) or model.model_cls.__module__
-    if plugins.package_of(module) != "vllm":
-        rule = f"vLLM's own for --quantization {FLAG}"
-        raise Mxfp4Error("GptOssForCausalLM", rule, module, plugins.how_to_turn_off(module))
-
-
-def check_servable(config: VllmConfig, moe: FusedMoEConfig) -> None:
-    """Raise Mxfp4Error for a checkpoint or a way of running that this package does not serve."""
-    ranks = moe.moe_parallel_config.ep_size
-    if moe.num_experts % ranks:
-        raise Mxfp4Error(
-            "the number of expert-parallel ranks", f"a divisor of {moe.num_experts}", ranks, "Change it"
-        )
-    if moe.moe_parallel_config.enable_eplb:
-        raise Mxfp4Error("--enable-eplb", "off", "on", "Leave it out: experts cannot be moved between ranks")
-    if moe.is_lora_enabled:
-        raise Mxfp4Error("--enable-lora", "off", "on", f"Serve adapters without --quantization {FLAG}")
-    if moe.moe_backend != "auto":
-        fix = f"Leave it out, or choose a backend with {settings.BACKEND_VAR}"
-        raise Mxfp4Error("--moe-backend", f"auto with --quantization {FLAG}", moe.moe_backend, fix)
-    offload = config.offload_config
-    for name, amount in (
-        ("--cpu-offload-gb", offload.uva.cpu_offload_gb),
-        ("--offload-group-size", offload.prefetch.offload_group_size),
-    ):
-        if amount:
-            raise Mxfp4Error(name, "0", amount, "Leave it out: prepared experts stay where they are")
-    # vLLM 0.32 has it elsewhere, and refuses it itself.
-    if getattr(config.model_config, "enable_return_routed_experts", False):
-        fix = "Leave it out: the routing is inside of the layer"
-        raise Mxfp4Error("--enable-return-routed-experts", "off", "on", fix)
-    data_parallel_size = config.parallel_config.data_parallel_size
-    if data_parallel_size != 1:
-        raise Mxfp4Error(
-            "--data-parallel-size", "1", data_parallel_size, "Start one server for each replica instead"
-        )
-    # Asked of vLLM's that have it: with expert parallelism its ranks do not gather each other's tokens.
-    context_parallel_size = getattr(config.parallel_config, "prefill_context_parallel_size", 1)
-    if context_parallel_size != 1:
-        raise Mxfp4Error("--prefill-context-parallel-size", "1", context_parallel_size, "Leave it out")
-    load_format = config.load_config.load_format
-    if load_format in checkpoint.STATES:
-        fix = "Leave it out, and serve the checkpoint that the state was made from"
-        raise Mxfp4Error("--load-format", "one that reads a checkpoint", load_format, fix)
-    if load_format in checkpoint.PICKLES:
-        raise Mxfp4Error("--load-format", "one that reads safetensors", load_format, "Leave it out")
-
-
 class UnloadedConfig(Mxfp4TritonConfig):
     """For a model that is there to be asked what it would load."""
 
@@ -403,35 +356,6 @@ def check_checkpoint(config: VllmConfig) -> None:
         )
 
 
-def files_to_load(config: VllmConfig) -> list[Path]:
-    """The files that vLLM will read; none where it reads no files, or none on this machine.
-
-    Raises:
-        Mxfp4Error: there are none, they are pickles, or not all that an index lists are there.
-    """
-    loader, model = get_model_loader(config.load_config), config.model_config
-    try:
-        if isinstance(loader, DefaultModelLoader):
-            _, found, *_ = loader._prepare_weights(model.model, None, model.revision, True, None)
-        elif isinstance(loader, RunaiModelStreamerLoader) and "://" not in model.model:
-            found = loader._prepare_weights(model.model, model.revision)
-        else:
-            return []
-    except (FileNotFoundError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        folder = Path(model.model)
-        if not folder.is_dir():
-            raise
-        files.check_index(folder)
-        raise Mxfp4Error(
-            model.model, "a checkpoint in safetensors", str(error), "Download it in that format"
-        ) from error
-    pickles = sorted(file.name for file in map(Path, found) if file.suffix != ".safetensors")
-    if pickles:
-        fix = "Download it in that format"
-        raise Mxfp4Error(model.model, "a checkpoint in safetensors", ", ".join(pickles), fix)
-    return [Path(file) for file in sorted(found)]
-
-
 def unloaded_model(config: VllmConfig) -> Any:
     """The model that is being built, another one, that takes no memory: nothing is ever written to it."""
     compilation = copy.copy(config.compilation_config)
@@ -441,21 +365,6 @@ def unloaded_model(config: VllmConfig) -> Any:
     config.compilation_config, config.quant_config = compilation, UnloadedConfig()
     with torch.device("cpu"):
         return initialize_model(config)
-
-
-def names_in_checkpoint(model: Any, parameter: str) -> list[str]:
-    """What a parameter of vLLM's model is made of in a checkpoint."""
-    name = parameter.replace(".routed_experts.", ".")
-    for old, new in model.hf_to_vllm_mapper.orig_to_new_suffix.items():
-        if name.endswith(new):
-            name = name.removesuffix(new) + old
-            break
-    for old, new in model.hf_to_vllm_mapper.orig_to_new_substr.items():
-        name = name.replace(new, old)
-    for new, parts in model.packed_modules_mapping.items():
-        if f".{new}." in name:
-            return [name.replace(f".{new}.", f".{part}.") for part in parts]
-    return [name]
 
 
 def moe_shape(config: Any, moe: FusedMoEConfig) -> MoeShape:
@@ -470,11 +379,3 @@ def moe_shape(config: Any, moe: FusedMoEConfig) -> MoeShape:
         experts=moe.num_local_experts,
         intermediate=-(-moe.intermediate_size_per_partition // BLOCK) * BLOCK,
     )
-
-
-def check_capture(config: VllmConfig, selection: backends.Selection) -> None:
-    """Raise Mxfp4Error where a GPU would capture the reference in a graph: it looks at what was routed."""
-    captured = not config.model_config.enforce_eager and selection.arch != "cpu"
-    if captured and selection.backend.NAME == "reference":
-        fix = f"Add --enforce-eager, or choose another with {settings.BACKEND_VAR}"
-        raise Mxfp4Error("--enforce-eager", "given for the reference backend on a GPU", "nothing", fix)

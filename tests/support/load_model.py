@@ -108,6 +108,6 @@ def read(checkpoint: Path) -> list[tuple[str, torch.Tensor]]:
 
 def files(checkpoint: Path) -> set[str]:
     """The files of a checkpoint that vLLM's loader reads."""
-    from vllm_mxfp4_gfx950 import vllm_plugin
+    from vllm_mxfp4_gfx950 import vllm_checks
 
-    return {file.name for file in vllm_plugin.files_to_load(create_config(checkpoint))}
+    return {file.name for file in vllm_checks.files_to_load(create_config(checkpoint))}
