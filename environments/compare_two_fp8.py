@@ -28,9 +28,8 @@ from vllm_mxfp4_gfx950.gfx950.ranking import expected_tiles
 from vllm_mxfp4_gfx950.gfx950.report import KernelReport, read
 from vllm_mxfp4_gfx950.models import TOKENS, layer_shape
 from vllm_mxfp4_gfx950.tables import ladder
-from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig, gemms
+from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig, gemms, release_of
 
-OURS = "two_fp8_matmul"
 CYCLES = {"v_mfma_f32_16x16x32_bf16": 16, "v_mfma_scale_f32_16x16x128_f8f6f4": 32}
 FEW_EXPERTS = 4
 """Of the layer whose workgroups are executed: what a workgroup does depends on its sizes alone."""
@@ -77,7 +76,7 @@ class Layers:
         tokens = min(tile.block_m, 64)
 
         def run(launch: Launch) -> None:
-            if launch.name.startswith((OURS, *MATMULS)):
+            if launch.name.startswith(MATMULS):
                 # Of all workgroups that share a tile's depth.
                 step = launch.grid[0] * launch.grid[1]
                 found.append((execute(launch, [step * z for z in range(tile.split_k)]), read(launch)))
@@ -101,7 +100,8 @@ class Layers:
         for index, gemm in enumerate(gemms(self.shape)):
             theirs = ladder(ARCH, self.layer.backend.KERNELS, triton.__version__, gemm)
             assert theirs is not None
-            tile = (two_fp8.tiles_for(self.shape)[index] if ours else theirs).at(tokens)
+            own = two_fp8.tiles_for(self.shape, release_of(triton.__version__))[index]
+            tile = (own if ours else theirs).at(tokens)
             counts, report = self.counted(tile, index, ours=ours)
             rows, _ = expected_tiles(tokens, self.shape.topk / gemm.global_experts, tile.block_m)
             tiles_of_rows = gemm.experts * rows

@@ -7,6 +7,7 @@ from pathlib import Path
 import gcn
 import pytest
 from run_python import ROOT, run_python
+from test_verification import paths_of
 
 from vllm_mxfp4_gfx950 import options
 from vllm_mxfp4_gfx950.commands import predict
@@ -247,15 +248,36 @@ def test_predict_refuses(tmp_path: Path) -> None:
         run_predict("--tokens", "0")
     with pytest.raises(Mxfp4Error, match="--search must be of 16, 32, 64, 128; got 16 8"):
         run_predict("--search", "16", "8")
+    with pytest.raises(Mxfp4Error, match="--search must be of 8, 16, 32, 64, 128; got 256"):
+        run_predict("--backend", "two_fp8", "--search", "256")
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(Mxfp4Error, match="--read must be a file of JSON"):
         run_predict("--read", str(tmp_path / "report.json"))
 
 
+@pytest.mark.compile
+def test_predict_two_fp8() -> None:
+    """One token: 360 workgroups of 16 x 64, of 6 or 3 steps of 512, on 256 compute units.
+
+    A step is 16 scaled matrix instructions of 32 cycles. Two workgroups of two waves are on a compute unit's
+    four SIMDs.
+    """
+    arguments = ["-m", "vllm_mxfp4_gfx950.cli", "predict", "--backend=two_fp8", "--tokens=1", "--json"]
+    process = run_python(arguments, paths_of("3.6.0", "matmul_ogs"))
+    assert process.returncode == 0, process.stderr
+    report = json.loads(process.stdout)
+    assert report["kernels"] == "two_fp8"
+    for matmul, steps, split in zip(report["rows"][0]["matmuls"], (6, 3), (1, 2), strict=True):
+        assert matmul["tile"] == [8, 64, 512, split, 2, 2, 0]
+        cycles = 2 * steps * 16 * 32 / 4
+        matrix = [limits["matrix"] for limits in matmul["limits"]]
+        assert matrix == [round(cycles / card.ghz / 1000, 2) for card in (FAST, SLOW)]
+
+
 DOCS = ROOT / "docs"
 
 
-@pytest.mark.parametrize("name", ["gfx950-time-layers.json", "gfx950-time-trial.json"])
+@pytest.mark.parametrize("name", [f"gfx950-time-{name}.json" for name in ("layers", "two-fp8", "trial")])
 def test_docs_show_what_was_predicted(name: str) -> None:
     """The tables of the page are those of the reports beside it."""
     page = (DOCS / "gfx950-time.md").read_text()

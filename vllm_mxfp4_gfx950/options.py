@@ -83,6 +83,7 @@ def of_predict(parser: argparse.ArgumentParser) -> None:
     """Of `predict`."""
     of_shape(parser)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="tokens of a forward")
+    parser.add_argument("--backend", choices=("triton", "two_fp8"), default="triton", help="whose matmuls")
     parser.add_argument("--all", action="store_true", help="every model and division instead")
     parser.add_argument(
         "--aiter",

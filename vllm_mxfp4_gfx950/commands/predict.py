@@ -5,25 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 import triton
 
+from vllm_mxfp4_gfx950.backends.triton import two_fp8
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.gfx950 import trial
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH
 from vllm_mxfp4_gfx950.gfx950.ranking import Installed, Measured, best, predicted, wide
 from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, layer_shape
 from vllm_mxfp4_gfx950.tables import ladder
-from vllm_mxfp4_gfx950.tiles import TileConfig, gemms
+from vllm_mxfp4_gfx950.tiles import TileConfig, gemms, release_of
 from vllm_mxfp4_gfx950.timing import progress
 
 Report = dict[str, Any]
 
-SEARCHED = (16, 32, 64, 128)
-"""block_m that matmul_ogs takes and a search tries."""
+SEARCHED = {"triton": ((16, 32, 64, 128), (256,)), "two_fp8": ((8, 16, 32, 64, 128), (256, 512))}
+"""block_m and block_k that a search may try, by backend."""
 
 EVIDENCE = "Predicted for a gfx950 from what kernels execute on the emulator; nothing ran on one."
 
@@ -35,13 +36,14 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if min(args.tokens) < 1:
         raise Mxfp4Error("--tokens", "at least 1", min(args.tokens), "Correct it")
-    if args.search and not set(args.search) <= set(SEARCHED):
-        rule = f"of {', '.join(map(str, SEARCHED))}"
+    rows, _ = SEARCHED[args.backend]
+    if args.search and not set(args.search) <= set(rows):
+        rule = f"of {', '.join(map(str, rows))}"
         raise Mxfp4Error("--search", rule, " ".join(map(str, args.search)), "Correct it")
     divisions = [(args.model, args.tp, args.ep)]
     if args.all:
         divisions = [(model, tp, ep) for model in GPT_OSS for tp, ep in DIVISIONS]
-    report = tried(args.aiter) if args.aiter else layers(divisions, args.tokens, args.search)
+    report = tried(args.aiter) if args.aiter else layers(args.backend, divisions, args.tokens, args.search)
     print(json.dumps(rounded(report)) if args.json else text(rounded(report)))
     return 0
 
@@ -65,40 +67,46 @@ def read(file: Path) -> Report:
     return report
 
 
-def layers(divisions: list[tuple[str, int, int]], tokens: list[int], search: list[int] | None) -> Report:
+def layers(
+    backend: str, divisions: list[tuple[str, int, int]], tokens: list[int], search: list[int] | None
+) -> Report:
     """Predict layers with the tiles that would serve them, or with the best of a search.
 
     Args:
+        backend: a name in SEARCHED.
         divisions: model, tensor-parallel and expert-parallel ranks of each.
         tokens: T of each forward.
         search: block_m of the tiles to search; None for those that would serve.
     """
-    installed = Installed()
-    kernels = installed.layer.backend.KERNELS
+    installed = Installed(backend)
+    kernels = installed.layer.backend.KERNELS if backend == "triton" else backend
     measured: dict[tuple[str, TileConfig], Measured] = {}
 
     def measure(tile: TileConfig) -> None:
+        tile = replace(tile, split_k=1)
         if all(each != tile for _, each in measured):
             measured.update({(name, tile): each for name, each in installed.measured(tile).items()})
 
-    tiles = list(wide(search)) if search else []
+    tiles = list(wide(search, SEARCHED[backend][1])) if search else []
     for done, tile in enumerate(tiles):
         progress(done, len(tiles))
         measure(tile)
     rows = []
     for model, tp, ep in divisions:
         shape = layer_shape(model, tp, ep)
+        pair = gemms(shape)
+        ladders = [ladder(ARCH, kernels, triton.__version__, gemm) for gemm in pair if backend == "triton"]
+        ladders = ladders or list(two_fp8.tiles_for(shape, release_of(triton.__version__)))
         for each in tokens:
             matmuls = []
-            for gemm in gemms(shape):
+            for gemm, rungs in zip(pair, ladders, strict=True):
                 if search:
                     tile, found = best(gemm, measured, each, shape.topk)
                 else:
-                    rungs = ladder(ARCH, kernels, triton.__version__, gemm)
                     assert rungs is not None
                     tile = rungs.at(each)
                     measure(tile)
-                    done_by = measured[gemm.name, tile].at(tile, gemm.k)
+                    done_by = measured[gemm.name, replace(tile, split_k=1)].at(tile, gemm.k)
                     found = predicted(gemm, tile, done_by, each, shape.topk)
                 us, limits = [one.us for one in found], [one.limits for one in found]
                 matmuls.append({"tile": astuple(tile), "us": us, "limits": limits})

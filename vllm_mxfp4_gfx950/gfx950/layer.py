@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,10 +15,11 @@ from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
 from vllm_mxfp4_gfx950.gfx950.report import KernelReport, read
 from vllm_mxfp4_gfx950.gfx950.time_model import Profile, profile
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, first_experts, tensor_shapes
-from vllm_mxfp4_gfx950.tiles import TileConfig
+from vllm_mxfp4_gfx950.settings import Settings
+from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig
 
-MATMULS = ("_matmul", "_p_matmul")
-"""How the names of the two matmuls' kernels begin, in both generations of triton_kernels."""
+MATMULS = ("_matmul", "_p_matmul", "two_fp8_matmul")
+"""How the names of the two matmuls' kernels begin: in both generations of triton_kernels, and of ours."""
 
 SMALL = TileConfig(16, 64, 256, 1, 4, 1, 0)
 """A tile that fits with every Triton."""
@@ -57,23 +60,40 @@ class CompiledLayer:
     Args:
         shape: the layer.
         tables: the directory of the user's own tiles.
+        backend: "triton", or "two_fp8" for our own matmuls with two FP8 addends.
 
     Raises:
         Mxfp4Error: the packages here have no Triton backend for it, or the user's table is not a table.
     """
 
-    def __init__(self, shape: MoeShape, tables: Path | None = None) -> None:
+    def __init__(self, shape: MoeShape, tables: Path | None = None, backend: str = "triton") -> None:
         self.shape = shape
-        self.backend = backends.select_tiled(shape, ARCH, tables)
+        self.backend: Any = backends.select(shape, ARCH, Settings(backend, tables=tables)).backend
+        self.two_fp8 = backend == "two_fp8"
         sizes = tensor_shapes(shape.experts, shape.hidden, shape.intermediate).items()
         tensors = {name: torch.empty(size, dtype=dtype) for name, (dtype, size) in sizes}
         weights = MoeWeights(**tensors, expert_map=first_experts(shape))
         with presented(lambda launch: None):
-            self.prepared = self.backend.prepare(weights, shape, tables)
+            self.prepared: Any = self.backend.prepare(weights, shape, tables)
+
+    def tiles_at(self, tokens: int) -> tuple[TileConfig, TileConfig]:
+        """The tiles of w13 and of w2 that serve this many tokens."""
+        if not self.two_fp8:
+            w13, w2 = self.prepared.tiles_at(tokens)
+        else:
+            w13, w2 = (rungs.at(tokens) for rungs in self.prepared.own.tiles)
+        return w13, w2
+
+    def with_tiles(self, w13: TileConfig | None, w2: TileConfig | None) -> Any:
+        """The prepared layer with these tiles for every batch."""
+        if not self.two_fp8:
+            return self.prepared.with_tiles(w13, w2)
+        tiles = Ladder((2**30,), (w13,)), Ladder((2**30,), (w2,))
+        return dataclasses.replace(self.prepared, own=dataclasses.replace(self.prepared.own, tiles=tiles))
 
     def served(self, tokens: int) -> list[CompiledMatmul]:
         """Both matmuls with the tiles that serve this many tokens."""
-        return [self._compiled(tokens, i, self.prepared.tiles_at(tokens)[i]) for i in (0, 1)]
+        return [self._compiled(tokens, i, self.tiles_at(tokens)[i]) for i in (0, 1)]
 
     def upstream(self, tokens: int) -> list[CompiledMatmul]:
         """Both matmuls with the package's own tiles."""
@@ -96,12 +116,12 @@ class CompiledLayer:
                 execute(launch)
 
         with presented(run):
-            self.prepared.with_tiles(tile, tile).run(x, logits.bfloat16())
+            self.with_tiles(tile, tile).run(x, logits.bfloat16())
         return found
 
     def _compiled(self, tokens: int, index: int, tile: TileConfig | None) -> CompiledMatmul:
         # The other matmul takes a tile that fits, so that one failure does not hide behind another.
-        prepared = self.prepared.with_tiles(*((tile, SMALL) if index == 0 else (SMALL, tile)))
+        prepared = self.with_tiles(*((tile, SMALL) if index == 0 else (SMALL, tile)))
         launches: list[Launch] = []
         gemm = ("w13", "w2")[index]
         x = torch.empty(tokens, self.shape.hidden, dtype=torch.bfloat16)

@@ -127,16 +127,20 @@ def matmul(
 
 
 class Installed:
-    """The matmuls of the triton_kernels that are installed here, compiled and executed at two depths.
+    """The matmuls that can be compiled here, executed at two depths.
+
+    Args:
+        backend: "triton" for those of the triton_kernels that are installed here, "two_fp8" for ours.
 
     Raises:
         Mxfp4Error: there are none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "triton") -> None:
         shape = layer_shape("gpt-oss-20b")
-        self.layer = CompiledLayer(shape)
-        self.short = CompiledLayer(dataclasses.replace(shape, hidden=SHORT_K, intermediate=SHORT_K))
+        self.layer = CompiledLayer(shape, backend=backend)
+        shape = dataclasses.replace(shape, hidden=SHORT_K, intermediate=SHORT_K)
+        self.short = CompiledLayer(shape, backend=backend)
 
     def measured(self, tile: TileConfig) -> dict[str, Measured]:
         """What w13 and w2 do with a tile, without the one that it does not fit, or that is refused."""
@@ -151,18 +155,19 @@ class Installed:
         return {compiled.gemm: Measured.of(*each) for compiled, *each in seen if compiled.fits}
 
 
-def wide(rows: Sequence[int]) -> Iterator[TileConfig]:
+def wide(rows: Sequence[int], depths: Sequence[int] = (256,)) -> Iterator[TileConfig]:
     """The tiles of a wider search: up to 512 columns, and registers for 2 to 4 waves of a SIMD.
 
     A split depth is not among them, as each workgroup does the same there: see `SPLITS`.
 
     Args:
-        rows: block_m.
+        rows, depths: block_m and block_k.
     """
-    ways = itertools.product(rows, (32, 64, 128, 256, 512), (2, 4, 8), (1, 2), (0, 2, 3, 4))
-    for block_m, block_n, num_warps, num_stages, waves in ways:
-        if 512 <= block_m * block_n // num_warps <= 16384:
-            yield TileConfig(block_m, block_n, 256, 1, num_warps, num_stages, waves)
+    ways = itertools.product(rows, (32, 64, 128, 256, 512), depths, (2, 4, 8), (1, 2), (0, 2, 3, 4))
+    for block_m, block_n, block_k, num_warps, num_stages, waves in ways:
+        # The matrix unit has 16 rows.
+        if 512 <= max(16, block_m) * block_n // num_warps <= 16384:
+            yield TileConfig(block_m, block_n, block_k, 1, num_warps, num_stages, waves)
 
 
 def best(

@@ -20,7 +20,7 @@ from vllm_mxfp4_gfx950.backends.triton import two_fp8_kernels as kernels
 from vllm_mxfp4_gfx950.backends.triton.package import Weight, launch_options
 from vllm_mxfp4_gfx950.backends.triton.routing import Beside, Routing, route
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
-from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig
+from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig, release_of
 
 STEP = 512
 """The deepest step. Split rows end at a multiple of it."""
@@ -44,15 +44,18 @@ FP32_TOKENS = 64
 """Tokens up to which what each expert adds is kept in fp32 until it is summed. Above, its bytes cost time."""
 
 TILES: tuple[tuple[float, TileConfig, TileConfig], ...] = (
-    (0.125, TileConfig(8, 64, 256, 1, 2, 2, 0), TileConfig(8, 64, 256, 2, 2, 2, 0)),
-    (2, TileConfig(8, 128, 512, 1, 4, 2, 0), TileConfig(8, 128, 512, 1, 4, 2, 0)),
+    (0.125, TileConfig(8, 64, 512, 1, 2, 2, 0), TileConfig(8, 64, 512, 2, 2, 2, 0)),
+    (2, TileConfig(8, 128, 512, 1, 4, 2, 0), TileConfig(8, 64, 512, 1, 2, 2, 0)),
     (8, TileConfig(16, 128, 256, 1, 4, 2, 0), TileConfig(16, 64, 256, 1, 2, 2, 0)),
-    (32, TileConfig(32, 256, 256, 1, 4, 1, 0), TileConfig(32, 128, 256, 1, 4, 2, 0)),
-    # Of 128 rows, a tile would multiply by more that are empty than it saves.
-    (math.inf, TileConfig(64, 256, 256, 1, 8, 1, 0), TileConfig(64, 256, 256, 1, 8, 1, 0)),
+    (16, TileConfig(32, 128, 256, 1, 4, 2, 0), TileConfig(32, 128, 256, 1, 4, 2, 0)),
+    (64, TileConfig(32, 256, 256, 1, 4, 2, 0), TileConfig(32, 256, 256, 1, 4, 2, 0)),
 )
-"""Tiles of w13 and w2 for up to so many rows an expert, which both cut alike. Chosen by hand, from counts of
-instructions on the emulator and from the workgroups that one token makes; not run on a gfx950."""
+"""Tiles of w13 and w2 for up to so many rows an expert, which both cut alike. Chosen by the time that
+`gfx950/time_model.py` predicts, one token having workgroups for every compute unit; not run on a gfx950."""
+
+LARGEST = {"3.6": TileConfig(128, 256, 256, 1, 8, 2, 0)}
+"""Of both for more rows, by Triton release: 3.5 and 3.7 spill its registers, and from 3.8 on two stages of it
+need more LDS than there is. There the last of TILES goes on."""
 
 
 @dataclass(frozen=True)
@@ -217,11 +220,19 @@ class Backend:
     def prepare(self, weights: MoeWeights, shape: MoeShape, tables: Path | None = None) -> Any:
         """The package's layer, with these kernels in front."""
         layer = self.package.prepare(weights, shape, tables)
-        return replace(layer, own=TwoFp8(shape, layer.w13, layer.w2, tiles_for(shape), layer.order))
+        tiles = tiles_for(shape, release_of(triton.__version__))
+        return replace(layer, own=TwoFp8(shape, layer.w13, layer.w2, tiles, layer.order))
 
 
-def tiles_for(shape: MoeShape) -> tuple[Ladder[TileConfig], Ladder[TileConfig]]:
-    """TILES by number of tokens, when each expert is as likely as any other."""
-    bounds = tuple(int(min(rows * shape.global_experts / shape.topk, 2**30)) for rows, _, _ in TILES)
-    w13, w2 = zip(*(pair for _, *pair in TILES), strict=True)
-    return Ladder(bounds, w13), Ladder(bounds, w2)
+def tiles_for(shape: MoeShape, release: str) -> tuple[Ladder[TileConfig], Ladder[TileConfig]]:
+    """The tiles of w13 and of w2 by number of tokens, when each expert is as likely as any other.
+
+    Args:
+        shape: the layer.
+        release: Triton's, such as "3.6".
+    """
+    largest = LARGEST.get(release, TILES[-1][1])
+    rungs = (*TILES, (math.inf, largest, largest))
+    bounds = tuple(int(min(rows * shape.global_experts / shape.topk, 2**30)) for rows, *_ in rungs)
+    w13, w2 = zip(*(pair for _, *pair in rungs), strict=True)
+    return Ladder(bounds, w13).merged(), Ladder(bounds, w2).merged()
