@@ -12,9 +12,9 @@ once beside the routing, and workgroups of w13 that only write zeros behind the 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
-import sys
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ from vllm_mxfp4_gfx950.gfx950.emulator.execution import Counts, execute
 from vllm_mxfp4_gfx950.gfx950.layer import MATMULS, CompiledLayer
 from vllm_mxfp4_gfx950.gfx950.ranking import expected_tiles
 from vllm_mxfp4_gfx950.gfx950.report import KernelReport, read
-from vllm_mxfp4_gfx950.models import TOKENS, layer_shape
+from vllm_mxfp4_gfx950.models import layer_shape
+from vllm_mxfp4_gfx950.options import MODELS, TOKENS
 from vllm_mxfp4_gfx950.tables import ladder
 from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig, gemms, release_of
 
@@ -119,13 +120,13 @@ WEIGHTS = ("W", "S", "WMxScale", "BMxScale")
 """Parameters that hold weights and their scales, in our kernels and in the package's."""
 
 
-def main(model: str = "gpt-oss-120b", *tokens: str) -> None:
+def main(model: str, tokens: list[int]) -> None:
     """Print one row for each number of tokens."""
     layers = Layers(model)
     print(f"{model}, TP 1, triton {triton.__version__}: two FP8 addends / {layers.layer.backend.NAME}\n")
     print("| tokens | vector instructions a weight | ratio | matrix cycles, ratio | bytes | spills |")
     print("|---|---|---|---|---|---|")
-    for count in map(int, tokens) if tokens else TOKENS:
+    for count in tokens:
         ours, theirs = layers.total(count, ours=True), layers.total(count, ours=False)
         weights = bytes_ = 0.0
         for gemm in gemms(layers.shape):
@@ -141,4 +142,10 @@ def main(model: str = "gpt-oss-120b", *tokens: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", choices=MODELS, default="gpt-oss-120b")
+    parser.add_argument("tokens", nargs="*", type=int, help="of a forward; 1 to 8192 by default")
+    args = parser.parse_args()
+    main(args.model, args.tokens or list(TOKENS))
