@@ -21,9 +21,9 @@ FOLDER = Path(__file__).parents[1] / "docs/evidence"
 PAGE = FOLDER.with_suffix(".md")
 HEAD = """# Evidence
 
-Every dated figure of this project, with its hardware, versions and command. What the figures mean is in
-[performance.md](performance.md), [accuracy.md](accuracy.md) and [gfx950.md](gfx950.md). Nothing here was
-run on a gfx950.
+What commands measured, with hardware, versions and date: microseconds of a layer, tokens a second of a
+server. What the figures mean is in [performance.md](performance.md), [accuracy.md](accuracy.md) and
+[gfx950.md](gfx950.md). Nothing here was run on a gfx950.
 `environments/write_evidence.py` writes this page from `docs/evidence/`.
 """
 

@@ -914,7 +914,6 @@ HARMLESS = {
     ("matmul-3.8.0", "place, two launches", "vmcnt"): ["s_waitcnt vmcnt(0)"],
     # Outstanding are scalar loads, or a permutation of lanes, which are not used before another wait, and
     # touch no LDS.
-    ("matmul_ogs-3.6.0", "few, few tokens", "lgkmcnt"): ["s_waitcnt lgkmcnt(0)"],
     ("matmul_ogs-3.6.0", "place, one launch", "lgkmcnt"): ["s_waitcnt lgkmcnt(0)"],
     ("matmul-3.8.0", "place, one launch", "lgkmcnt"): ["s_waitcnt lgkmcnt(0)"],
     # The scales have two places in LDS. Behind this barrier the next tile's are written to one of them,

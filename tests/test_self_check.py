@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -139,9 +139,9 @@ def test_fault(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights, fault: str)
     selection = choose_from(monkeypatch, bad, backend("good"))
     assert selection.backend is bad
     outcomes: dict[str, self_check.Outcome] = {}
-    chosen, prepared, narrow = self_check.prepare(selection, weights, SHAPE, Settings(), outcomes.__setitem__)
+    chosen, prepared = self_check.prepare(selection, weights, SHAPE, Settings(), outcomes.__setitem__)
     assert chosen.backend.NAME == "good"
-    assert not narrow
+    assert not chosen.without_own
     assert text in outcomes["bad"].miss
     assert text in str(outcomes["bad"])
     assert outcomes["good"].miss == ""
@@ -204,11 +204,12 @@ def test_without_own(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> No
     """Where only our own matmuls are wrong, the backend serves without them."""
     some = backend("some", prepare=lambda weights, *_: TwoKernels(weights, own=True))
     names: list[str] = []
-    chosen, prepared, narrow = self_check.prepare(
+    chosen, prepared = self_check.prepare(
         choose_from(monkeypatch, some), weights, SHAPE, Settings(), lambda name, outcome: names.append(name)
     )
     assert isinstance(prepared, TwoKernels)
-    assert (chosen.backend, prepared.own, narrow) == (some, False, True)
+    assert (chosen.backend, prepared.own, chosen.without_own) == (some, False, True)
+    assert str(chosen).startswith("some without our own matmuls on ")
     assert names == ["some", "some without our own matmuls"]
 
 
@@ -240,7 +241,7 @@ def test_layer_without_own_matmuls(monkeypatch: pytest.MonkeyPatch, weights: Moe
         choose_from(monkeypatch, backend("some", prepare=lambda *_, layer=layer: layer))
         serve = serving.ModelLayers(SHAPE, "gfx950", Settings(self_check="off"))
         assert serve.prepare(weights, "layers.0") is layer
-        serve.without_own = True
+        serve.selection = replace(serve.selection, without_own=True)
         assert (serve.prepare(weights, "layers.0") is layer) == (not own)
 
 

@@ -16,7 +16,7 @@ from vllm_mxfp4_gfx950.tiles import TileConfig
 Integers: TypeAlias = range | tuple[int, ...]
 Options: TypeAlias = Callable[[TileConfig], dict[str, Any]]
 
-TILES: Mapping[str, Integers] = {
+TILE_BOUNDS: Mapping[str, Integers] = {
     "block_m": (8, 16, 32, 64, 128, 256),
     # No larger, as scales are padded so far: see triton.package.SCALE_ROWS.
     "block_n": (16, 32, 64, 128, 256, 512),
@@ -45,7 +45,7 @@ class Arch:
         two_fp8: whether its matrix unit multiplies FP8 by FP4, scales included, for `two_fp8`.
         overlaps: whether our kernels begin while the launch before them runs, and wait there: see
             `routing_kernels.await_previous`.
-        narrower: by kernels, what of TILES they can take.
+        narrower: by kernels, what of TILE_BOUNDS they can take.
         candidates: by kernels, the tiles to try where the best are sought.
         ranked: kernels whose tiles in our table were ranked by compiling: those of the nearest Triton are
             better than the package's own, which spill. All others were timed, and serve with it alone.
@@ -75,7 +75,7 @@ class Arch:
 
     def takes(self, kernels: str) -> dict[str, Integers]:
         """What the integers of a tile for some kernels may be."""
-        found = {**TILES, **self.narrower.get(kernels, {})}
+        found = {**TILE_BOUNDS, **self.narrower.get(kernels, {})}
         if kernels != "own":
             # Routing schedules no tiles of fewer rows for them.
             found["block_m"] = tuple(rows for rows in found["block_m"] if rows >= 16)

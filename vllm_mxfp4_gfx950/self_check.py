@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -133,7 +133,7 @@ def prepare(
     shape: MoeShape,
     settings: Settings,
     report: Callable[[str, Outcome], None],
-) -> tuple[backends.Selection, backends.Layer, bool]:
+) -> tuple[backends.Selection, backends.Layer]:
     """Prepare a layer with the first backend that computes it right.
 
     A copy of the weights is kept meanwhile, as backends consume what they are given.
@@ -146,7 +146,7 @@ def prepare(
         report: called with a backend's name and what its check found.
 
     Returns:
-        the choice, the prepared layer, and whether it had to do without our own matmuls.
+        the choice, which may do without our own matmuls, and the prepared layer.
 
     Raises:
         Mxfp4Error: no backend is left.
@@ -164,12 +164,12 @@ def prepare(
             outcome = Outcome(f"while preparing, {brief(error)}", 0.0, (), 0.0)
         report(backend.NAME, outcome)
         if layer is not None and not outcome.miss:
-            return selection, layer, False
+            return selection, layer
         narrow = layer.without_own() if isinstance(layer, backends.TiledLayer) else None
         if narrow is not None:
             outcome = check(narrow, weights, shape)
             report(f"{backend.NAME} without our own matmuls", outcome)
             if not outcome.miss:
-                return selection, narrow, True
+                return replace(selection, without_own=True), narrow
         failed[backend.NAME] = f"the self-check: {outcome.miss}"
         selection = backends.select(shape, selection.arch, settings, failed)

@@ -30,7 +30,7 @@ class ModelLayers:
     def __init__(self, shape: MoeShape, arch: str, wanted: settings.Settings) -> None:
         self.shape, self.wanted = shape, wanted
         self.selection = backends.select(shape, arch, wanted)
-        self.checked = self.without_own = False
+        self.checked = False
         if wanted.self_check == "off":
             logger.info("Layers are not checked: %s=off.", settings.SELF_CHECK_VAR)
 
@@ -57,7 +57,7 @@ class ModelLayers:
         backend, when = self.selection.backend, self.wanted.self_check
         if backend.NAME == "reference" or when == "off" or (when == "first" and self.checked):
             layer = backend.prepare(weights, self.shape, self.wanted.tables)
-            if self.without_own and isinstance(layer, backends.TiledLayer):
+            if self.selection.without_own and isinstance(layer, backends.TiledLayer):
                 # None where this layer's scales are not for those kernels anyway.
                 return layer.without_own() or layer
             return layer
@@ -67,9 +67,7 @@ class ModelLayers:
             log("Self-check of %s through %s: %s.", prefix, name, outcome)
 
         before = self.selection
-        self.selection, layer, self.without_own = self_check.prepare(
-            before, weights, self.shape, self.wanted, report
-        )
+        self.selection, layer = self_check.prepare(before, weights, self.shape, self.wanted, report)
         self.checked = True
         if self.selection is not before:
             logger.warning("MoE layers run through %s.", self.selection)

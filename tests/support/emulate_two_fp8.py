@@ -134,11 +134,15 @@ def check_fault(fault: str, place: str) -> dict[str, Any]:
     settings = Settings("two_fp8")
     selection = backends.select(shape, ARCH, settings)
     with presented(launch), mock.patch.object(self_check, "sizes", return_value=self_check.TOKENS):
-        *_, narrow = self_check.prepare(
+        chosen, _ = self_check.prepare(
             selection, random_weights(shape, seed=0), shape, settings,
             lambda name, outcome: outcomes.update({name: outcome.miss}),
         )  # fmt: skip
-    return {"misses": list(outcomes.values()), "narrow": narrow, "backend": selection.backend.NAME}
+    return {
+        "misses": list(outcomes.values()),
+        "narrow": chosen.without_own,
+        "backend": selection.backend.NAME,
+    }
 
 
 def every_bf16() -> torch.Tensor:

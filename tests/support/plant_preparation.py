@@ -187,7 +187,7 @@ def launches(backend: Any) -> dict[str, Any]:
             backends.FAMILIES = {"triton": (entry,), "ck": reference}
             weights = random_weights(shape, seed=0)
             outcomes: dict[str, str] = {}
-            chosen, prepared, _ = self_check.prepare(
+            chosen, prepared = self_check.prepare(
                 backends.select(shape, ARCH, Settings()), weights, shape, Settings(),
                 lambda name, outcome, outcomes=outcomes: outcomes.update({name: outcome.miss}),
             )  # fmt: skip

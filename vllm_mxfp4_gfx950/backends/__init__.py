@@ -125,15 +125,24 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
 
 @dataclass(frozen=True)
 class Selection:
-    """The backend that was chosen, and why each better one was not."""
+    """The backend that was chosen, and why each better one was not.
+
+    Args:
+        backend: it.
+        arch: as `arch_of` names it.
+        refused: name and reason of each that was tried before it.
+        without_own: whether its layers must do without our own matmuls, as these came out wrong.
+    """
 
     backend: Backend
     arch: str
     refused: tuple[tuple[str, str], ...]
+    without_own: bool = False
 
     def __str__(self) -> str:
         passed_over = "".join(f"; not {name}: {reason}" for name, reason in self.refused)
-        return f"{self.backend.NAME} on {self.arch} ({self.backend.source()}){passed_over}"
+        name = f"{self.backend.NAME}{' without our own matmuls' if self.without_own else ''}"
+        return f"{name} on {self.arch} ({self.backend.source()}){passed_over}"
 
 
 def arch_of(device: torch.device) -> str:

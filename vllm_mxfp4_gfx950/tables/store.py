@@ -28,7 +28,7 @@ from vllm_mxfp4_gfx950.tiles import KERNELS, Gemm, Key, TileConfig, columns
 MAX_FILE_BYTES = 1 << 20
 FIX = "Correct it, or let `vllm-mxfp4 tune` write the file anew"
 
-GEMMS: dict[str, Integers] = {
+ROW_BOUNDS: dict[str, Integers] = {
     "k": range(32, 2**16 + 1, 32),
     "n": range(32, 2**17 + 1, 32),
     "experts": range(1, 2**12 + 1),
@@ -119,9 +119,9 @@ def _check_row(arch: str, row: list[Any], at: str) -> None:
     release = values["triton"]
     is_release = isinstance(release, str) and re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}", release)
     _require(is_release, f"{at}.triton", "the first two numbers of a release, such as 3.6", release)
-    bounds = GEMMS | arch_named(arch).takes(values["kernels"])
+    bounds = ROW_BOUNDS | arch_named(arch).takes(values["kernels"])
     if values["kernels"] != "own":
-        bounds["tokens"] = GEMMS["tokens"][1:]
+        bounds["tokens"] = ROW_BOUNDS["tokens"][1:]
     elif values["name"] == "w13":
         bounds["split_k"] = (1,)  # The SwiGLU needs whole sums.
     for name, integers in bounds.items():

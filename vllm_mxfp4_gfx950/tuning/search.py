@@ -194,7 +194,7 @@ def tune(batch: Batch, table: Table) -> str:
         a line that says what was found.
 
     Raises:
-        Mxfp4Error: no tile of matmul_ogs is right.
+        Mxfp4Error: no tile of `table.kernels` is right.
     """
     layers, tokens = batch.layers, batch.tokens
     refused: list[str] = []

@@ -118,7 +118,7 @@ class Prepared(ABC):
         )
 
     def run(self, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
-        """The layer: few tokens through our own matmuls, as the table says, the others through the package's.
+        """The layer: through our own matmuls where they serve so many tokens, else through the package's.
 
         Args:
             x: bf16[T, H].

@@ -24,7 +24,7 @@ MODE = {
     "float_round_mode_16_64": 0,
     "ieee_mode": 1,
 }
-"""What the descriptor must ask for: `arithmetic` computes that and nothing else."""
+"""What the descriptor must ask for: `instructions.floats` computes that and nothing else."""
 
 Condition = Callable[[Waves], NDArray[np.bool_]]
 CONDITIONS: dict[str, Condition] = {
