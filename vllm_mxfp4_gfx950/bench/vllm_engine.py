@@ -105,7 +105,8 @@ def moe_paths(model: torch.nn.Module) -> set[str]:
     for layer in model.modules():
         if isinstance(layer, RoutedExperts):
             method = layer.quant_method
-            ours = getattr(getattr(method, "backend", None), "NAME", "")
+            selection = getattr(getattr(method, "layers", None), "selection", "")
+            ours = str(selection).partition(" on ")[0]
             theirs = getattr(getattr(method, "mxfp4_backend", None), "value", "")
             found.add(f"{type(method).__name__} {ours or theirs}".strip())
     return found
