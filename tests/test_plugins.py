@@ -96,7 +96,7 @@ def test_refused_where_it_is_loaded(atom: Path, tmp_path: Path) -> None:
 
     def run(**environment: str) -> tuple[str, str]:
         arguments = ["-c", code, str(checkpoint), FLAG]
-        result = run_python(arguments, (atom,), timeout=600, VLLM_LOGGING_LEVEL="ERROR", **environment)
+        result = run_python(arguments, (atom,), VLLM_LOGGING_LEVEL="ERROR", **environment)
         return result.stdout.strip().rpartition("\n")[2], result.stderr
 
     printed, error = run()

@@ -324,7 +324,7 @@ def test_table_keeps_other_rows(tmp_path: Path) -> None:
         (["--out", "tables", "--table", "x"], "--table must be left out without --arch; got x. Give --out "),
         (["--arch", "gfx950", "--table", "x", "--out", "y"], "--out must be left out with --arch; got y. "),
         (["--arch", "gfx950", "--table", "x", "--ep", "2"], "--ep must be left out with --arch; got 2. "),
-        (["--out", "tables", "--model", "gpt-oss"], "--model must be gpt-oss-20b, gpt-oss-120b or the path"),
+        (["--out", "tables", "--model", "gpt-oss"], "--model must be gpt-oss-20b, gpt-oss-120b, or the path"),
         (["--out", "tables"], "the machine must be one with a GPU; got none that torch sees. Run where"),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 from run_python import ROOT, once, run_python
 
 from vllm_mxfp4_gfx950.gfx950.verification import MAX_FROBENIUS
+from vllm_mxfp4_gfx950.tables import store
 
 PACKAGES, TRITONS = ROOT / ".venv/packages", ROOT / ".venv/triton"
 KERNELS = {
@@ -97,7 +98,7 @@ MANY = [
 
 def tiles_of(triton: str, kernels: str) -> list[Case]:
     """A layer for each tile that the table has for a Triton, with blocks enough for any pipeline."""
-    table = json.loads((ROOT / "vllm_mxfp4_gfx950/tables/gfx950.json").read_text())
+    table = store.read(ROOT / "vllm_mxfp4_gfx950/tables/gfx950.json", "gfx950")
     release = triton.rpartition(".")[0]
     tiles = {tuple(row[8:]) for row in table["rows"] if row[:2] == [kernels, release]}
     return [Case((4, 4, 2, 832, 576), 64, tile=tile) for tile in sorted(tiles)]

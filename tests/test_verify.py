@@ -64,7 +64,7 @@ def test_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new", "complaint"),
     [
-        pytest.param("matmul_ogs.py", "(shape.alpha, ", "(1.0, ", "w13 +[0-9/]+ .*FAIL row", id="alpha"),
+        pytest.param("layer.py", "(shape.alpha, ", "(1.0, ", "w13 +[0-9/]+ .*FAIL row", id="alpha"),
         pytest.param(
             "package.py",
             "return torch.nn.functional.pad(scales, (0, -groups % SCALE_GROUPS, 0, -rows % SCALE_ROWS))",
