@@ -154,6 +154,9 @@ def _engine_process(cpu: str) -> ProcessPoolExecutor:
 
 def start(cpu: str = "this-cpu") -> None:
     """Make this process one for engines, on one of CPUS."""
+    # Half of an imitation is no machine: vLLM's library for AVX-512 beside a torch for AVX2 answers with NaN.
+    for name in AVX2:
+        os.environ.pop(name, None)
     os.environ.update(ENVIRONMENT | CPUS[cpu])
     if cpu == "avx2":  # vLLM asks torch what the CPU has, not what torch was told to use.
         torch.cpu._is_avx512_supported = torch.cpu._is_avx512_bf16_supported = lambda: False
