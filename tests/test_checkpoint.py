@@ -1,13 +1,15 @@
 """Which tensors of experts a checkpoint may have, by their headers and as they are loaded."""
 
+import dataclasses
 import re
 
 import pytest
 import torch
 
 from vllm_mxfp4_gfx950 import checkpoint
+from vllm_mxfp4_gfx950.checkpoint import LayerLoader
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
-from vllm_mxfp4_gfx950.moe import MoeShape
+from vllm_mxfp4_gfx950.moe import MoeShape, tensor_shapes
 
 SHAPE = MoeShape(experts=8, global_experts=8, topk=2, hidden=64, intermediate=96, alpha=1.702, limit=7.0)
 EXPERTS = "model.layers.1.mlp.experts"
@@ -110,3 +112,85 @@ def test_read_refuses(field: str, tensor: torch.Tensor, rule: str, got: str) -> 
     """What a header would have shown: a checkpoint that is streamed has none."""
     with pytest.raises(Mxfp4Error, match=re.escape(f"x must be {rule}; got {got}. {OTHER_MODEL}")):
         checkpoint.read("x", field, tensor, (4, 4))
+
+
+def whole_layer() -> dict[str, torch.Tensor]:
+    """SHAPE's experts as a checkpoint has them, every value another or nearly so; biases in bf16."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = tensor_shapes(SHAPE.experts, SHAPE.hidden, SHAPE.intermediate)
+    whole = {}
+    for field, (dtype, size) in shapes.items():
+        if dtype == torch.uint8:
+            whole[field] = torch.randint(255, size, dtype=dtype, generator=generator)
+        else:
+            whole[field] = torch.randn(size, generator=generator).bfloat16()
+    return whole
+
+
+def load(
+    shape: MoeShape, rank: int, expert_map: torch.Tensor | None, whole: dict[str, torch.Tensor]
+) -> tuple[LayerLoader, dict[str, torch.Tensor]]:
+    """What a rank makes of a checkpoint whose experts come one by one."""
+    columns = checkpoint.rank_columns(shape, SHAPE.intermediate, rank)
+    loader = LayerLoader("layer", shape, columns, expert_map)
+    shapes = tensor_shapes(shape.experts, shape.hidden, shape.intermediate)
+    tensors = {field: torch.zeros(size, dtype=dtype) for field, (dtype, size) in shapes.items()}
+    for field, target in tensors.items():
+        for expert in range(SHAPE.experts):
+            here = loader.load(field, target, whole[field][expert], expert)
+            assert here == (expert_map is None or int(expert_map[expert]) >= 0)
+    loader.check_whole()
+    return loader, tensors
+
+
+@pytest.mark.parametrize(
+    ("ranks", "widths"), [(1, [96]), (2, [64, 32]), (3, [32, 32, 32]), (4, [32, 32, 32, 0])]
+)
+def test_ranks_make_the_whole(ranks: int, widths: list[int]) -> None:
+    """Ranks that share each expert in whole blocks, the last with fewer or none: they sum to the layer."""
+    whole = whole_layer()
+    shape = dataclasses.replace(SHAPE, intermediate=widths[0])
+    parts = []
+    for rank, width in enumerate(widths):
+        loader, tensors = load(shape, rank, None, whole)
+        assert len(loader.columns) == width
+        assert torch.equal(loader.weights(tensors).w2, tensors["w2"])
+        sizes = tensor_shapes(SHAPE.experts, SHAPE.hidden, width)
+        parts.append({f: tensors[f][tuple(map(slice, size))] for f, (_, size) in sizes.items()})
+        rest = sum(int(tensors[field].count_nonzero()) for field in ("w13", "w13_bias", "w2"))
+        assert rest == sum(int(parts[-1][field].count_nonzero()) for field in ("w13", "w13_bias", "w2"))
+    for field, tensor in whole.items():
+        found = [part[field] for part in parts]
+        if field == "w2_bias":
+            assert torch.equal(sum(found), tensor.float())
+        else:
+            assert torch.equal(torch.cat(found, 1 if field.startswith("w13") else 2), tensor.to(found[0]))
+
+
+def test_experts_of_another_rank() -> None:
+    """Each goes where the map says, and those that it does not name are left out."""
+    whole = whole_layer()
+    expert_map = torch.tensor([-1, 2, -1, 0, -1, -1, 1, -1], dtype=torch.int32)
+    shape = dataclasses.replace(SHAPE, experts=3)
+    loader, tensors = load(shape, 0, expert_map, whole)
+    for field, tensor in whole.items():
+        assert torch.equal(tensors[field], tensor[[3, 6, 1]].to(tensors[field]))
+    assert torch.equal(loader.weights(tensors).expert_map, expert_map)
+
+
+def test_an_expert_did_not_come() -> None:
+    """All but one of one tensor; and a tensor of all experts gives each of them."""
+    whole = whole_layer()
+    loader = LayerLoader("layer", SHAPE, range(96), None)
+    target = torch.zeros(8, 192)
+    loader.load("w13_bias", target, whole["w13_bias"][3], 3)
+    text = (
+        "layer.gate_up_proj_bias must be in the checkpoint; got nothing for 7 of this rank's 8 experts. "
+        "Download the checkpoint again."
+    )
+    loader.missing = {"w13_bias": loader.missing["w13_bias"]}
+    with pytest.raises(Mxfp4Error, match=f"^{re.escape(text)}$"):
+        loader.check_whole()
+    loader.load("w13_bias", target, whole["w13_bias"])
+    loader.check_whole()
+    assert torch.equal(target, whole["w13_bias"].float())

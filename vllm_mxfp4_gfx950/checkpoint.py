@@ -1,4 +1,4 @@
-"""GPT-OSS's checkpoint: its tensors' names, shapes and dtypes, and one rank's share of them."""
+"""GPT-OSS's checkpoint: its tensors' names, shapes and dtypes, and how a rank's share of them is loaded."""
 
 from __future__ import annotations
 
@@ -7,18 +7,8 @@ import re
 import torch
 
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
-from vllm_mxfp4_gfx950.moe import MoeShape, tensor_shapes
+from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, check_weights, tensor_shapes
 from vllm_mxfp4_gfx950.mxfp4 import BLOCK
-from vllm_mxfp4_gfx950.settings import FLAG
-
-METHODS = ("mxfp4", "gpt_oss_mxfp4")
-"""What GPT-OSS calls its format, and what vLLM renames it to while it reads the config."""
-
-PICKLES = ("pt", "npcache")
-"""vLLM's load formats that read nothing but pickles."""
-
-STATES = ("sharded_state", "runai_streamer_sharded", "tensorizer")
-"""Those that fill a model's parameters, or some of whose files do, and not by the parameters' own loaders."""
 
 TENSORS = {
     "w13": "gate_up_proj_blocks",
@@ -38,7 +28,7 @@ PARAMETERS = {
     "w2_weight_scale": "w2_scale",
     "w2_bias": "w2_bias",
 }
-"""vLLM's name of each of a layer's parameters, which a file may have too, and its field in MoeWeights."""
+"""What frameworks call each of a layer's parameters, as a file may too, and its field in MoeWeights."""
 
 DTYPES = {
     "blocks": {"U8": torch.uint8, "I8": torch.int8},
@@ -53,19 +43,7 @@ FIELDS = PARAMETERS | {name: field for field, name in TENSORS.items()}
 EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(?:routed_experts\.)?(?:(\d+)\.)?(\w+)")
 """The name of a tensor of all experts, or of the one whose number it has."""
 
-
 OTHER_MODEL = "Check that the checkpoint is GPT-OSS in MXFP4 and fits its config.json"
-
-
-def check_method(quant_method: str | None) -> None:
-    """Raise Mxfp4Error unless a checkpoint says that it is MXFP4."""
-    if quant_method not in METHODS:
-        raise Mxfp4Error(
-            "quantization_config.quant_method",
-            f"mxfp4 for --quantization {FLAG}",
-            quant_method,
-            "Serve this checkpoint without the flag, or use one of GPT-OSS's MXFP4 checkpoints",
-        )
 
 
 def check_expert(name: str, dtype: str, size: list[int], layers: int, shape: MoeShape) -> None:
@@ -121,14 +99,27 @@ def read(name: str, field: str, tensor: torch.Tensor, size: tuple[int, ...]) -> 
     return tensor if field.endswith("bias") else tensor.view(torch.uint8)
 
 
-def slice_expert(field: str, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """This rank's share of one expert's tensor.
+def rank_columns(shape: MoeShape, intermediate: int, rank: int) -> range:
+    """One rank's columns of the intermediate size.
+
+    Args:
+        shape: the layer on each rank.
+        intermediate: the model's, of which the last ranks' shares may be shorter than the shape's, or empty.
+        rank: among those that share each expert.
+    """
+    start = rank * shape.intermediate
+    return range(start, max(start, min(start + shape.intermediate, intermediate)))
+
+
+def slice_expert(field: str, tensor: torch.Tensor, columns: range) -> torch.Tensor:
+    """One rank's share of one expert's tensor.
 
     Args:
         field: the tensor's name in MoeWeights.
         tensor: one whole expert; packed blocks as [rows, blocks, 16] or [rows, bytes].
-        start, stop: this rank's columns of the intermediate size.
+        columns: as `rank_columns` returns them.
     """
+    start, stop = columns.start, columns.stop
     if field in ("w13", "w2"):
         tensor = tensor.flatten(1)
     if field.startswith("w13"):
@@ -136,3 +127,79 @@ def slice_expert(field: str, tensor: torch.Tensor, start: int, stop: int) -> tor
     if field == "w2":
         return tensor[:, start // 2 : stop // 2]
     return tensor[:, start // BLOCK : stop // BLOCK] if field == "w2_scale" else tensor
+
+
+class LayerLoader:
+    """One layer's experts on one rank, while a framework loads them into tensors of its own.
+
+    Args:
+        prefix: the layer's name, for error texts.
+        shape: the layer on this rank.
+        columns: as `rank_columns` returns them.
+        expert_map: as in MoeWeights.
+    """
+
+    def __init__(self, prefix: str, shape: MoeShape, columns: range, expert_map: torch.Tensor | None) -> None:
+        self.prefix, self.shape, self.columns, self.expert_map = prefix, shape, columns, expert_map
+        # Experts of this rank that each field still waits for.
+        self.missing = {field: set(range(shape.experts)) for field in TENSORS}
+
+    def load(self, field: str, target: torch.Tensor, loaded: torch.Tensor, expert: int | None = None) -> bool:
+        """Copy a tensor of the checkpoint to where it belongs.
+
+        Args:
+            field: the tensor's name in MoeWeights.
+            target: all of that field on this rank, or as much of it as the rank's columns fill. Zeroed, so
+                that blocks and biases add nothing where the columns are fewer than the shape's.
+            loaded: all of this rank's experts, sliced for it already; or, with `expert`, one of the model's
+                experts whole.
+            expert: its number in the model.
+
+        Returns:
+            Whether it lives on this rank.
+
+        Raises:
+            Mxfp4Error: the tensor has the wrong dtype or shape.
+        """
+        experts = range(self.shape.experts)
+        if expert is not None:
+            local = expert if self.expert_map is None else int(self.expert_map[expert])
+            if local == -1:
+                return False
+            experts = range(local, local + 1)
+            loaded = slice_expert(field, loaded, self.columns)[None]
+        size = tensor_shapes(len(experts), self.shape.hidden, len(self.columns))[field][1]
+        loaded = read(f"{self.prefix}.{TENSORS[field]}", field, loaded, size)
+        if field == "w2_bias" and self.columns.start > 0:
+            loaded = torch.zeros_like(loaded)  # The ranks' outputs are summed: it counts on the first.
+        target = target[experts.start : experts.stop]
+        target[tuple(slice(0, n) for n in loaded.shape)].copy_(loaded)
+        self.missing[field] -= {*experts}
+        return True
+
+    def check_whole(self) -> None:
+        """Raise Mxfp4Error where an expert of this rank did not come."""
+        for field, experts in self.missing.items():
+            if experts:
+                raise Mxfp4Error(
+                    f"{self.prefix}.{TENSORS[field]}",
+                    "in the checkpoint",
+                    f"nothing for {len(experts)} of this rank's {self.shape.experts} experts",
+                    "Download the checkpoint again",
+                )
+
+    def weights(self, tensors: dict[str, torch.Tensor]) -> MoeWeights:
+        """What was loaded, as a backend's `prepare` takes it.
+
+        Args:
+            tensors: the six, by field.
+
+        Raises:
+            Mxfp4Error: a scale is NaN, or a bias is not finite.
+        """
+        expert_map = self.expert_map
+        if expert_map is not None:
+            expert_map = expert_map.to(tensors["w13"].device)
+        weights = MoeWeights(**tensors, expert_map=expert_map)
+        check_weights(weights, self.shape, f"{self.prefix}.")
+        return weights

@@ -24,8 +24,29 @@ from vllm_mxfp4_gfx950.settings import FLAG
 INDEX = "model.safetensors.index.json"
 POINTER = b"version https://git-lfs.github.com/spec/"
 
+METHODS = ("mxfp4", "gpt_oss_mxfp4")
+"""What GPT-OSS calls its format, and what vLLM renames it to while it reads the config."""
+
 Header = dict[str, tuple[str, list[int]]]
 """Dtype and shape of a file's tensors by their names, as safetensors names them."""
+
+
+def check_method(folder: Path, quant_method: str | None) -> None:
+    """Raise Mxfp4Error unless a checkpoint says that it is MXFP4.
+
+    Args:
+        folder: the checkpoint's, where it is on this machine.
+        quant_method: of quantization_config in its config.json; None where that is not there.
+    """
+    if quant_method is None:
+        check_not_mxfp4(folder)
+    if quant_method not in METHODS:
+        raise Mxfp4Error(
+            "quantization_config.quant_method",
+            f"mxfp4 for --quantization {FLAG}",
+            quant_method,
+            "Serve this checkpoint without the flag, or use one of GPT-OSS's MXFP4 checkpoints",
+        )
 
 
 def check_not_mxfp4(folder: Path) -> None:

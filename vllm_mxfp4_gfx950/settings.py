@@ -11,7 +11,7 @@ from pathlib import Path
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 
 FLAG = "mxfp4-triton"
-"""The value of vLLM's `--quantization`."""
+"""The value of `--quantization`; vLLM and SGLang both have it, `--dtype` and `--tensor-parallel-size`."""
 
 BACKEND_VAR = "VLLM_MXFP4_BACKEND"
 STRICT_VAR = "VLLM_MXFP4_STRICT"

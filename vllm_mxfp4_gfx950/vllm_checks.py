@@ -10,9 +10,15 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.model_loader import DefaultModelLoader, RunaiModelStreamerLoader, get_model_loader
 from vllm.model_executor.models import ModelRegistry
 
-from vllm_mxfp4_gfx950 import backends, checkpoint, files, plugins, settings
+from vllm_mxfp4_gfx950 import backends, files, plugins, settings
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.settings import FLAG
+
+PICKLES = ("pt", "npcache")
+"""Load formats that read nothing but pickles."""
+
+STATES = ("sharded_state", "runai_streamer_sharded", "tensorizer")
+"""Those that fill a model's parameters, or some of whose files do, and not by the parameters' own loaders."""
 
 
 def check_registry() -> None:
@@ -60,10 +66,10 @@ def check_servable(config: VllmConfig, moe: FusedMoEConfig) -> None:
     if context_parallel_size != 1:
         raise Mxfp4Error("--prefill-context-parallel-size", "1", context_parallel_size, "Leave it out")
     load_format = config.load_config.load_format
-    if load_format in checkpoint.STATES:
+    if load_format in STATES:
         fix = "Leave it out, and serve the checkpoint that the state was made from"
         raise Mxfp4Error("--load-format", "one that reads a checkpoint", load_format, fix)
-    if load_format in checkpoint.PICKLES:
+    if load_format in PICKLES:
         raise Mxfp4Error("--load-format", "one that reads safetensors", load_format, "Leave it out")
 
 

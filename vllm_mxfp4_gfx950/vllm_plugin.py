@@ -25,15 +25,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.model_loader.utils import initialize_model
 
 from vllm_mxfp4_gfx950 import backends, checkpoint, files, models, serving, settings
-from vllm_mxfp4_gfx950.checkpoint import PARAMETERS
+from vllm_mxfp4_gfx950.checkpoint import PARAMETERS, LayerLoader
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
-from vllm_mxfp4_gfx950.moe import (
-    MoeShape,
-    MoeWeights,
-    check_weights,
-    tensor_shapes,
-    whole_layer,
-)
+from vllm_mxfp4_gfx950.moe import MoeShape, tensor_shapes, whole_layer
 from vllm_mxfp4_gfx950.mxfp4 import BLOCK
 from vllm_mxfp4_gfx950.settings import FLAG
 from vllm_mxfp4_gfx950.vllm_checks import (
@@ -113,9 +107,7 @@ class Mxfp4TritonConfig(QuantizationConfig):
             raise Mxfp4Error(
                 "model_type", "gpt_oss", model_type, f"Serve this model without --quantization {FLAG}"
             )
-        if self.quant_method is None:
-            files.check_not_mxfp4(Path(model_name))
-        checkpoint.check_method(self.quant_method)
+        files.check_method(Path(model_name), self.quant_method)
         file = Path(model_name) / "config.json"
         if file.is_file():  # transformers keeps one of two counts, and does not say which.
             models.check_counts(file, models.read_json(file))
@@ -168,9 +160,7 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
             "MoE layers run through %s. Each is %s.", str(self.layers.selection), str(self.shape)
         )
         self.prepared: backends.Layer | None = None
-        # Local experts that each parameter still waits for.
-        from_checkpoint = config.load_config.load_format != "dummy"
-        self.missing = {name: set(range(self.shape.experts if from_checkpoint else 0)) for name in PARAMETERS}
+        self.from_checkpoint = config.load_config.load_format != "dummy"
 
     @property
     def is_monolithic(self) -> bool:
@@ -188,10 +178,10 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         return hidden_size, self.shape.intermediate
 
     @property
-    def columns(self) -> tuple[int, int]:
-        """This rank's share of the intermediate size: its first value, and the one behind its last."""
-        start = self.moe.moe_parallel_config.tp_rank * self.shape.intermediate
-        return start, max(start, min(start + self.shape.intermediate, self.moe.intermediate_size))
+    def columns(self) -> range:
+        """This rank's share of the intermediate size."""
+        rank = self.moe.moe_parallel_config.tp_rank
+        return checkpoint.rank_columns(self.shape, self.moe.intermediate_size, rank)
 
     def create_weights(
         self,
@@ -203,7 +193,7 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Register the six parameters, zeroed: zero blocks and biases add nothing where a rank is short."""
-        self.local_expert = layer.expert_map_manager.map_global_to_local
+        self.loader = LayerLoader(self.prefix, self.shape, self.columns, layer.expert_map_manager.expert_map)
         tensors = tensor_shapes(num_experts, hidden_size, intermediate_size_per_partition)
         for name, field in PARAMETERS.items():
             dtype, size = tensors[field]
@@ -237,25 +227,9 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         if self.prepared is not None:
             fix = "Start the server anew: reload_weights and sleep level 2 are not served"
             raise Mxfp4Error(f"{self.prefix}'s weights", "loaded once", "a second time", fix)
-        name = weight_name.rpartition(".")[2]
-        field = PARAMETERS[name]
-        start, stop = self.columns
-        target = parameter.data
-        experts = set(range(self.shape.experts))
-        if expert_id is not None:
-            local_id = self.local_expert(expert_id)
-            if local_id == -1:
-                return False if return_success else None
-            target = target[local_id : local_id + 1]
-            loaded = checkpoint.slice_expert(field, loaded, start, stop)[None]
-            experts = {local_id}
-        size = tensor_shapes(len(experts), self.shape.hidden, stop - start)[field][1]
-        loaded = checkpoint.read(f"{self.prefix}.{checkpoint.TENSORS[field]}", field, loaded, size)
-        if field == "w2_bias" and start > 0:
-            loaded = torch.zeros_like(loaded)  # The ranks' outputs are summed: it counts on the first.
-        target[tuple(slice(0, n) for n in loaded.shape)].copy_(loaded)
-        self.missing[name] -= experts
-        return True if return_success else None
+        field = PARAMETERS[weight_name.rpartition(".")[2]]
+        here = self.loader.load(field, parameter.data, loaded, expert_id)
+        return here if return_success else None
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Check the layer, hand it to the backend, and let go of the parameters.
@@ -263,21 +237,10 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         Raises:
             Mxfp4Error: a tensor was missing, a scale is NaN, or no backend computed the layer right.
         """
-        for name, experts in self.missing.items():
-            if experts:
-                raise Mxfp4Error(
-                    f"{self.prefix}.{checkpoint.TENSORS[PARAMETERS[name]]}",
-                    "in the checkpoint",
-                    f"nothing for {len(experts)} of this rank's {self.shape.experts} experts",
-                    "Download the checkpoint again",
-                )
-        fields = {field: getattr(layer, name).data for name, field in PARAMETERS.items()}
-        expert_map = layer.expert_map_manager.expert_map
-        if expert_map is not None:
-            expert_map = expert_map.to(fields["w13"].device)
-        weights = MoeWeights(**fields, expert_map=expert_map)
-        check_weights(weights, self.shape, f"{self.prefix}.")
-        self.prepared = self.layers.prepare(weights, self.prefix)
+        if self.from_checkpoint:
+            self.loader.check_whole()
+        tensors = {field: getattr(layer, name).data for name, field in PARAMETERS.items()}
+        self.prepared = self.layers.prepare(self.loader.weights(tensors), self.prefix)
         for name in PARAMETERS:
             delattr(layer, name)
         layer.register_state_dict_pre_hook(refuse_state_dict)
@@ -323,7 +286,6 @@ class UnloadedMoEMethod(Mxfp4TritonMoEMethod):
         self.prefix = prefix
         self.shape = moe_shape(get_current_vllm_config().model_config.hf_text_config, moe)
         self.prepared = None
-        self.missing = {name: set() for name in PARAMETERS}
 
     def create_weights(
         self,
@@ -335,9 +297,8 @@ class UnloadedMoEMethod(Mxfp4TritonMoEMethod):
         **extra_weight_attrs: Any,
     ) -> None:
         """Register the six parameters, no wider than what a checkpoint has for them."""
-        start, stop = self.columns
         with torch.device("meta"):
-            super().create_weights(layer, num_experts, hidden_size, stop - start, params_dtype)
+            super().create_weights(layer, num_experts, hidden_size, len(self.columns), params_dtype)
 
 
 def check_checkpoint(config: VllmConfig) -> None:

@@ -178,15 +178,13 @@ def tiles_of(backend: TiledBackend, shape: MoeShape, arch: str, asked: Settings)
 
 def check_checkpoint(directory: Path, whole: MoeShape) -> list[Check]:
     """A checkpoint's files, by what can be read of them without loading."""
-    from vllm_mxfp4_gfx950 import checkpoint, files
+    from vllm_mxfp4_gfx950 import files
     from vllm_mxfp4_gfx950.models import read_config
 
     config = read_config(directory)
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     try:
-        if method is None:
-            files.check_not_mxfp4(directory)
-        checkpoint.check_method(method)
+        files.check_method(directory, method)
         read = files.check_directory(directory, config, whole)
     except Mxfp4Error as error:
         return [refusal("checkpoint", error)]
