@@ -13,6 +13,7 @@ from vllm_mxfp4_gfx950 import options
 from vllm_mxfp4_gfx950.commands import predict
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.gfx950 import peers, ranking, time_model, trial
+from vllm_mxfp4_gfx950.gfx950.published import CURVES, Curve
 from vllm_mxfp4_gfx950.gfx950.time_model import FAST, LAUNCH_US, SLOW, Profile, Work, along, launch, work
 from vllm_mxfp4_gfx950.tiles import Gemm, TileConfig
 
@@ -192,12 +193,12 @@ def test_fit_finds_what_made_the_times() -> None:
     """Curves of 20 us and 5 TB/s; and a kernel is not among those that it is held to."""
     made = []
     for experts in (32, 128):
-        curve = trial.Curve("made", 3072, 3072, experts, 4, dict.fromkeys((1, 8, 64), 0.0))
+        curve = Curve("made", 3072, 3072, experts, 4, dict.fromkeys((1, 8, 64), 0.0))
         us = {tokens: 20 + curve.bytes(tokens) / 5e6 for tokens in curve.us}
-        made.append(trial.Curve("made", 3072, 3072, experts, 4, us))
+        made.append(Curve("made", 3072, 3072, experts, 4, us))
     assert trial.fit(made) == pytest.approx((20, 5e6))
     rows = {row["kernel"]: row for row in trial.by_bytes()}
-    flydsl = trial.fit([curve for curve in trial.CURVES if curve.kernel == "FlyDSL a8w4"])
+    flydsl = trial.fit([curve for curve in CURVES if curve.kernel == "FlyDSL a8w4"])
     assert rows["FlyDSL a8w4"]["own"]["t0_us"] == pytest.approx(flydsl[0])
     assert rows["FlyDSL a8w4"]["others"]["t0_us"] > 1.2 * flydsl[0]
 

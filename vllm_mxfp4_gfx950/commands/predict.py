@@ -15,6 +15,7 @@ from vllm_mxfp4_gfx950.backends.triton import two_fp8
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.gfx950 import trial
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH
+from vllm_mxfp4_gfx950.gfx950.published import CURVES
 from vllm_mxfp4_gfx950.gfx950.ranking import Installed, Measured, best, predicted, wide
 from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, layer_shape
 from vllm_mxfp4_gfx950.tables import ladder
@@ -112,7 +113,7 @@ def layers(
                 matmuls.append({"tile": astuple(tile), "us": us, "limits": limits})
             row = {"model": model, "tp": tp, "ep": ep, "tokens": each, "matmuls": matmuls}
             rows.append(row | {"us": [sum(pair) for pair in zip(*(m["us"] for m in matmuls), strict=True)]})
-    whole = [curve for curve in trial.CURVES if curve.experts == 128 and curve.intermediate == 3072]
+    whole = [curve for curve in CURVES if curve.experts == 128 and curve.intermediate == 3072]
     published = {curve.kernel: {str(tokens): us for tokens, us in curve.us.items()} for curve in whole}
     facts = {"kind": "layers", "kernels": kernels, "triton": triton.__version__, "published": published}
     return facts | {"searched": len(tiles), "rows": rows}
@@ -124,12 +125,12 @@ def tried(source: Path) -> Report:
     Args:
         source: the directory that has `aiter/`.
     """
-    bench = trial.Bench(source)
+    executed = trial.Executed(source)
     return {
         "kind": "trial",
         "triton": triton.__version__,
-        "verdicts": trial.judge(bench, progress),
-        "absolute": trial.absolute(bench),
+        "verdicts": trial.judge(executed, progress),
+        "absolute": trial.absolute(executed),
         "curves": trial.by_bytes(),
     }
 
