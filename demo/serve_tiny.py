@@ -9,21 +9,17 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import requests
 import tiny_checkpoint
 from tiny_checkpoint import TinyGptOss
 
-from vllm_mxfp4_gfx950.errors import first_error
-from vllm_mxfp4_gfx950.evaluation.server import free_port
+from vllm_mxfp4_gfx950.errors import Mxfp4Error, first_error
+from vllm_mxfp4_gfx950.evaluation.process import ServerProcess
 
 MODEL = TinyGptOss()
 PROMPTS = ["bada baki", "dona dimu tiri salo", "<end>", "miro nasu dika bola duvi bana"]
@@ -31,8 +27,6 @@ TOKENS = 32
 ALLOWED = 1e-3
 """Largest difference of two log-probabilities, both computed in fp32."""
 
-START_SECONDS = 240
-STOP_SECONDS = 30
 OUR_LINE = re.compile(r"\[vllm_plugin\.py:\d+\] (MoE layers run through .*)")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -53,7 +47,7 @@ def main() -> int:
         log = Path(directory) / "server.log"
         try:
             _demo(Path(directory) / "checkpoint", log)
-        except DemoError as error:
+        except (DemoError, Mxfp4Error) as error:
             if log.exists():
                 text = log.read_text()
                 print("\nthe server's last lines:", *text.splitlines()[-25:], sep="\n    ")
@@ -72,21 +66,22 @@ def _demo(checkpoint: Path, log: Path) -> None:
     size_bytes = (checkpoint / "model.safetensors").stat().st_size
     _step("write", f"a GPT-OSS with random weights in MXFP4, {size_bytes / 1e6:.1f} MB")
 
-    port = free_port()
-    command = ["vllm", "serve", str(checkpoint), "--quantization", "mxfp4-triton", "--dtype", "float32"]
-    command += ["--max-model-len", "256", "--kv-cache-memory-bytes", str(2**26), "--port", str(port)]
-    _step("serve", " ".join(["vllm serve CHECKPOINT", *command[3:]]))
+    options = ["--quantization", "mxfp4-triton", "--dtype", "float32", "--max-model-len", "256"]
+    options += ["--kv-cache-memory-bytes", str(2**26)]
+    _step("serve", " ".join(["vllm serve CHECKPOINT", *options]))
     prompts, answers = [], []
-    with _server(command, log, f"http://127.0.0.1:{port}") as url:
+    with ServerProcess(["serve", str(checkpoint), *options], os.environ | ENVIRONMENT, log) as server:
+        _wait(server)
         path = OUR_LINE.search(log.read_text())
         if path is None:
             raise DemoError("the server's log does not say that its MoE layers run through the plugin")
         _step("log", path.group(1))
         for prompt in PROMPTS:
-            prompt_ids, answer = _ask(url, prompt)
+            prompt_ids, answer = _ask(server.url, prompt)
             _step("answer", f"{prompt} -> {' '.join(answer['text'].split()[:6])} ...")
             prompts.append(prompt_ids)
             answers.append(answer)
+        _stop(server)
     _compare(checkpoint, prompts, answers)
 
 
@@ -126,71 +121,19 @@ def _ask(url: str, prompt: str) -> tuple[list[int], dict]:
     return choice["prompt_token_ids"], choice
 
 
-@contextmanager
-def _server(command: list[str], log: Path, url: str) -> Iterator[str]:
-    """Start vLLM, wait until it is healthy, and stop it with all of its processes."""
-    executable = Path(sys.executable).with_name(command[0])
-    with log.open("w") as output:
-        # A session of its own, by which to find all of its processes.
-        server = subprocess.Popen(
-            [executable, *command[1:]],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | ENVIRONMENT,
-            start_new_session=True,
-        )
-    try:
-        _wait_until_healthy(server, url)
-        yield url
-        _stop(server)
-    finally:
-        for pid in _session(server.pid):
-            os.kill(pid, signal.SIGKILL)
-        server.wait()
-
-
-def _wait_until_healthy(server: subprocess.Popen, url: str) -> None:
+def _wait(server: ServerProcess) -> None:
     began = time.monotonic()
     print("  ready   ", end="", flush=True)
-    while time.monotonic() - began < START_SECONDS:
-        if server.poll() is not None:
-            raise DemoError(f"the server ended before it served, with exit code {server.returncode}")
-        try:
-            if requests.get(f"{url}/health", timeout=1).ok:
-                print(f" after {time.monotonic() - began:.0f} s", flush=True)
-                return
-        except requests.RequestException:
-            pass
-        print(".", end="", flush=True)
-        time.sleep(1)
-    raise DemoError(f"the server was not ready within {START_SECONDS} s")
+    server.wait_until_healthy(look=lambda: print(".", end="", flush=True))
+    print(f" after {time.monotonic() - began:.0f} s", flush=True)
 
 
-def _stop(server: subprocess.Popen) -> None:
+def _stop(server: ServerProcess) -> None:
     began = time.monotonic()
-    server.send_signal(signal.SIGINT)
-    try:
-        code = server.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise DemoError(f"the server did not stop within {STOP_SECONDS} s") from None
-    while (left := _session(server.pid)) and time.monotonic() - began < STOP_SECONDS:
-        time.sleep(0.1)
+    left, code = server.stop(), server.main.returncode
     _step("stop", f"exit code {code} after {time.monotonic() - began:.0f} s, {len(left)} processes left")
     if code or left:
         raise DemoError("the server must exit with 0 and leave no process")
-
-
-def _session(leader: int) -> list[int]:
-    """The processes of a session, by /proc."""
-    pids = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == leader and fields[0] != "Z":
-            pids.append(int(stat.parent.name))
-    return pids
 
 
 def _step(name: str, text: str) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
+import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -38,15 +37,13 @@ from vllm_mxfp4_gfx950.commands.eval import Measured
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.evaluation.compare import LEVEL, MANY, Position, divergence, interval, kl, paired
 from vllm_mxfp4_gfx950.evaluation.measure import Question, Tasks, ask, choose_endpoint
+from vllm_mxfp4_gfx950.evaluation.process import ServerProcess, did_not_start
 from vllm_mxfp4_gfx950.evaluation.report import decision_lines
 from vllm_mxfp4_gfx950.evaluation.server import (
     HARMONY_TOKEN,
     Server,
-    free_port,
     get,
     moe_path,
-    stop,
-    wait_until_healthy,
 )
 from vllm_mxfp4_gfx950.evaluation.side import (
     RESULT,
@@ -422,13 +419,49 @@ def test_first_error_of_a_server(tmp_path: Path) -> None:
         "Traceback (most recent call last):\n"
         "RuntimeError: Engine core initialization failed. See root cause above.\n"
     )
-    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]) as process:
-        process.wait()
-        text = (
-            f"must be able to start; got exit code 3 after: ValueError: Available memory is less. Read {log}"
-        )
-        with pytest.raises(Mxfp4Error, match=re.escape(text)):
-            wait_until_healthy(process, ["http://127.0.0.1:9"], log)
+    text = f"must be able to start; got exit code 3 after: ValueError: Available memory is less. Read {log}"
+    assert text in str(did_not_start(3, log))
+
+
+LIKE_VLLM = """\
+import http.server, subprocess, sys
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+
+child, host, port = sys.argv[1], sys.argv[3], int(sys.argv[5])
+if child == "child":
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
+    subprocess.Popen([sys.executable, "-S", "-c", code])
+try:
+    http.server.HTTPServer((host, port), Answer).serve_forever()
+except KeyboardInterrupt:
+    sys.exit(7)
+"""
+"""A server and, if it is asked for, a process of it that does not end by itself."""
+
+
+@pytest.mark.parametrize("child", ["child", "none"])
+def test_processes_of_a_server(child: str, tmp_path: Path) -> None:
+    """One that is stopped gives its exit code, and leaves none of its processes, which are counted."""
+    main = tmp_path / "vllm/entrypoints/cli/main.py"
+    main.parent.mkdir(parents=True)
+    main.write_text(LIKE_VLLM)
+    for package in ("vllm", "vllm/entrypoints", "vllm/entrypoints/cli"):
+        (tmp_path / package / "__init__.py").touch()
+    environment = {"PYTHONPATH": str(tmp_path), "PYTHONNOUSERSITE": "1"}
+    with ServerProcess([child], environment, tmp_path / "log") as server:
+        looked: list[None] = []
+        url = server.wait_until_healthy([f"{server.url}/none", server.url], lambda: looked.append(None))
+        assert url == server.url
+        found = {*server.processes()} - {server.main.pid}
+        assert len(found) == (child == "child")
+        assert {*server.stop(seconds=1)} == found
+        assert server.main.returncode == 7
+        assert server.processes() == []
+    assert server.stop() == []
 
 
 def keep(directory: Path, path: str, right: dict[str, int], **changes: object) -> Path:
@@ -844,26 +877,11 @@ def test_harmony_is_refused_over_completions(
     tokenizer = Tokenizer.from_file(file)
     tokenizer.add_special_tokens([HARMONY_TOKEN])
     tokenizer.save(file)
-    port, log = free_port(), tmp_path / "render.log"
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.cli.main",
-        "launch",
-        "render",
-        str(tmp_path / "harmony"),
-    ]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, "--port", str(port)], stdout=output, stderr=output, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_healthy(process, [url], log)
-        arguments = [*options(place)[:2], "--endpoint", "completions", "--out", str(tmp_path / "out")]
+    arguments = [*options(place)[:2], "--endpoint", "completions", "--out", str(tmp_path / "out")]
+    launch = ["launch", "render", str(tmp_path / "harmony")]
+    with ServerProcess(launch, os.environ, tmp_path / "render.log") as process:
+        url = process.wait_until_healthy()
         assert cli.main(["eval", url, *arguments]) == 2
-    finally:
-        stop(process)
     assert (
         "--endpoint must be chat; got completions for a model that speaks harmony" in capsys.readouterr().err
     )

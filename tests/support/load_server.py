@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +31,7 @@ import requests
 import tiny_checkpoint
 from tiny_checkpoint import TinyGptOss
 
-from vllm_mxfp4_gfx950.evaluation.server import free_port, wait_until_healthy
+from vllm_mxfp4_gfx950.evaluation.process import ServerProcess
 
 MODEL = TinyGptOss()
 PROMPTS = 96
@@ -101,23 +101,13 @@ class Report:
                 raise LoadError(f"no request of kind {kind}: {dict(self.kinds)}")
 
 
-class Server:
-    """`vllm serve`, in a session of its own, by which all of its processes are found."""
+class Server(ServerProcess):
+    """One of the tiny model through the plugin, with what it holds."""
 
     def __init__(self, checkpoint: Path, log: Path, *options: str) -> None:
-        port = free_port()
-        self.url, self.log = f"http://127.0.0.1:{port}", log
-        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint)]
-        command += [
-            "--quantization",
-            engine.FLAG,
-            "--dtype",
-            "float32",
-            "--enforce-eager",
-            "--port",
-            str(port),
-        ]
-        command += ["--max-model-len", str(CONTEXT), "--kv-cache-memory-bytes", str(2**26)]
+        arguments = ["serve", str(checkpoint), "--quantization", engine.FLAG, "--dtype", "float32"]
+        arguments += ["--enforce-eager", "--max-model-len", str(CONTEXT)]
+        arguments += ["--kv-cache-memory-bytes", str(2**26)]
         environment = {
             **os.environ,
             **engine.ENVIRONMENT,
@@ -125,29 +115,11 @@ class Server:
             # oneDNN keeps code for the last 1024 sizes of batches, hundreds of megabytes, which hides a leak.
             "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8",
         }
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [*command, *options], stdout=output, stderr=output, env=environment, start_new_session=True
-            )
-
-    def tail(self) -> str:
-        """The end of its log."""
-        return "\n".join(self.log.read_text().splitlines()[-25:])
-
-    def processes(self) -> list[psutil.Process]:
-        """Those of its session that have not ended."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if os.getsid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (ProcessLookupError, psutil.NoSuchProcess):
-                continue
-        return found
+        super().__init__([*arguments, *options], environment, log)
 
     def resident_bytes(self) -> int:
         """Memory of all of its processes."""
-        return sum(process.memory_info().rss for process in self.processes())
+        return sum(psutil.Process(process).memory_info().rss for process in self.processes())
 
     def metric(self, name: str) -> float:
         """A gauge of /metrics."""
@@ -166,35 +138,30 @@ class Server:
                 return found
             time.sleep(0.5)
 
-    def stop(self) -> None:
+    def wait_until_gone(self) -> None:
+        """Wait for all of its processes to end."""
+        while self.processes():
+            time.sleep(0.1)
+
+    def end(self) -> None:
         """SIGTERM: it ends with 0 and leaves nothing.
 
         Raises:
             LoadError: it does not.
         """
-        self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait()
-        self.wait_until_gone()
-        if code:
-            raise LoadError(f"the server ended with {code}: {self.tail()}")
-
-    def wait_until_gone(self) -> None:
-        """Wait for all of its processes to end."""
-        while left := self.processes():
-            psutil.wait_procs(left, timeout=5)
+        left = self.stop(signal.SIGTERM, math.inf)
+        if left or self.main.returncode:
+            tail = "\n".join(self.log.read_text().splitlines()[-25:])
+            raise LoadError(f"the server ended with {self.main.returncode} and left {left}: {tail}")
 
 
 @contextmanager
 def serving(checkpoint: Path, log: Path, *options: str) -> Iterator[Server]:
     """A server that is ready; whatever of it is left at the end is killed."""
-    server = Server(checkpoint, log, *options)
-    try:
-        wait_until_healthy(server.process, [server.url], log)
+    with Server(checkpoint, log, *options) as server:
+        server.wait_until_healthy()
         yield server
-    finally:
-        for process in server.processes():
-            process.kill()
-        server.process.wait()
+        server.stop(seconds=0)
 
 
 def body(prompt: list[int], tokens: int, **more: Any) -> dict[str, Any]:
@@ -325,7 +292,7 @@ def measure(directory: Path, requests: int) -> Report:
     checkpoint = tiny_checkpoint.write(MODEL, directory / "checkpoint")
     with serving(checkpoint, directory / "log") as server:
         report = ask(server, requests)
-        server.stop()
+        server.end()
     return report
 
 

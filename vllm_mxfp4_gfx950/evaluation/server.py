@@ -1,22 +1,15 @@
-"""A server of vLLM: awaited, asked what it is and other things, and stopped."""
+"""A server of vLLM: asked what it is, and other things."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import time
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_mxfp4_gfx950.errors import Mxfp4Error, first_error
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
 
 PATHS = (
     re.compile(r"MoE layers run through (.+?\))[.;]"),
@@ -30,7 +23,6 @@ HARMONY_TOKEN = "<|channel|>"
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 
-STOP_SECONDS = 30
 SECONDS = 600
 """That one request may take."""
 
@@ -73,58 +65,6 @@ class Server:
     harmony: bool
     tokenizer: str = ""
     access: Access = Access()
-
-
-def wait_until_healthy(process: subprocess.Popen[bytes], urls: list[str], log: Path) -> str:
-    """Wait for as long as the server is starting; vLLM itself limits that.
-
-    Args:
-        process: the server.
-        urls: where it may answer; the one that does is returned.
-        log: that it writes.
-
-    Raises:
-        Mxfp4Error: it ended. The reason is the first error of its log, as its last words are of another one
-            of its processes, which only met the end of the first.
-    """
-    import requests
-
-    while process.poll() is None:
-        for url in urls:
-            with suppress(requests.RequestException), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Of a certificate that is not looked at.
-                if requests.get(f"{url}/health", timeout=5, verify=False).ok:
-                    return url
-        time.sleep(0.5)
-    text = log.read_text(errors="replace")
-    found, fix = f"exit code {process.returncode}", f"Read {log}"
-    first = first_error(text)
-    if first:
-        found += f" after: {first.rstrip('.')}"
-    else:
-        print("\n".join(text.splitlines()[-25:]), file=sys.stderr)
-        fix += ", which ends as above"
-    raise Mxfp4Error("the server", "able to start", found, fix)
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Let a server shut down, and end what is left of it."""
-    try:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_SECONDS)
-    finally:  # A second signal to this process must not spare it, either.
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def describe(url: str, log: Path | None, access: Access) -> Server:

@@ -8,8 +8,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,15 +19,13 @@ from typing import Any
 
 from vllm_mxfp4_gfx950 import settings
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
+from vllm_mxfp4_gfx950.evaluation.process import ServerProcess
 from vllm_mxfp4_gfx950.evaluation.server import (
     KEY_VARIABLE,
     Access,
     Server,
     describe,
-    free_port,
     get,
-    stop,
-    wait_until_healthy,
 )
 
 RESULT = "result.json"
@@ -187,14 +183,10 @@ def serving(side: Side, directory: Path, more: list[str]) -> Iterator[Server]:
         raise Mxfp4Error("--ssl-cert-reqs of a side", "0 or 1", 2, fix)
     from requests.utils import get_environ_proxies, select_proxy
 
-    port, log = free_port(), directory / "server.log"
-    place = f"127.0.0.1:{port}"
-    url = f"http://{place}"
+    url, log = "http://127.0.0.1", directory / "server.log"
     if select_proxy(url, get_environ_proxies(url)):
         listed = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "nothing"
         raise Mxfp4Error("no_proxy", "a list with 127.0.0.1, where there is a proxy", listed, "Add it")
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *side.command, *more]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
     environment = os.environ | dict(side.environment)
     if environment.get(LEVEL_VARIABLE, "INFO").upper() not in LEVELS:
         print(f"{LEVEL_VARIABLE}=INFO for this server: a quieter log does not name the path", flush=True)
@@ -203,25 +195,16 @@ def serving(side: Side, directory: Path, more: list[str]) -> Iterator[Server]:
     began = time.monotonic()
     # By default this would end this process alone.
     before = signal.signal(signal.SIGTERM, leave)
-    with log.open("w") as output:
-        # A session of its own, so that all of its processes can be ended.
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
     try:
-        roots = dict.fromkeys(("", *option(side.command, "--root-path")))
-        urls = [f"{scheme}://{place}{root.rstrip('/')}" for root in roots for scheme in ("http", "https")]
-        url = wait_until_healthy(process, urls, log)
-        server = describe(url, log, Access(key_of(side), verify=False))
-        seconds = time.monotonic() - began
-        print(f"serving after {seconds:.0f} s; MoE path: {server.path or 'not in the log'}", flush=True)
-        yield server
+        with ServerProcess(["serve", *side.command, *more], environment, log) as process:
+            roots = [root.rstrip("/") for root in dict.fromkeys(("", *option(side.command, "--root-path")))]
+            urls = [f"{scheme}://{process.place}{root}" for root in roots for scheme in ("http", "https")]
+            url = process.wait_until_healthy(urls)
+            server = describe(url, log, Access(key_of(side), verify=False))
+            seconds = time.monotonic() - began
+            print(f"serving after {seconds:.0f} s; MoE path: {server.path or 'not in the log'}", flush=True)
+            yield server
     finally:
-        stop(process)
         signal.signal(signal.SIGTERM, before)
 
 

@@ -1,0 +1,133 @@
+"""A server of vLLM as processes: started, awaited, and stopped with all that it started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_mxfp4_gfx950.errors import Mxfp4Error, first_error
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+STOP_SECONDS = 30
+
+
+class ServerProcess:
+    """A server on a free port of this machine, in a session of its own, by which its processes are found.
+
+    It has begun to start, and is stopped where a `with` of it ends.
+
+    Args:
+        arguments: of vLLM's command line, without host and port.
+        environment: for it, all of it.
+        log: the file that it writes.
+    """
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        self.log, self.place = log, f"127.0.0.1:{free_port()}"
+        self.url = f"http://{self.place}"
+        host, port = self.place.split(":")
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments]
+        with log.open("w") as output:
+            self.main = subprocess.Popen(
+                [*command, "--host", host, "--port", port],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def wait_until_healthy(self, urls: Sequence[str] = (), look: Callable[[], object] = bool) -> str:
+        """Wait for as long as it is starting; vLLM itself limits that.
+
+        Args:
+            urls: where it may answer; the one that does is returned. None: its own.
+            look: called each time that it does not answer yet.
+
+        Raises:
+            Mxfp4Error: it ended. The reason is the first error of its log, as its last words are of another
+                one of its processes, which only met the end of the first.
+        """
+        import requests
+
+        while self.main.poll() is None:
+            for url in urls or [self.url]:
+                with suppress(requests.RequestException), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # Of a certificate that is not looked at.
+                    if requests.get(f"{url}/health", timeout=5, verify=False).ok:
+                        return url
+            look()
+            time.sleep(0.5)
+        raise did_not_start(self.main.returncode, self.log)
+
+    def processes(self) -> list[int]:
+        """Those of its session that have not ended, by their ids."""
+        found = []
+        for file in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                state, _, _, session, *_ = file.read_text().rpartition(")")[2].split()
+                if int(session) == self.main.pid and state != "Z":
+                    found.append(int(file.parent.name))
+        return found
+
+    def stop(self, number: int = signal.SIGINT, seconds: float = STOP_SECONDS) -> list[int]:
+        """Let it shut down, and end what is left of it.
+
+        Args:
+            number: the signal that asks it to.
+            seconds: that this may take.
+
+        Returns:
+            The processes that were left, by their ids.
+        """
+        left = []
+        try:
+            if self.main.poll() is None:
+                began = time.monotonic()
+                self.main.send_signal(number)
+                with suppress(subprocess.TimeoutExpired):
+                    self.main.wait(seconds)
+                while (left := self.processes()) and time.monotonic() - began < seconds:
+                    time.sleep(0.1)
+        finally:  # A second signal to this process must not spare them, either.
+            for process in self.processes():
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            self.main.wait()
+        return left
+
+
+def did_not_start(code: int, log: Path) -> Mxfp4Error:
+    """Why a server ended before it answered, by its exit code and its log."""
+    text = log.read_text(errors="replace")
+    found, fix = f"exit code {code}", f"Read {log}"
+    first = first_error(text)
+    if first:
+        found += f" after: {first.rstrip('.')}"
+    else:
+        print("\n".join(text.splitlines()[-25:]), file=sys.stderr)
+        fix += ", which ends as above"
+    return Mxfp4Error("the server", "able to start", found, fix)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
