@@ -77,6 +77,45 @@ def test_table_notices(cell: str, complaint: list[str]) -> None:
     assert missing_tests("| what | tests |\n|---|---|\n") == ["no rows"]
 
 
+def printed() -> str:
+    """Every text in the package's source, with … for what it is filled with."""
+    texts = []
+    for file in sorted((ROOT / "vllm_mxfp4_gfx950").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                texts.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value.replace("%s", "…"))
+    return "\n".join(texts)
+
+
+def unprinted(table: str, texts: str) -> list[str]:
+    """What a table says is seen, and what no text of the package's has, between what it is filled with."""
+    found = []
+    for line in table.splitlines():
+        if line.startswith("| ") and not line.endswith("| tests |"):
+            seen = line.strip("|").split("|")[1]
+            for quoted in re.findall(r"``(.+?)``|`(.+?)`", seen):
+                parts = re.split(r"…| must be |; got |\bgot |: |\.$", "".join(quoted))
+                found += [part.strip() for part in parts if part.strip() not in texts]
+    return found
+
+
+def test_texts() -> None:
+    """What the table says is seen is what the package prints."""
+    assert unprinted(TABLE.read_text(), printed()) == []
+
+
+def test_texts_notice() -> None:
+    """Negative control: a word that is another in the code, and texts that are right."""
+    table = "| what | seen | survives | tests |\n|---|---|---|---|\n| fault | {} | b | c |\n"
+    right = "`the GPU's free memory must be enough to prepare …; got …` or `Self-check of … through …: …`"
+    assert unprinted(table.format(right), printed()) == []
+    wrong = right.replace("enough", "sufficient")
+    assert unprinted(table.format(wrong), printed()) == ["sufficient to prepare"]
+
+
 # --- in what `prepare` does -------------------------------------------------------------------------
 
 LAYERS = 2
