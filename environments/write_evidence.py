@@ -72,12 +72,12 @@ def layers(report: dict[str, Any]) -> Rows:
         yield {
             "experts": row["layer"].split()[0].removeprefix("E="),
             "tokens": row["tokens"],
-            "floor": f"{row['floor_us']:.1f}",
-            **{name: f"{each:.1f}" for name, each in us.items()},
+            "floor, us": f"{row['floor_us']:.1f}",
+            **{f"{name}, us": f"{each:.1f}" for name, each in us.items()},
             "ours / floor": f"{us['ours'] / row['floor_us']:.2f}",
             "ours / best": f"{us['ours'] / best:.3f}",
-            "ours, fastest to slowest": f"{ours[0]:.1f} to {ours[-1]:.1f}",
-            "error of ours": f"{row['frobenius']['ours']:.1e}",
+            "ours, fastest to slowest, us": f"{ours[0]:.1f} to {ours[-1]:.1f}",
+            "error of ours, relative": f"{row['frobenius']['ours']:.1e}",
         }
 
 
@@ -93,8 +93,8 @@ def serving(report: dict[str, Any]) -> Rows:
             "model": model,
             "routing": routing,
             "batch": batch,
-            "in/out": lengths,
-            **{name: f"{each:.0f}" for name, each in engines.items()},
+            "in/out, tokens": lengths,
+            **{f"{name}, tokens/s": f"{each:.0f}" for name, each in engines.items()},
             "ours / best": f"{engines['ours'] / best:.3f}",
         }
 
@@ -104,18 +104,14 @@ def compiled(report: dict[str, Any]) -> Rows:
     for whose in ("ours", "upstream"):
         for row in report[whose]:
             found = row["report"]
-            taken = (
-                {
-                    "waves": found["waves"],
-                    "LDS": found["lds_bytes"],
-                    "VGPR": found["vgprs"],
-                    "spills": found["vgpr_spills"] + found["sgpr_spills"],
-                    "scratch": found["scratch_bytes"],
-                    "workgroups a CU": found["workgroups"],
-                }
-                if found
-                else dict.fromkeys(("waves", "LDS", "VGPR", "spills", "scratch", "workgroups a CU"))
-            )
+            taken = {
+                "waves": found and found["waves"],
+                "LDS, bytes": found and found["lds_bytes"],
+                "VGPRs": found and found["vgprs"],
+                "spilled registers": found and found["vgpr_spills"] + found["sgpr_spills"],
+                "scratch, bytes": found and found["scratch_bytes"],
+                "workgroups a CU": found and found["workgroups"],
+            }
             tile = found["name"].rpartition("mxfp4_")[2].removesuffix("_swiglu") if found else None
             error = row["error"].splitlines()[0][:90] if row["error"] else ""
             yield {
@@ -123,7 +119,7 @@ def compiled(report: dict[str, Any]) -> Rows:
                 "tokens": row["tokens"],
                 "matmul": row["gemm"],
                 "workgroups": row["workgroups"],
-                "tile": tile,
+                "tile, block_m x n x k x split_k": tile,
                 **taken,
                 "fits": "yes" if row["fits"] else f"no {error}".strip(),
             }
@@ -140,9 +136,9 @@ def executed(report: dict[str, Any]) -> Rows:
             "stage": row["stage"],
             "workgroups executed": f"{row['executed']} of {row['workgroups']}" if row["workgroups"] else "",
             "relative error": row["note"] if row["frobenius"] is None else f"{row['frobenius']:.1e}",
-            "worst row of what is allowed": None if row["row"] is None else f"{row['row']:.2f}",
+            "worst row / what is allowed": None if row["row"] is None else f"{row['row']:.2f}",
             "instructions": total or None,
-            "for each matrix instruction": f"{total / matrix:.1f}" if matrix else None,
+            "instructions / matrix instruction": f"{total / matrix:.1f}" if matrix else None,
             "result": row["miss"] or "ok",
         }
 

@@ -1,4 +1,4 @@
-"""Links between the documents lead somewhere."""
+"""Links between the documents lead somewhere, and CONTRIBUTING knows every part of the package."""
 
 import re
 from pathlib import Path
@@ -42,3 +42,20 @@ def test_dead_links_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("[a](none.md) [b](other.md#no-heading) [c](other.md#one-of-two-x) [d](https://x.y/z#q)")
     assert dead_links(page) == ["none.md", "other.md#no-heading"]
+
+
+def unnamed(package: Path, text: str) -> list[str]:
+    """The files and folders of a package that a text does not name."""
+    names = {path.name + "/" * path.is_dir() for path in package.iterdir()} - {"__init__.py", "__pycache__/"}
+    return sorted(name for name in names if not re.search(rf"(?<![\w.]){re.escape(name)}", text))
+
+
+def test_every_part_is_named(tmp_path: Path) -> None:
+    """In CONTRIBUTING's list; negative control: a file and a folder that are not."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    listed = text[text.index("## Where things are") : text.index("The data goes one way")]
+    assert unnamed(ROOT / "vllm_mxfp4_gfx950", listed) == []
+    (tmp_path / "del_moe.py").touch()
+    (tmp_path / "moe.py").touch()
+    (tmp_path / "more").mkdir()
+    assert unnamed(tmp_path, listed) == ["del_moe.py", "more/"]
