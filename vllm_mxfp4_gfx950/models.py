@@ -1,4 +1,4 @@
-"""GPT-OSS's layers by model name, for the commands that need no checkpoint."""
+"""GPT-OSS's layers, by model name or from a config.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server of vLLM: asked what it is, and other things."""
+"""Requests to a server of vLLM: what it is, and what it answers."""
 
 from __future__ import annotations
 
