@@ -17,7 +17,8 @@ import tomllib
 LOCK = Path(__file__).with_name("packages.toml")
 PIP_DOWNLOAD = [sys.executable, "-m", "pip", "-qq", "download", "--no-deps", "--require-hashes"]
 # One platform's wheel, and so one hash, on every machine: only its Python sources are read.
-ONE_PLATFORM = ["--only-binary=:all:", "--platform=manylinux_2_28_x86_64"]
+ONE_PLATFORM = ["--only-binary=:all:"]
+ONE_PLATFORM += [f"--platform=manylinux_2_{glibc}_x86_64" for glibc in (28, 34)]
 
 
 def fetch(package: Path, requirement: str, sha256: str) -> None:

@@ -32,6 +32,8 @@ MAY_IMPORT: dict[str, str] = {
     "serving": "errors moe settings backends self_check",
     "vllm_checks": "errors settings plugins backends checkpoint files",
     "vllm_plugin": "errors mxfp4 moe models settings plugins backends checkpoint files serving vllm_checks",
+    "sglang_layer": "errors mxfp4 moe settings backends checkpoint serving",
+    "sglang_plugin": "errors settings sglang_layer",
     "gfx950": "errors mxfp4 moe models settings tiles arch tables backends tolerance",
     "tuning": "errors moe models settings tiles arch tables backends random_layer timing tolerance",
     "bench": "errors moe models settings backends random_layer timing tolerance",
@@ -48,6 +50,7 @@ ONLY_IN = {
     "triton_kernels": "backends/triton/*.py",
     "aiter": "backends/ck.py",
     "vllm": "vllm_plugin.py vllm_checks.py bench/vllm_*.py",
+    "sglang": "sglang_layer.py",
     "matplotlib": "bench/report.py evaluation/report.py",
 }
 """Foreign packages, and the files that may import them."""
@@ -55,6 +58,7 @@ ONLY_IN = {
 INSIDE = {
     "cli.py": "a command, and nothing of the others",
     "models.py": "transformers, where it is installed",
+    "sglang_plugin.py": "SGLang, where it is asked for",
     "backends/triton/package.py": "triton_kernels, and our file for it: the registry's",
     "backends/ck.py": "aiter: likewise",
     "diagnosis/*.py": "all that may be broken",
@@ -66,7 +70,7 @@ INSIDE = {
 }
 """Files that import inside of a function what may be missing, and what that is. Others do it at their top."""
 
-HEAVY = ("vllm", "aiter", "triton", "triton_kernels")
+HEAVY = ("vllm", "sglang", "aiter", "triton", "triton_kernels")
 IMPORT_LIMIT = 500
 """Calls of functions that an import of the package may take, which do not depend on the machine."""
 
@@ -164,6 +168,7 @@ def test_source_keeps_the_rules() -> None:
             "diagnosis/model.py imports vllm",
         ),
         ("bench/serve.py", "import vllm", "bench/serve.py imports vllm"),
+        ("serving.py", "from sglang import srt", "serving.py imports sglang"),
         ("moe.py", "NAME = ''\n__import__(f'aiter.{NAME}')", "moe.py imports aiter"),
         ("utils.py", "", "utils.py is a part without a rule"),
     ],
@@ -209,6 +214,7 @@ def loaded_by(module: str, path: tuple[Path, ...] = ()) -> tuple[list[str], int]
     [
         ("errors", []),
         ("settings", []),
+        ("sglang_plugin", []),
         ("options", []),
         ("cli", []),
         ("mxfp4", ["torch"]),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
-from vllm_mxfp4_gfx950.settings import Settings, from_environment, misspelt
+from vllm_mxfp4_gfx950.settings import Settings, for_sglang, from_environment, misspelt
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton", "ck", "reference"])
@@ -79,12 +79,26 @@ def test_misspelt_name(name: str, meant: str) -> None:
         from_environment({name: "1"})
 
 
+def test_for_sglang() -> None:
+    """Off where it is not set; a misspelt name or value is an error, and others' are not looked at."""
+    assert not for_sglang({"VLLM_MXFP4_BACKENDS": "1", "VLLM_MXFP4_STRICT": "yes"})
+    assert not for_sglang({"VLLM_MXFP4_SGLANG": "0"})
+    assert for_sglang({"VLLM_MXFP4_SGLANG": "1"})
+    with pytest.raises(Mxfp4Error, match=r"^VLLM_MXFP4_SGLANG must be one of 0, 1; got 'true'"):
+        for_sglang({"VLLM_MXFP4_SGLANG": "true"})
+    with pytest.raises(Mxfp4Error, match=r"^VLLM_MXFP4_SGLAN must .* Rename it to VLLM_MXFP4_SGLANG"):
+        for_sglang({"VLLM_MXFP4_SGLAN": "1"})
+
+
 def test_names_of_others(packages: Path) -> None:
-    """None that vLLM has is taken for a misspelling of ours."""
+    """None that vLLM or SGLang has is taken for a misspelling of ours."""
     for release in ("vllm-0.26.0", "vllm-0.33.0"):
         names = set(re.findall(r"\bVLLM_\w+", (packages / release / "vllm/envs.py").read_text()))
         assert len(names) > 100
         assert {name: misspelt(name) for name in names if misspelt(name)} == {}
+    names = set(re.findall(r"\bSGLANG_\w+", (packages / "sglang-0.5.23/sglang/srt/environ.py").read_text()))
+    assert len(names) > 100
+    assert {name: misspelt(name) for name in names if misspelt(name)} == {}
     assert misspelt("VLLM_MXFP4_USE_MARLIN") == misspelt("VLLM_NVFP4_BACKEND") == ""
 
 

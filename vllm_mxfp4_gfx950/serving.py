@@ -11,7 +11,7 @@ from vllm_mxfp4_gfx950 import backends, self_check, settings
 from vllm_mxfp4_gfx950.errors import Mxfp4Error, brief
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 
-# Loggers below `vllm` print where vLLM's own do.
+# Loggers below `vllm` print where vLLM's own do; in SGLang they are below the root, as its own are.
 logger = logging.getLogger("vllm.mxfp4_triton")
 
 
@@ -31,6 +31,7 @@ class ModelLayers:
         self.shape, self.wanted = shape, wanted
         self.selection = backends.select(shape, arch, wanted)
         self.checked = False
+        logger.info("MoE layers run through %s. Each is %s.", self.selection, shape)
         if wanted.self_check == "off":
             logger.info("Layers are not checked: %s=off.", settings.SELF_CHECK_VAR)
 
@@ -87,3 +88,12 @@ def check_activation_dtype(dtype: torch.dtype, arch: str) -> None:
         raise Mxfp4Error(
             "--dtype", f"{' or '.join(map(str, allowed))} on {arch}", dtype, "Serve with --dtype bfloat16"
         )
+
+
+def refuse_state_dict(layer: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Raise Mxfp4Error where a model is asked for its state, in which these experts would be missing.
+
+    A hook of torch's, called by `state_dict`.
+    """
+    fix = "Keep the checkpoint that the model was loaded from: prepared experts cannot be saved"
+    raise Mxfp4Error(f"{prefix}*", "left out of any saved state", "state_dict()", fix)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 
 FLAG = "mxfp4-triton"
-"""The value of `--quantization`; vLLM and SGLang both have it, `--dtype` and `--tensor-parallel-size`."""
+"""The value of vLLM's `--quantization`."""
 
 BACKEND_VAR = "VLLM_MXFP4_BACKEND"
 STRICT_VAR = "VLLM_MXFP4_STRICT"
 SELF_CHECK_VAR = "VLLM_MXFP4_SELF_CHECK"
 TABLES_VAR = "VLLM_MXFP4_TABLES"
-VARIABLES = (BACKEND_VAR, STRICT_VAR, SELF_CHECK_VAR, TABLES_VAR)
+SGLANG_VAR = "VLLM_MXFP4_SGLANG"
+VARIABLES = (BACKEND_VAR, STRICT_VAR, SELF_CHECK_VAR, TABLES_VAR, SGLANG_VAR)
 BACKENDS = ("auto", "triton", "two_fp8", "ck", "reference")
 SELF_CHECKS = ("first", "all", "off")
 ALIKE = 0.9
@@ -53,17 +54,36 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
             name is nearly one of ours, which would steer nothing.
     """
     variables = os.environ if environment is None else environment
-    for name in variables:
-        meant = misspelt(name)
-        if meant:
-            fix = f"Rename it to {meant}, or unset it"
-            raise Mxfp4Error(name, f"one of {', '.join(VARIABLES)}", "another name", fix)
+    check_names(variables)
     return Settings(
         backend=_one_of(variables, BACKEND_VAR, BACKENDS),
         strict=_one_of(variables, STRICT_VAR, ("0", "1")) == "1",
         self_check=_one_of(variables, SELF_CHECK_VAR, SELF_CHECKS),
         tables=_directory(variables, TABLES_VAR),
     )
+
+
+def for_sglang(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether SGLang is to compute GPT-OSS's experts by this package: VLLM_MXFP4_SGLANG.
+
+    Args:
+        environment: variables by name; None reads the process's own.
+
+    Raises:
+        Mxfp4Error: it holds another value than 0 and 1, or one is set whose name is nearly its.
+    """
+    variables = os.environ if environment is None else environment
+    check_names(name for name in variables if misspelt(name) == SGLANG_VAR)
+    return _one_of(variables, SGLANG_VAR, ("0", "1")) == "1"
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise Mxfp4Error where a variable is nearly one of ours."""
+    for name in names:
+        meant = misspelt(name)
+        if meant:
+            fix = f"Rename it to {meant}, or unset it"
+            raise Mxfp4Error(name, f"one of {', '.join(VARIABLES)}", "another name", fix)
 
 
 def misspelt(name: str) -> str:

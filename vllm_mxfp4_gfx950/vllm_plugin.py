@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from vllm import envs
 from vllm.config import CompilationMode, VllmConfig, get_current_vllm_config
-from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -38,15 +37,12 @@ from vllm_mxfp4_gfx950.vllm_checks import (
     names_in_checkpoint,
 )
 
-# Loggers below `vllm` print where vLLM's own do.
-logger = init_logger("vllm.mxfp4_triton")
-
 
 def register() -> None:
     """Make the flag and our environment variables known; vLLM calls this in each of its processes."""
     register_quantization_config(FLAG)(Mxfp4TritonConfig)
     # vLLM warns of VLLM_* variables that it does not know, and keys its compile cache by those it does.
-    for name in (settings.BACKEND_VAR, settings.STRICT_VAR, settings.SELF_CHECK_VAR, settings.TABLES_VAR):
+    for name in settings.VARIABLES:
         envs.environment_variables.setdefault(name, functools.partial(os.environ.get, name))
 
 
@@ -156,9 +152,6 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         serving.check_activation_dtype(moe.in_dtype, arch)
         self.layers = serving.model_layers(self.shape, arch, settings.from_environment())
         check_capture(config, self.layers.selection)
-        logger.info_once(
-            "MoE layers run through %s. Each is %s.", str(self.layers.selection), str(self.shape)
-        )
         self.prepared: backends.Layer | None = None
         self.from_checkpoint = config.load_config.load_format != "dummy"
 
@@ -243,7 +236,7 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         self.prepared = self.layers.prepare(self.loader.weights(tensors), self.prefix)
         for name in PARAMETERS:
             delattr(layer, name)
-        layer.register_state_dict_pre_hook(refuse_state_dict)
+        layer.register_state_dict_pre_hook(serving.refuse_state_dict)
 
     def apply_monolithic(
         self,
@@ -255,15 +248,6 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         """bf16[T, H] and the router's logits [T, global_experts] to bf16[T, H]."""
         assert self.prepared is not None
         return self.prepared.run(x, router_logits)
-
-
-def refuse_state_dict(layer: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Raise Mxfp4Error where a model is asked for its state, in which these experts would be missing.
-
-    A hook of torch's, called by `state_dict`.
-    """
-    fix = "Keep the checkpoint that the model was loaded from: prepared experts cannot be saved"
-    raise Mxfp4Error(f"{prefix}*", "left out of any saved state", "state_dict()", fix)
 
 
 class UnloadedConfig(Mxfp4TritonConfig):

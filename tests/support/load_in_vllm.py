@@ -6,37 +6,12 @@ Reads fp32[T, H] activations and writes what vLLM's MoE blocks make of them, fp3
 on this is all vLLM's Python, and none of its compiled code, which its releases have for GPUs only.
 """
 
-import inspect
 import sys
-from collections.abc import Callable
 
 import torch
+from overrides import check_overrides
 
 CHECKPOINT, ACTIVATIONS, OUTPUTS = sys.argv[1:]
-
-
-def check_overrides(ours: type, base: type) -> None:
-    """Every method must be there, and take what the base class's takes, by position and by name."""
-    assert not inspect.isabstract(ours), ours.__abstractmethods__
-    for name in vars(ours):
-        if name.startswith("_") or not inspect.isroutine(getattr(base, name, None)):
-            continue
-        signature = without_self(getattr(ours, name))
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        called = without_self(getattr(base, name)).parameters.values()
-        names = [parameter.name for parameter in called if parameter.kind in kinds]
-        try:
-            signature.bind(*names)
-            signature.bind(**dict.fromkeys(names))
-        except TypeError as error:
-            raise TypeError(f"{ours.__name__}.{name}{signature} must take {names}") from error
-
-
-def without_self(method: Callable[..., object]) -> inspect.Signature:
-    """The signature that a caller of a method sees, whether it is bound or not."""
-    signature = inspect.signature(method)
-    parameters = [parameter for name, parameter in signature.parameters.items() if name != "self"]
-    return signature.replace(parameters=parameters)
 
 
 def main() -> None:
