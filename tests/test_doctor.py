@@ -20,7 +20,13 @@ from tiny_checkpoint import TinyGptOss
 
 from vllm_mxfp4_gfx950 import cli, tiles
 from vllm_mxfp4_gfx950.backends.triton import package
-from vllm_mxfp4_gfx950.diagnosis.environment import check_dependencies, check_other_plugins, check_plugin
+from vllm_mxfp4_gfx950.diagnosis.environment import (
+    check_dependencies,
+    check_other_plugins,
+    check_plugin,
+    check_sglang,
+    check_vllm,
+)
 from vllm_mxfp4_gfx950.diagnosis.machine import MASKS
 from vllm_mxfp4_gfx950.diagnosis.model import check_backends
 from vllm_mxfp4_gfx950.models import GPT_OSS, layer_shape
@@ -34,6 +40,7 @@ EVERYTHING = [
     "vllm",
     "plugin",
     "other plugins",
+    "sglang",
     "GPU",
     "settings",
     "triton",
@@ -192,6 +199,56 @@ def test_plugin_that_is_not_registered(tmp_path: Path, monkeypatch: pytest.Monke
     assert not check.ok
     assert check.found == "not registered"
     assert check.fix == "pip install this package's checkout"
+
+
+SGLANG = {"sglang/srt/plugins/hook_registry.py": "", **distribution("sglang", "0.5.23", "sglang")}
+INSTALL, CHECKOUT = "Install SGLang 0.5.16 or later", "pip install this package's checkout"
+
+
+@pytest.mark.parametrize(
+    ("files", "variables", "fix"),
+    [
+        ({}, {"VLLM_MXFP4_SGLANG": "1"}, INSTALL),
+        ({"sglang/__init__.py": ""} | ours(), {"VLLM_MXFP4_SGLANG": "1"}, INSTALL),
+        (SGLANG | ours(points=""), {"VLLM_MXFP4_SGLANG": "1"}, CHECKOUT),
+        (
+            SGLANG | ours(),
+            {"VLLM_MXFP4_SGLANG": "1", "SGLANG_PLUGINS": "other"},
+            "Unset SGLANG_PLUGINS or add mxfp4_triton to it",
+        ),
+        (SGLANG | ours(), {"VLLM_MXFP4_SGLANG": "on"}, "Set VLLM_MXFP4_SGLANG to one of these or unset it"),
+        (SGLANG | ours(), {"VLLM_MXFP4_SGLANG": "1", "SGLANG_PLUGINS": "other, mxfp4_triton"}, None),
+        ({}, {}, None),
+    ],
+    ids=["none", "before 0.5.16", "not registered", "not loaded", "wrong value", "served", "not asked for"],
+)
+def test_sglang(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files: dict[str, str],
+    variables: dict[str, str],
+    fix: str | None,
+) -> None:
+    """It is named wherever it is, and fails only where it is asked for and would not call us."""
+    monkeypatch.syspath_prepend(write(tmp_path, files))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (check,) = check_sglang()
+    assert check.ok == (fix is None)
+    if fix is not None:
+        assert check.fix == fix
+    elif files:
+        assert check.found == (
+            f"sglang 0.5.23 in {tmp_path / 'sglang'}, VLLM_MXFP4_SGLANG=1, SGLANG_PLUGINS=other, mxfp4_triton"
+        )
+
+
+def test_no_vllm_beside_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One host is enough, and it must be the one that is asked for."""
+    monkeypatch.setattr("vllm_mxfp4_gfx950.diagnosis.environment.directory_of", lambda package: None)
+    assert [check.ok for check in check_vllm()] == [False]
+    monkeypatch.setenv("VLLM_MXFP4_SGLANG", "1")
+    assert [check.ok for check in check_vllm()] == [True]
 
 
 def test_another_plugin_that_replaces_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

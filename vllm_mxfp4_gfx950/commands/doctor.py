@@ -14,6 +14,7 @@ from vllm_mxfp4_gfx950.diagnosis.environment import (
     check_dependencies,
     check_other_plugins,
     check_plugin,
+    check_sglang,
     check_torch,
     check_vllm,
 )
@@ -59,6 +60,7 @@ def examine(arch: str | None = None, model: str | None = None, tp: int = 1, ep: 
         *guarded("vllm", check_vllm),
         *guarded("plugin", check_plugin),
         *guarded("other plugins", check_other_plugins),
+        *guarded("sglang", check_sglang),
         *guarded("backends", lambda: check_backends(arch, model, tp, ep)),
     ]
 

@@ -8,16 +8,22 @@ import re
 from importlib import metadata, util
 from pathlib import Path
 
-from vllm_mxfp4_gfx950 import plugins
-from vllm_mxfp4_gfx950.diagnosis import Check
+from vllm_mxfp4_gfx950 import plugins, settings
+from vllm_mxfp4_gfx950.diagnosis import Check, refusal
+from vllm_mxfp4_gfx950.errors import Mxfp4Error
+from vllm_mxfp4_gfx950.settings import SGLANG_VAR
 
 DISTRIBUTION = "vllm-mxfp4-gfx950"
+SGLANG_GROUP = "sglang.srt.plugins"
 PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "mxfp4_triton"
 NEVER_REQUIRED = ("torch", "triton", "triton-kernels", "vllm")
 """What an install of ours must not replace."""
 
 ROUTED_EXPERTS = Path("model_executor", "layers", "fused_moe", "routed_experts.py")
 """The file of vLLM that our plugin's layer came with, in 0.24."""
+
+HOOKS = Path("srt", "plugins", "hook_registry.py")
+"""The file of SGLang by which a plugin takes part in what it builds; 0.5.16 has it."""
 
 
 def directory_of(package: str) -> Path | None:
@@ -61,7 +67,29 @@ def check_vllm() -> list[Check]:
     """The host, looked at without importing it, which takes seconds."""
     directory = directory_of("vllm")
     ok = directory is not None and (directory / ROUTED_EXPERTS).is_file()
-    return [Check(ok, "vllm", installed("vllm"), "0.24 or later", "Install vLLM 0.24 or later")]
+    needless = directory is None and os.environ.get(SGLANG_VAR) == "1"
+    rule = f"0.24 or later, or none with {SGLANG_VAR}=1"
+    return [Check(ok or needless, "vllm", installed("vllm"), rule, "Install vLLM 0.24 or later")]
+
+
+def check_sglang() -> list[Check]:
+    """The other host, looked at in the same way, which matters where it is asked for."""
+    try:
+        asked = settings.for_sglang()
+    except Mxfp4Error as error:
+        return [refusal("sglang", error)]
+    directory, names = directory_of("sglang"), os.environ.get("SGLANG_PLUGINS")
+    found = f"{installed('sglang')}, {SGLANG_VAR}={int(asked)}"
+    if names:
+        found += f", SGLANG_PLUGINS={names}"
+    fix = ""
+    if directory is None or not (directory / HOOKS).is_file():
+        fix = "Install SGLang 0.5.16 or later"
+    elif not metadata.entry_points(group=SGLANG_GROUP, name=PLUGIN):
+        fix = "pip install this package's checkout"
+    elif names and PLUGIN not in map(str.strip, names.split(",")):
+        fix = f"Unset SGLANG_PLUGINS or add {PLUGIN} to it"
+    return [Check(not (asked and fix), "sglang", found, f"0.5.16 or later with {SGLANG_VAR}=1", fix)]
 
 
 def check_plugin() -> list[Check]:
