@@ -80,6 +80,7 @@ test-emulated: .venv/.plugin $(TRITONS:%=.venv/triton/%)
 	$(BIN)/pytest --no-skips -m emulate
 
 test-load: .venv/.plugin
+	@$(BIN)/python environments/fetch_packages.py .venv/packages
 	$(BIN)/pytest --no-skips -m load -s
 
 fuzz: .venv/.plugin

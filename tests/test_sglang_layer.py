@@ -47,15 +47,19 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module", name="seen")
-def fixture_seen(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+@pytest.fixture(
+    scope="module", name="seen", params=["0.5.23", pytest.param("0.5.16", marks=pytest.mark.load)]
+)
+def fixture_seen(
+    request: pytest.FixtureRequest, packages: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """What the script saw, with this tree's entry points."""
     distribution = tmp_path_factory.mktemp("distribution")
     info = distribution / "vllm_mxfp4_gfx950-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-mxfp4-gfx950\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text((ROOT / "entry_points.cfg").read_text())
-    result = run_python([str(SCRIPT)], [distribution, packages / "sglang-0.5.23"])
+    result = run_python([str(SCRIPT)], [distribution, packages / f"sglang-{request.param}"])
     assert result.returncode == 0, result.stdout + result.stderr
     seen: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return seen
