@@ -223,6 +223,7 @@ def tile(row: int, column: int, value: Any) -> Callable[[Any], None]:
     return edit
 
 
+PLAN = ["3.6", 32, 64, 1, 1, 1, "table"]
 POWERS = "one of 8, 16, 32, 64, 128, 256"
 BAD = {
     "arch": (put("arch", "sm90"), ": arch must be gfx950; got 'sm90'"),
@@ -269,6 +270,13 @@ BAD = {
     "half of own": (lambda c: c["rows"].pop(0), ": the rows of own must be of w13 and w2 alike in "),
     "us": (put("measured", [["own", "3.6", "w2", 32, 32, 1, 1, 1, 0, math.nan]]),
            ": measured[0].us must be a time above 0.0; got nan"),
+    "plans": (put("plans", {}), ": plans must be a list; got {}"),
+    "short plan": (put("plans", [PLAN[:-1]]), ": plans[0] must be of triton, k, n, experts, global_exper"),
+    "plan": (put("plans", [[*PLAN[:-1], "ours"]]), ": plans[0].plan must be one of own, two_fp8, table, pac"),
+    "plan's release": (put("plans", [[3.6, *PLAN[1:]]]), ": plans[0].triton must be the first two numbers"),
+    "plan's tokens": (put("plans", [[*PLAN[:-2], 0, "own"]]), ": plans[0].tokens must be an integer from 1 "),
+    "plan's k": (put("plans", [["3.6", 33, *PLAN[2:]]]), ": plans[0].k must be an integer from 32 to 65536 "),
+    "plan twice": (put("plans", [PLAN, [*PLAN[:-1], "own"]]), ": plans[1] must be the only one for its tok"),
 }  # fmt: skip
 
 

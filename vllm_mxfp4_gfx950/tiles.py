@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args
 
 from vllm_mxfp4_gfx950.moe import MoeShape
 
@@ -87,6 +87,12 @@ class Ladder(Generic[T_co]):
         return Ladder(tuple(bound for bound, _ in last), tuple(rung for _, rung in last))
 
 
+Plan: TypeAlias = Literal["own", "two_fp8", "table", "package"]
+"""What computes a batch: our own matmuls, those with two FP8 addends, or the package's, with a table's tiles
+or with those that it chooses itself."""
+
+PLANS: tuple[Plan, ...] = get_args(Plan)
+
 Key: TypeAlias = tuple[str, str, Gemm]
 """Kernels, Triton release and matmul."""
 
@@ -109,6 +115,29 @@ def columns() -> list[str]:
     """What each value of a row is."""
     names = [field.name for kind in (Gemm, TileConfig) for field in fields(kind)]
     return ["kernels", "triton", *names[:5], "tokens", *names[5:]]
+
+
+PLAN_COLUMNS = ["triton", "k", "n", "experts", "global_experts", "tokens", "plan"]
+"""What each value of a plan's row is; the sizes are those of the layer's w13."""
+
+
+def encode_plans(triton: str, shape: MoeShape, plans: Ladder[Plan]) -> list[list[Any]]:
+    """Rows of a table's plans, in the order of PLAN_COLUMNS."""
+    key = [release_of(triton), *astuple(gemms(shape)[0])[1:]]
+    return [[*key, bound, plan] for bound, plan in zip(plans.bounds, plans.rungs, strict=True)]
+
+
+def parse_plans(rows: list[list[Any]], triton: str, shape: MoeShape) -> Ladder[Plan] | None:
+    """Which plan serves how many tokens of a layer; None where no row is of it."""
+    others = without_plans(rows, triton, shape)
+    rungs = sorted((row[-2], row[-1]) for row in rows if row not in others)
+    return Ladder(*map(tuple, zip(*rungs, strict=True))) if rungs else None
+
+
+def without_plans(rows: list[list[Any]], triton: str, shape: MoeShape) -> list[list[Any]]:
+    """The rows that are of other layers or releases."""
+    key = encode_plans(triton, shape, Ladder((1,), ("package",)))[0][:-2]
+    return [row for row in rows if row[:-2] != key]
 
 
 def parse(rows: list[list[Any]]) -> dict[Key, Ladder[TileConfig]]:

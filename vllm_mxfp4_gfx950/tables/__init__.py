@@ -12,10 +12,22 @@ import math
 from dataclasses import astuple
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from vllm_mxfp4_gfx950.arch import arch_named
+from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.tables.store import read
-from vllm_mxfp4_gfx950.tiles import Gemm, Key, Ladder, TileConfig, parse, release_of
+from vllm_mxfp4_gfx950.tiles import (
+    Gemm,
+    Key,
+    Ladder,
+    Plan,
+    TileConfig,
+    gemms,
+    parse,
+    parse_plans,
+    release_of,
+)
 
 # Loggers below `vllm` print where vLLM's own do.
 logger = logging.getLogger("vllm.mxfp4_triton.tables")
@@ -64,6 +76,27 @@ def ladder(
     return candidates[nearest]
 
 
+def plans(arch: str, triton: str, shape: MoeShape, tables: Path | None) -> Ladder[Plan] | None:
+    """Which plan serves how many tokens by the user's table; None where it does not say.
+
+    Raises:
+        Mxfp4Error: as `users`.
+    """
+    return None if tables is None else parse_plans(_users_file(tables, arch)["plans"], triton, shape)
+
+
+def has_layer(arch: str, kernels: str, triton: str, shape: MoeShape, tables: Path | None) -> bool:
+    """Whether the user's table has plans or these kernels' tiles for a layer.
+
+    Raises:
+        Mxfp4Error: as `users`.
+    """
+    if tables is None:
+        return False
+    of_tiles = all((kernels, release_of(triton), gemm) in users(tables, arch) for gemm in gemms(shape))
+    return of_tiles or plans(arch, triton, shape, tables) is not None
+
+
 def whose(arch: str, kernels: str, triton: str, gemm: Gemm, tables: Path | None = None) -> str:
     """Who made the tiles that `ladder` finds, in words; it takes the same arguments.
 
@@ -104,8 +137,13 @@ def users(tables: Path, arch: str) -> dict[Key, Ladder[TileConfig]]:
     Raises:
         Mxfp4Error: the file is not a table, or a value of it is out of its bounds.
     """
+    return parse(_users_file(tables, arch)["rows"])
+
+
+@functools.cache
+def _users_file(tables: Path, arch: str) -> dict[str, Any]:
     file = tables / f"{arch}.json"
-    return parse(read(file, arch)["rows"]) if file.exists() else {}
+    return read(file, arch) if file.exists() else {"rows": [], "plans": []}
 
 
 def _number(release: str) -> int:

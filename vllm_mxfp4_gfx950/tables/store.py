@@ -8,6 +8,7 @@
  "columns": the names of a row's values, the last of which is a place in "tiles",
  "rows": one for each matmul and number of tokens,
  "measured": what `vllm-mxfp4 tune` has timed so far: such rows, each with the layer's microseconds
+ "plans": what serves up to how many tokens of a layer, by `vllm-mxfp4 tune --quick`: see `tiles.PLAN_COLUMNS`
 }
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 
 from vllm_mxfp4_gfx950.arch import Integers, arch_named
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
-from vllm_mxfp4_gfx950.tiles import KERNELS, Gemm, Key, TileConfig, columns
+from vllm_mxfp4_gfx950.tiles import KERNELS, PLAN_COLUMNS, PLANS, Gemm, Key, TileConfig, columns
 
 MAX_FILE_BYTES = 1 << 20
 FIX = "Correct it, or let `vllm-mxfp4 tune` write the file anew"
@@ -43,7 +44,7 @@ TILE = 8
 
 
 def read(file: Path, arch: str) -> dict[str, Any]:
-    """A table as data: "provenance", "rows" and "measured", which is empty unless `vllm-mxfp4 tune` wrote it.
+    """A table as data: "provenance", "rows", and "measured" and "plans", which only `vllm-mxfp4 tune` writes.
 
     Args:
         file: the table.
@@ -69,7 +70,8 @@ def read(file: Path, arch: str) -> dict[str, Any]:
     wanted = ["arch", "columns", "provenance", "rows", "tile", "tiles"]
     _require(isinstance(content, dict), f"{file}", "an object", content)
     found = sorted(content)
-    _require(found in (wanted, sorted([*wanted, "measured"])), f"{file}", f"of {', '.join(wanted)}", found)
+    is_table = {*wanted} <= {*found} <= {*wanted, "measured", "plans"}
+    _require(is_table, f"{file}", f"of {', '.join(wanted)}", found)
     _require(content["arch"] == arch, f"{file}: arch", arch, content["arch"])
     provenance = content["provenance"]
     _require(isinstance(provenance, dict), f"{file}: provenance", "an object", provenance)
@@ -91,6 +93,12 @@ def read(file: Path, arch: str) -> dict[str, Any]:
         _require(isinstance(rows, list), f"{file}: {name}", "a list", rows)
         content[name] = [_row(row, extra, tiles, arch, f"{file}: {name}[{i}]") for i, row in enumerate(rows)]
     _check_ladders(content["rows"], f"{file}")
+    plans = content.setdefault("plans", [])
+    _require(isinstance(plans, list), f"{file}: plans", "a list", plans)
+    for index, row in enumerate(plans):
+        _check_plan(row, f"{file}: plans[{index}]")
+        others = [each[:-1] for each in plans[:index]]
+        _require(row[:-1] not in others, f"{file}: plans[{index}]", "the only one for its tokens", row)
     return content
 
 
@@ -116,22 +124,38 @@ def _check_row(arch: str, row: list[Any], at: str) -> None:
     values = dict(zip(columns(), row, strict=True))
     for name, some in (("kernels", KERNELS), ("name", ("w13", "w2"))):
         _require(values[name] in some, f"{at}.{name}", _one_of(some), values[name])
-    release = values["triton"]
-    is_release = isinstance(release, str) and re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}", release)
-    _require(is_release, f"{at}.triton", "the first two numbers of a release, such as 3.6", release)
+    _check_release(values["triton"], at)
     bounds = ROW_BOUNDS | arch_named(arch).takes(values["kernels"])
     if values["kernels"] != "own":
         bounds["tokens"] = ROW_BOUNDS["tokens"][1:]
     elif values["name"] == "w13":
         bounds["split_k"] = (1,)  # The SwiGLU needs whole sums.
-    for name, integers in bounds.items():
-        value = values[name]
-        # True == 1 and 8.0 == 8, but neither is an integer.
-        _require(type(value) is int and value in integers, f"{at}.{name}", _one_of(integers), value)
+    _check_integers(values, bounds, at)
     tile = TileConfig(*row[TILE:])
     most = arch_named(arch).own_warps(tile) if values["kernels"] == "own" else tile.num_warps
     rule = f"at most {most} with block_m {tile.block_m} and block_k {tile.block_k}"
     _require(tile.num_warps <= most, f"{at}.num_warps", rule, tile.num_warps)
+
+
+def _check_release(release: Any, at: str) -> None:
+    is_release = isinstance(release, str) and re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}", release)
+    _require(is_release, f"{at}.triton", "the first two numbers of a release, such as 3.6", release)
+
+
+def _check_integers(values: dict[str, Any], bounds: dict[str, Integers], at: str) -> None:
+    for name, integers in bounds.items():
+        value = values[name]
+        # True == 1 and 8.0 == 8, but neither is an integer.
+        _require(type(value) is int and value in integers, f"{at}.{name}", _one_of(integers), value)
+
+
+def _check_plan(row: Any, at: str) -> None:
+    is_row = isinstance(row, list) and len(row) == len(PLAN_COLUMNS)
+    _require(is_row, at, f"of {', '.join(PLAN_COLUMNS)}", row)
+    values = dict(zip(PLAN_COLUMNS, row, strict=True))
+    _check_release(values["triton"], at)
+    _check_integers(values, ROW_BOUNDS | {"tokens": ROW_BOUNDS["tokens"][1:]}, at)
+    _require(values["plan"] in PLANS, f"{at}.plan", _one_of(PLANS), values["plan"])
 
 
 def _check_ladders(rows: list[list[Any]], file: str) -> None:
@@ -163,6 +187,7 @@ def write(
     provenance: dict[str, Any],
     rows: Sequence[list[Any]],
     measured: Sequence[list[Any]] = (),
+    plans: Sequence[list[Any]] = (),
 ) -> None:
     """Write a table whole, or leave the old one: it may be read at any time.
 
@@ -172,6 +197,7 @@ def write(
         provenance: where rows come from, by kernels and Triton release.
         rows: in the order of `tiles.columns`.
         measured: what `vllm-mxfp4 tune` has timed so far: such rows, each with the layer's microseconds.
+        plans: in the order of `tiles.PLAN_COLUMNS`.
     """
     end = len(columns())
     tiles = sorted({tuple(row[TILE:end]) for row in (*rows, *measured)})
@@ -193,6 +219,8 @@ def write(
     }
     if measured:
         parts["measured"] = lines(numbered(measured))
+    if plans:
+        parts["plans"] = lines(plans)
     part = file.with_suffix(".part")
     part.write_text("{\n " + ",\n ".join(f'"{name}": {text}' for name, text in parts.items()) + "\n}\n")
     part.replace(file)
