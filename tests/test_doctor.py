@@ -122,7 +122,8 @@ def test_cpu_is_served_by_the_reference(tmp_path: Path) -> None:
     assert checks["plugin"]["found"] == "vllm_mxfp4_gfx950.vllm_plugin:register"
     assert checks["GPU"]["found"] == "cpu"
     assert checks["settings"]["found"] == (
-        "VLLM_MXFP4_BACKEND=auto, VLLM_MXFP4_STRICT=0, VLLM_MXFP4_SELF_CHECK=first, VLLM_MXFP4_TABLES=unset"
+        "VLLM_MXFP4_BACKEND=auto, VLLM_MXFP4_STRICT=0, VLLM_MXFP4_SELF_CHECK=first, VLLM_MXFP4_TABLES=unset, "
+        "VLLM_MXFP4_TIME_AT_LOAD=1"
     )
     for what in ("triton_ogs", "triton_matmul"):
         assert checks[what]["found"] == (
@@ -668,7 +669,7 @@ def test_doctor_and_serving_agree_about_gfx950(tmp_path: Path) -> None:
         "    os.environ.clear()\n"
         "    os.environ.update(before | environment)\n"
         "    try:\n"
-        "        serving.model_layers(layer_shape(model), 'gfx950', settings.from_environment())\n"
+        "        serving.model_layers(layer_shape(model), 'gfx950', settings.from_environment(), 64)\n"
         "        refused = ''\n"
         "    except Exception as error:\n"
         "        refused = str(error)\n"

@@ -252,10 +252,10 @@ def test_no_memory_on_a_gpu() -> None:
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**24) / total)
     try:
         with pytest.raises(Mxfp4Error, match="the GPU's free memory must be enough to prepare"):
-            serving.ModelLayers(shape, arch, Settings()).prepare(weights, "layers.0")
+            serving.ModelLayers(shape, arch, Settings(), 64).prepare(weights, "layers.0")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    serving.ModelLayers(shape, arch, Settings()).prepare(weights, "layers.0")
+    serving.ModelLayers(shape, arch, Settings(), 64).prepare(weights, "layers.0")
 
 
 # --- activations that are not finite, and none at all -----------------------------------------------

@@ -7,12 +7,13 @@ import pytest
 import torch
 from emulate_routing import logits_of, miss
 
-from vllm_mxfp4_gfx950 import backends, settings
+from vllm_mxfp4_gfx950 import backends, choice, self_check, settings
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.backends.triton import own
 from vllm_mxfp4_gfx950.backends.triton import routing as triton_routing
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
+from vllm_mxfp4_gfx950.tiles import TileConfig
 from vllm_mxfp4_gfx950.tolerance import assert_rows_close
 
 pytestmark = [
@@ -197,3 +198,42 @@ def test_prepare_takes_little_memory_and_time(experts: int) -> None:
         print(f"E={experts}: {extra >> 20} MiB beside {layer_bytes >> 20} MiB, {seconds[-1]:.3f} s")
         assert extra <= layer_bytes
     assert min(seconds) <= 0.25
+
+
+@pytest.fixture(scope="module", name="chosen")
+def fixture_chosen(layer: Layer) -> choice.Choice:
+    """What the timing finds, once its kernels are compiled."""
+    shape, _, _, prepared = layer
+    device = torch.device("cuda")
+    choice.choose(prepared, 8192, choice.clock(shape, device))
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    found = choice.choose(prepared, 8192, choice.clock(shape, device))
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() == before
+    return found
+
+
+def test_choice_takes_a_second(chosen: choice.Choice) -> None:
+    """At most, for all batches."""
+    assert len(chosen.us) <= choice.BATCHES
+    assert chosen.seconds < 1
+
+
+def test_choice_is_right(layer: Layer, chosen: choice.Choice) -> None:
+    """What was chosen passes the check."""
+    shape, weights, _, prepared = layer
+    assert self_check.check(prepared.with_plans(chosen.plans), weights, shape).miss == ""
+
+
+def test_slow_table_serves_nothing(layer: Layer) -> None:
+    """Planted: tiles that are right and slow are given up for the package's own."""
+    shape, _, backend, prepared = layer
+    if backend.NAME != "triton_ogs" or shape.hidden < 2880:
+        pytest.skip("needs a layer of GPT-OSS on triton_kernels with matmul_ogs")
+    slow = TileConfig(16, 256, 64, 1, 8, 1, 0)
+    planted = prepared.with_tiles(slow, slow)
+    found = choice.choose(planted, 4096, choice.clock(shape, torch.device("cuda")))
+    assert found.plans.at(4096) == "package"
+    assert found.us[4096]["table"] > 1.2 * found.us[4096]["package"]
+    assert found.plans.at(1) == "own"

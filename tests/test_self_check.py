@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,9 +21,10 @@ from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.mxfp4 import dequantize
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_weights
 from vllm_mxfp4_gfx950.settings import Settings
-from vllm_mxfp4_gfx950.tiles import Ladder
+from vllm_mxfp4_gfx950.tiles import Ladder, Plan
 
 SHAPE = make_shape(8, 2, 96, 64)
+BY_TABLE: Ladder[Plan] = Ladder((64, 65), ("own", "table"))
 Run = Callable[[reference.Prepared, torch.Tensor, torch.Tensor], torch.Tensor]
 run_reference = reference.Prepared.run
 
@@ -141,7 +142,6 @@ def test_fault(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights, fault: str)
     outcomes: dict[str, self_check.Outcome] = {}
     chosen, prepared = self_check.prepare(selection, weights, SHAPE, Settings(), outcomes.__setitem__)
     assert chosen.backend.NAME == "good"
-    assert not chosen.without_own
     assert text in outcomes["bad"].miss
     assert text in str(outcomes["bad"])
     assert outcomes["good"].miss == ""
@@ -179,38 +179,80 @@ def test_last_expert() -> None:
     assert "errs by" in outcome.miss
 
 
-class TwoKernels:
-    """A layer with own matmuls for few tokens, which are wrong."""
+class SeveralPlans:
+    """Our own matmuls up to 64 tokens, a table's tiles above, and the package's: some are wrong."""
 
-    SCATTERS = False
-    keeps_nan = False
+    SCATTERS = pinned = False
 
-    def __init__(self, weights: MoeWeights, own: bool) -> None:
-        self.weights, self.own = weights, own
+    def __init__(self, weights: MoeWeights, wrong: tuple[Plan, ...], plans: Ladder[Plan] = BY_TABLE) -> None:
+        self.weights, self.wrong, self.plans = weights, wrong, plans
 
     def run(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Ten percent too much from the own matmuls."""
-        return layer_of(self.weights).run(x, logits) * (1.1 if self.own and len(x) <= 64 else 1)
+        """Ten percent too much from what is wrong."""
+        return layer_of(self.weights).run(x, logits) * (1.1 if self.plans.at(len(x)) in self.wrong else 1)
 
-    def without_own(self) -> TwoKernels | None:
+    def offered(self, tokens: int) -> tuple[Plan, ...]:
         """As in TiledLayer."""
-        return TwoKernels(self.weights, own=False) if self.own else None
+        return ("own", "table", "package") if tokens <= 64 else ("table", "package")
 
-    first_batches = staticmethod(set)
+    def with_plans(self, plans: Ladder[Plan]) -> SeveralPlans:
+        """As in TiledLayer."""
+        return SeveralPlans(self.weights, self.wrong, plans)
+
+    def without(self, *plans: Plan) -> SeveralPlans | None:
+        """As in TiledLayer."""
+        rest: list[Plan] = [plan for plan in ("table", "package") if plan not in plans]
+        others = self.plans.map(lambda plan: rest[0] if plan in plans else plan) if rest else None
+        return others and self.with_plans(others)
+
+    def first_batches(self) -> set[int]:
+        """As in TiledLayer."""
+        return {65}
+
+    def keeps_nan(self, tokens: int) -> bool:
+        """As in TiledLayer."""
+        return False
+
     route = tiles_at = with_tiles = with_own_tiles = raises
 
 
-def test_without_own(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
-    """Where only our own matmuls are wrong, the backend serves without them."""
-    some = backend("some", prepare=lambda weights, *_: TwoKernels(weights, own=True))
+@pytest.mark.parametrize(
+    ("wrong", "rungs", "told"),
+    [
+        ((), ("own", "table"), []),
+        (("own",), ("table", "table"), ["our own matmuls"]),
+        (("table",), ("own", "package"), ["a table's tiles"]),
+        (("own", "table"), ("package", "package"), ["our own matmuls", "a table's tiles"]),
+    ],
+)
+def test_wrong_plan(
+    monkeypatch: pytest.MonkeyPatch,
+    weights: MoeWeights,
+    wrong: tuple[Plan, ...],
+    rungs: tuple[Plan, ...],
+    told: list[str],
+) -> None:
+    """What is wrong serves nowhere, and the backend's other plans do."""
+    some = backend("some", prepare=lambda weights, *_: SeveralPlans(weights, wrong))
     names: list[str] = []
     chosen, prepared = self_check.prepare(
         choose_from(monkeypatch, some), weights, SHAPE, Settings(), lambda name, outcome: names.append(name)
     )
-    assert isinstance(prepared, TwoKernels)
-    assert (chosen.backend, prepared.own, chosen.without_own) == (some, False, True)
-    assert str(chosen).startswith("some without our own matmuls on ")
-    assert names == ["some", "some without our own matmuls"]
+    assert isinstance(prepared, SeveralPlans)
+    assert (chosen.backend, prepared.plans.rungs) == (some, rungs)
+    assert [name for name, _ in chosen.refused] == told
+    assert all(reason.startswith("the self-check: ") for _, reason in chosen.refused)
+    steps = [f"some without {' and '.join(told[: i + 1])}" for i in range(len(told))]
+    assert names == ["some", *steps]
+
+
+def test_no_right_plan(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
+    """The next backend serves."""
+    bad = backend("bad", prepare=lambda weights, *_: SeveralPlans(weights, ("own", "table", "package")))
+    chosen, _ = self_check.prepare(
+        choose_from(monkeypatch, bad, backend("good")), weights, SHAPE, Settings(), lambda *_: None
+    )
+    assert chosen.backend.NAME == "good"
 
 
 @pytest.mark.parametrize(("when", "times"), [("first", 1), ("all", 3), ("off", 0)])
@@ -226,45 +268,59 @@ def test_which_layers(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights, when
         return check(layer, *arguments)
 
     monkeypatch.setattr(self_check, "check", counted)
-    layers = serving.ModelLayers(SHAPE, "gfx950", Settings(self_check=when))
+    layers = serving.ModelLayers(SHAPE, "gfx950", Settings(self_check=when), 2048)
     faults = {run_reference: "good", BROKEN["swapped"][0].prepare(weights).fault: "bad"}
     served = [faults[layers.prepare(weights, f"layers.{i}").fault] for i in range(3)]
     assert served == (["bad"] * 3 if when == "off" else ["good"] * 3)
     assert checks == (["bad"] if times else []) + ["good"] * times
 
 
-def test_layer_without_own_matmuls(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
-    """Where a backend serves without them, a layer that never had any serves as it is."""
+def test_plans_of_the_first_layer_serve_the_others(
+    monkeypatch: pytest.MonkeyPatch, weights: MoeWeights
+) -> None:
+    """Those that came out wrong in the first one, which alone is checked, serve no other."""
     serving = pytest.importorskip("vllm_mxfp4_gfx950.serving")
-    layers = {own: TwoKernels(weights, own) for own in (True, False)}
-    for own, layer in layers.items():
-        choose_from(monkeypatch, backend("some", prepare=lambda *_, layer=layer: layer))
-        serve = serving.ModelLayers(SHAPE, "gfx950", Settings(self_check="off"))
-        assert serve.prepare(weights, "layers.0") is layer
-        serve.selection = replace(serve.selection, without_own=True)
-        assert (serve.prepare(weights, "layers.0") is layer) == (not own)
+    choose_from(monkeypatch, backend("some", prepare=lambda weights, *_: SeveralPlans(weights, ("own",))))
+    layers = serving.ModelLayers(SHAPE, "gfx950", Settings(), 2048)
+    served = [layers.prepare(weights, f"layers.{i}").plans.rungs for i in range(3)]
+    assert served == [("table", "table")] * 3
 
 
-class Tiled(TwoKernels):
+class Tiled(SeveralPlans):
     """A layer as `sizes` sees it."""
 
-    def __init__(self, tiles: Any, own: Any = None) -> None:
-        self.tiles, self.own = tiles, own
+    def __init__(self, tiles: Any, plans: Any, own: Any = None) -> None:
+        self.tiles, self.plans, self.own, self.two_fp8 = tiles, plans, own, None
+        self.prepared = pytest.importorskip("vllm_mxfp4_gfx950.backends.triton.layer").Prepared
 
-    def first_batches(self) -> set[int]:  # type: ignore[override]
+    def tiles_at(self, tokens: int) -> Any:  # type: ignore[override]
         """Those of the real layer."""
-        return pytest.importorskip("vllm_mxfp4_gfx950.backends.triton.layer").Prepared.first_batches(self)
+        return self.prepared.tiles_at(self, tokens)
+
+    def _served_by(self, tokens: int) -> Any:
+        return self.prepared._served_by(self, tokens)
+
+    def first_batches(self) -> set[int]:
+        """Those of the real layer."""
+        found: set[int] = self.prepared.first_batches(self)
+        return found
 
 
 def test_every_rung(weights: MoeWeights) -> None:
     """A batch for each of the kernels that a layer has tiles for."""
-    flags = Ladder((64, 512, 4096, 8192), "abcd")
+    flags, same = Ladder((64, 512, 4096, 8192), "abcd"), Ladder((1,), "x")
     tiles = Ladder((1, 2, 256), "xyz")
     assert self_check.sizes(layer_of(weights)) == self_check.TOKENS
-    assert self_check.sizes(Tiled((flags,))) == (1, 8, 32, 64, 65, 256, 513, 1024, 2048, 4097)
-    both = Tiled((flags,), SimpleNamespace(tiles=(tiles, tiles), ends=lambda bound: True))
-    # 257, as the rung of 65 to 512 tokens begins where our own matmuls serve, and ends behind them.
-    assert self_check.sizes(both) == (1, 2, 3, 8, 32, 64, 65, 256, 257, 513, 1024, 2048, 4097)
+    by_table = Ladder((1,), ("table",))
+    assert self_check.sizes(Tiled((flags, same), by_table)) == (
+        1, 8, 32, 64, 65, 256, 513, 1024, 2048, 4097,
+    )  # fmt: skip
+    both = Tiled((flags, flags), Ladder((256, 8192), ("own", "table")), SimpleNamespace(tiles=(tiles, tiles)))
+    # 257, as the rung of 65 to 512 tokens begins where our own matmuls serve, and ends behind them; 65 is
+    # theirs.
+    assert self_check.sizes(both) == (1, 2, 3, 8, 32, 64, 256, 257, 513, 1024, 2048, 4097)
+    by_package = Tiled((flags, flags), Ladder((600, 700, 800), ("table", "package", "table")))
+    assert self_check.sizes(by_package) == (1, 8, 32, 64, 65, 256, 513, 601, 701, 1024, 2048, 4097)
 
 
 def test_rung_of_its_own(weights: MoeWeights) -> None:
@@ -274,7 +330,7 @@ def test_rung_of_its_own(weights: MoeWeights) -> None:
     def run(prepared: Any, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return run_reference(prepared, x, logits) * (1.1 if tiles[0].at(len(x)) == "bad" else 1)
 
-    tiled = Tiled(tiles)
+    tiled = Tiled((*tiles, *tiles), Ladder((1,), ("table",)))
     tiled.run = layer_of(weights, run).run  # type: ignore[method-assign]
     assert self_check.check(tiled, weights, SHAPE).miss.startswith("65 tokens: row ")
     assert self_check.check(layer_of(weights, run), weights, SHAPE).miss == ""
@@ -314,7 +370,7 @@ def test_later_layer(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> No
         return raises() if len(prepared) == 3 else reference.prepare(weights, shape)
 
     choose_from(monkeypatch, backend("some", prepare=prepare), backend("good"))
-    layers = serving.ModelLayers(SHAPE, "gfx950", Settings())
+    layers = serving.ModelLayers(SHAPE, "gfx950", Settings(), 2048)
     for layer in range(2):
         layers.prepare(weights, f"layers.{layer}")
         assert layers.selection.backend.NAME == "some"
@@ -341,7 +397,7 @@ def test_no_memory(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None
         ("off", backend("bad", prepare=exhausted)),
     ):
         choose_from(monkeypatch, bad, backend("good"))
-        layers = serving.ModelLayers(SHAPE, "gfx950", Settings(self_check=when))
+        layers = serving.ModelLayers(SHAPE, "gfx950", Settings(self_check=when), 2048)
         with pytest.raises(Mxfp4Error, match=f"^{re.escape(text)}$"):
             layers.prepare(weights, "layers.0")
         assert layers.selection.backend is bad

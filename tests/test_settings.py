@@ -12,12 +12,15 @@ from vllm_mxfp4_gfx950.settings import Settings, for_sglang, from_environment, m
 @pytest.mark.parametrize("backend", ["auto", "triton", "ck", "reference"])
 @pytest.mark.parametrize("strict", ["0", "1"])
 @pytest.mark.parametrize("check", ["first", "all", "off"])
-def test_from_environment(backend: str, strict: str, check: str) -> None:
+@pytest.mark.parametrize("timed", ["0", "1"])
+def test_from_environment(backend: str, strict: str, check: str, timed: str) -> None:
     """Every value that is allowed."""
     environment = {
-        "VLLM_MXFP4_BACKEND": backend, "VLLM_MXFP4_STRICT": strict, "VLLM_MXFP4_SELF_CHECK": check
+        "VLLM_MXFP4_BACKEND": backend, "VLLM_MXFP4_STRICT": strict, "VLLM_MXFP4_SELF_CHECK": check,
+        "VLLM_MXFP4_TIME_AT_LOAD": timed,
     }  # fmt: skip
-    assert from_environment(environment) == Settings(backend, strict == "1", check)
+    asked = Settings(backend, strict == "1", check, time_at_load=timed == "1")
+    assert from_environment(environment) == asked
 
 
 def test_from_environment_reads_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +29,7 @@ def test_from_environment_reads_the_process(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("VLLM_MXFP4_STRICT", raising=False)
     monkeypatch.delenv("VLLM_MXFP4_SELF_CHECK", raising=False)
     monkeypatch.delenv("VLLM_MXFP4_TABLES", raising=False)
+    monkeypatch.delenv("VLLM_MXFP4_TIME_AT_LOAD", raising=False)
     assert from_environment() == Settings("auto", False, "first")
     monkeypatch.setenv("VLLM_MXFP4_BACKEND", "ck")
     assert from_environment() == Settings("ck", False)

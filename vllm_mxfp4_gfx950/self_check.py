@@ -13,6 +13,7 @@ from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.errors import brief
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.settings import Settings
+from vllm_mxfp4_gfx950.tiles import Plan
 from vllm_mxfp4_gfx950.tolerance import compare
 
 TOKENS = (1, 8, 32, 64, 256, 1024, 2048)
@@ -20,6 +21,13 @@ TOKENS = (1, 8, 32, 64, 256, 1024, 2048)
 
 NAN_TOKENS = 8
 """Tokens of the batch in which one has a NaN."""
+
+PLAN_NAMES: dict[Plan, str] = {
+    "own": "our own matmuls",
+    "two_fp8": "our matmuls with two FP8 addends",
+    "table": "a table's tiles",
+    "package": "the package's own tiles",
+}
 
 FAR = 30.0
 """By so much the logits of experts that are not to be chosen lie below the others."""
@@ -34,6 +42,7 @@ class Outcome:
 
     Args:
         miss: why the layer must not serve; "" when it may.
+        missed: the batch that says so; 0 when there is none.
         row: the worst row's error over what `tolerance` allows.
         tokens: the batches that were tried.
         seconds: that it took, compilation included.
@@ -43,6 +52,7 @@ class Outcome:
     row: float
     tokens: tuple[int, ...]
     seconds: float
+    missed: int = 0
 
     def __str__(self) -> str:
         if self.miss:
@@ -89,10 +99,11 @@ def check(
         except Exception as error:  # A compiler or a driver may raise anything.
             miss = brief(error)
         if miss:
-            return Outcome(f"{count} tokens: {miss}", worst, tokens[: index + 1], time.perf_counter() - began)
-    if isinstance(layer, backends.TiledLayer) and layer.keeps_nan:
+            seconds = time.perf_counter() - began
+            return Outcome(f"{count} tokens: {miss}", worst, tokens[: index + 1], seconds, count)
+    if isinstance(layer, backends.TiledLayer) and layer.keeps_nan(NAN_TOKENS):
         miss = nan_lost(layer, x[:NAN_TOKENS], logits[:NAN_TOKENS])
-    return Outcome(miss, worst, tokens, time.perf_counter() - began)
+    return Outcome(miss, worst, tokens, time.perf_counter() - began, NAN_TOKENS if miss else 0)
 
 
 def nan_lost(layer: backends.Layer, x: torch.Tensor, logits: torch.Tensor) -> str:
@@ -133,8 +144,9 @@ def prepare(
     shape: MoeShape,
     settings: Settings,
     report: Callable[[str, Outcome], None],
+    arrange: Callable[[backends.Layer], backends.Layer] = lambda layer: layer,
 ) -> tuple[backends.Selection, backends.Layer]:
-    """Prepare a layer with the first backend that computes it right.
+    """Prepare a layer with the first backend that computes it right, and without its plans that do not.
 
     A copy of the weights is kept meanwhile, as backends consume what they are given.
 
@@ -144,9 +156,10 @@ def prepare(
         shape: the layer's sizes.
         settings: what the user asked for.
         report: called with a backend's name and what its check found.
+        arrange: chooses what of a prepared layer serves, before it is checked.
 
     Returns:
-        the choice, which may do without our own matmuls, and the prepared layer.
+        the choice, and the prepared layer.
 
     Raises:
         Mxfp4Error: no backend is left.
@@ -155,21 +168,24 @@ def prepare(
     failed: dict[str, str] = {}
     while True:
         backend, layer = selection.backend, None
+        name, wrong = backend.NAME, dict[Plan, str]()
         try:
-            layer = backend.prepare(weights.clone(), shape, settings.tables)
+            layer = arrange(backend.prepare(weights.clone(), shape, settings.tables))
             outcome = check(layer, weights, shape)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             outcome = Outcome(f"while preparing, {brief(error)}", 0.0, (), 0.0)
-        report(backend.NAME, outcome)
+        report(name, outcome)
+        while outcome.miss and isinstance(layer, backends.TiledLayer):
+            wrong[layer.plans.at(outcome.missed)] = outcome.miss
+            layer = layer.without(*wrong)
+            if layer is not None:
+                name = f"{backend.NAME} without {' and '.join(PLAN_NAMES[plan] for plan in wrong)}"
+                outcome = check(layer, weights, shape)
+                report(name, outcome)
         if layer is not None and not outcome.miss:
-            return selection, layer
-        narrow = layer.without_own() if isinstance(layer, backends.TiledLayer) else None
-        if narrow is not None:
-            outcome = check(narrow, weights, shape)
-            report(f"{backend.NAME} without our own matmuls", outcome)
-            if not outcome.miss:
-                return replace(selection, without_own=True), narrow
+            without = tuple((PLAN_NAMES[plan], f"the self-check: {miss}") for plan, miss in wrong.items())
+            return replace(selection, refused=(*selection.refused, *without)), layer
         failed[backend.NAME] = f"the self-check: {outcome.miss}"
         selection = backends.select(shape, selection.arch, settings, failed)

@@ -7,9 +7,10 @@ import logging
 
 import torch
 
-from vllm_mxfp4_gfx950 import backends, self_check, settings
+from vllm_mxfp4_gfx950 import backends, choice, self_check, settings
 from vllm_mxfp4_gfx950.errors import Mxfp4Error, brief
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
+from vllm_mxfp4_gfx950.tiles import Ladder, Plan
 
 # Loggers below `vllm` print where vLLM's own do; in SGLang they are below the root, as its own are.
 logger = logging.getLogger("vllm.mxfp4_triton")
@@ -22,18 +23,24 @@ class ModelLayers:
         shape: each layer on this rank.
         arch: as `backends.arch_of` names it.
         wanted: what the user asked for.
+        largest: the most tokens of a batch.
 
     Raises:
         Mxfp4Error: no backend can serve it.
     """
 
-    def __init__(self, shape: MoeShape, arch: str, wanted: settings.Settings) -> None:
-        self.shape, self.wanted = shape, wanted
+    def __init__(self, shape: MoeShape, arch: str, wanted: settings.Settings, largest: int) -> None:
+        self.shape, self.wanted, self.largest = shape, wanted, largest
         self.selection = backends.select(shape, arch, wanted)
         self.checked = False
+        self.plans: Ladder[Plan] | None = None
+        self.choice: choice.Choice | None = None
         logger.info("MoE layers run through %s. Each is %s.", self.selection, shape)
         if wanted.self_check == "off":
             logger.info("Layers are not checked: %s=off.", settings.SELF_CHECK_VAR)
+
+    def __str__(self) -> str:
+        return f"{self.selection}{f'; by time, {self.choice}' if self.choice else ''}"
 
     def prepare(self, weights: MoeWeights, prefix: str) -> backends.Layer:
         """A layer for the backend that serves it, compared with float64 where the user wants that.
@@ -58,27 +65,41 @@ class ModelLayers:
         backend, when = self.selection.backend, self.wanted.self_check
         if backend.NAME == "reference" or when == "off" or (when == "first" and self.checked):
             layer = backend.prepare(weights, self.shape, self.wanted.tables)
-            if self.selection.without_own and isinstance(layer, backends.TiledLayer):
-                # None where this layer's scales are not for those kernels anyway.
-                return layer.without_own() or layer
-            return layer
+            return self._arranged(layer) if self.checked else layer
 
         def report(name: str, outcome: self_check.Outcome) -> None:
             log = logger.warning if outcome.miss else logger.info
             log("Self-check of %s through %s: %s.", prefix, name, outcome)
 
         before = self.selection
-        self.selection, layer = self_check.prepare(before, weights, self.shape, self.wanted, report)
+        self.selection, layer = self_check.prepare(
+            before, weights, self.shape, self.wanted, report, self._arranged
+        )
         self.checked = True
+        if isinstance(layer, backends.TiledLayer):
+            self.plans = layer.plans
         if self.selection is not before:
             logger.warning("MoE layers run through %s.", self.selection)
         return layer
 
+    def _arranged(self, layer: backends.Layer) -> backends.Layer:
+        """A layer with the plans that are the fastest on this GPU, timed once for all layers."""
+        if not isinstance(layer, backends.TiledLayer):
+            return layer
+        if self.plans is not None:
+            return layer.with_plans(self.plans)
+        if not self.wanted.time_at_load or layer.pinned or not torch.cuda.is_available():
+            return layer
+        self.choice = choice.choose(layer, self.largest, choice.clock(self.shape, torch.device("cuda")))
+        torch.cuda.empty_cache()
+        logger.info("Chosen by time: %s.", self.choice)
+        return layer.with_plans(self.choice.plans)
+
 
 @functools.cache
-def model_layers(shape: MoeShape, arch: str, wanted: settings.Settings) -> ModelLayers:
+def model_layers(shape: MoeShape, arch: str, wanted: settings.Settings, largest: int) -> ModelLayers:
     """What all layers of a model share."""
-    return ModelLayers(shape, arch, wanted)
+    return ModelLayers(shape, arch, wanted, largest)
 
 
 def check_activation_dtype(dtype: torch.dtype, arch: str) -> None:

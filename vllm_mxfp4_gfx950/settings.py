@@ -17,8 +17,9 @@ BACKEND_VAR = "VLLM_MXFP4_BACKEND"
 STRICT_VAR = "VLLM_MXFP4_STRICT"
 SELF_CHECK_VAR = "VLLM_MXFP4_SELF_CHECK"
 TABLES_VAR = "VLLM_MXFP4_TABLES"
+TIME_AT_LOAD_VAR = "VLLM_MXFP4_TIME_AT_LOAD"
 SGLANG_VAR = "VLLM_MXFP4_SGLANG"
-VARIABLES = (BACKEND_VAR, STRICT_VAR, SELF_CHECK_VAR, TABLES_VAR, SGLANG_VAR)
+VARIABLES = (BACKEND_VAR, STRICT_VAR, SELF_CHECK_VAR, TABLES_VAR, TIME_AT_LOAD_VAR, SGLANG_VAR)
 BACKENDS = ("auto", "triton", "two_fp8", "ck", "reference")
 SELF_CHECKS = ("first", "all", "off")
 ALIKE = 0.9
@@ -35,16 +36,18 @@ class Settings:
         strict: under "auto", fail rather than fall back to a second choice.
         self_check: one of SELF_CHECKS; which layers are compared with float64 before they serve.
         tables: a directory of the user's own tile tables, as `vllm-mxfp4 tune` writes them.
+        time_at_load: let the kernels that are the fastest on this GPU serve, where `tables` does not say.
     """
 
     backend: str = "auto"
     strict: bool = False
     self_check: str = "first"
     tables: Path | None = None
+    time_at_load: bool = True
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
-    """Read VLLM_MXFP4_BACKEND, VLLM_MXFP4_STRICT, VLLM_MXFP4_SELF_CHECK and VLLM_MXFP4_TABLES.
+    """Read VARIABLES.
 
     Args:
         environment: variables by name; None reads the process's own.
@@ -60,6 +63,7 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
         strict=_one_of(variables, STRICT_VAR, ("0", "1")) == "1",
         self_check=_one_of(variables, SELF_CHECK_VAR, SELF_CHECKS),
         tables=_directory(variables, TABLES_VAR),
+        time_at_load=_one_of(variables, TIME_AT_LOAD_VAR, ("1", "0")) == "1",
     )
 
 

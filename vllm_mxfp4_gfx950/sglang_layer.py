@@ -158,13 +158,16 @@ class ExpertsMethod(FusedMoEMethodBase):
         self.shape = dataclasses.replace(whole, experts=layer.num_local_experts, intermediate=share)
         arch = backends.arch_of(torch.get_default_device())
         serving.check_activation_dtype(layer.params_dtype, arch)
-        self.layers = serving.model_layers(self.shape, arch, settings.from_environment())
+        arguments = get_server_args()
+        chunk = arguments.chunked_prefill_size or -1
+        largest = chunk if chunk > 0 else arguments.max_prefill_tokens
+        self.layers = serving.model_layers(self.shape, arch, settings.from_environment(), largest)
         if arch != "cpu" and self.layers.selection.backend.NAME == "reference":
             fix = f"Choose another with {settings.BACKEND_VAR}: this one waits for the GPU, and graphs cannot"
             raise Mxfp4Error("the backend", "one for this GPU", "reference", fix)
         columns = checkpoint.rank_columns(self.shape, whole.intermediate, layer.moe_tp_rank)
         self.loader = LayerLoader(prefix, self.shape, columns, rank_experts(self.shape, layer.moe_ep_rank))
-        self.from_checkpoint = get_server_args().load_format != "dummy"
+        self.from_checkpoint = arguments.load_format != "dummy"
         self.prepared: backends.Layer | None = None
 
     def create_weights(

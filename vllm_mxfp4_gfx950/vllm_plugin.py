@@ -150,7 +150,8 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         self.shape = moe_shape(config.model_config.hf_text_config, moe)
         arch = backends.arch_of(torch.device(moe.device))
         serving.check_activation_dtype(moe.in_dtype, arch)
-        self.layers = serving.model_layers(self.shape, arch, settings.from_environment())
+        largest = config.scheduler_config.max_num_batched_tokens
+        self.layers = serving.model_layers(self.shape, arch, settings.from_environment(), largest)
         check_capture(config, self.layers.selection)
         self.prepared: backends.Layer | None = None
         self.from_checkpoint = config.load_config.load_format != "dummy"

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from vllm_mxfp4_gfx950 import backends, self_check
+from vllm_mxfp4_gfx950 import backends, choice, self_check, serving
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.backends.triton import routing, two_fp8
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH, LDS_BYTES, Launch, presented
@@ -40,8 +40,7 @@ def check_layer(case: dict[str, Any]) -> dict[str, Any]:
 
     with presented(execute):
         prepared = backends.select_tiled(shape, ARCH).prepare(weights.clone(), shape)
-        package = prepared.without_own() or prepared
-        by_package = compare(package.run(x, logits), truth, plain) if case["against_package"] else None
+        by_package = compare(prepared.run(x, logits), truth, plain) if case["against_package"] else None
     tiles = tuple(Ladder((10**6,), (TileConfig(*tile),)) for tile in case["tiles"])
     layer = two_fp8.TwoFp8(shape, prepared.w13, prepared.w2, tiles, prepared.order)
     with presented(launch):
@@ -140,8 +139,38 @@ def check_fault(fault: str, place: str) -> dict[str, Any]:
         )  # fmt: skip
     return {
         "misses": list(outcomes.values()),
-        "narrow": chosen.without_own,
+        "refused": dict(chosen.refused),
         "backend": selection.backend.NAME,
+    }
+
+
+def stand_in_clock(*_: Any) -> choice.Cost:
+    """Times as they might be, as time on an emulator says nothing."""
+    return lambda layer, tokens: {"two_fp8": 10.0 * tokens, "table": 25.0 + tokens, "package": 90.0}[
+        layer.plans.at(tokens)
+    ]
+
+
+def check_choice(fault: str) -> dict[str, Any]:
+    """What a server on gfx950 would choose for a layer of two_fp8, a table's tiles and the package's own."""
+    shape = make_shape(4, 2, 288, 96)
+    layers = serving.ModelLayers(shape, ARCH, Settings("triton"), 4)
+
+    def launch(one: Launch) -> None:
+        execute(one)
+        if fault and one.name.endswith("_and_split"):
+            drop(*(dict(one.values())[name] for name in PLACES["tokens"][1]))
+
+    on_a_gpu = mock.patch.multiple(torch.cuda, is_available=lambda: True, empty_cache=lambda: None)
+    some = mock.patch.object(self_check, "sizes", return_value=(1, 4))
+    with presented(launch), some, on_a_gpu, mock.patch.object(choice, "clock", stand_in_clock):
+        layer: Any = layers.prepare(random_weights(shape, seed=0), "layers.0")
+    assert layers.choice is not None
+    return {
+        "us": {str(tokens): us for tokens, us in layers.choice.us.items()},
+        "chosen": [layers.choice.plans.at(tokens) for tokens in (1, 4)],
+        "served": [layer.plans.at(tokens) for tokens in (1, 4)],
+        "line": str(layers),
     }
 
 
@@ -157,4 +186,10 @@ if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)
     layers = [check_layer(case) for case in json.load(sys.stdin)]
     faults = {place: {fault: check_fault(fault, place) for fault in FAULTS} for place in PLACES}
-    json.dump({"layers": layers, "split": check_split(every_bf16()), "faults": faults}, sys.stdout)
+    found = {
+        "layers": layers,
+        "split": check_split(every_bf16()),
+        "faults": faults,
+        "choices": {fault: check_choice(fault) for fault in ("", "drop")},
+    }
+    json.dump(found, sys.stdout)

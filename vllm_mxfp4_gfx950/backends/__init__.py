@@ -21,7 +21,7 @@ from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.settings import BACKEND_VAR, STRICT_VAR, Settings
 from vllm_mxfp4_gfx950.tables import users
-from vllm_mxfp4_gfx950.tiles import TileConfig
+from vllm_mxfp4_gfx950.tiles import Ladder, Plan, TileConfig
 
 if TYPE_CHECKING:
     from vllm_mxfp4_gfx950.backends.triton.routing import Routing
@@ -54,32 +54,48 @@ class Backend(Protocol):
 
 @runtime_checkable
 class TiledLayer(Layer, Protocol):
-    """A prepared layer whose kernels' tiles can be chosen; None leaves a matmul's to its package."""
+    """A prepared layer with several plans for a batch, whose tiles can be chosen.
+
+    A tile that is None leaves a matmul's to its package.
+    """
 
     SCATTERS: ClassVar[bool]
     """Whether its w2 writes each row to the place of its pair, and not in the order of the rows."""
 
+    @property
+    def plans(self) -> Ladder[Plan]:
+        """Which plan serves how many tokens."""
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the user's table says what serves this layer."""
+
     def route(self, router_logits: torch.Tensor) -> Routing:
         """Choose experts, and sort the choices that live on this rank."""
 
-    @property
-    def keeps_nan(self) -> bool:
-        """Whether a token with a NaN comes out as NaN, and not as numbers that a minimum made of it."""
+    def keeps_nan(self, tokens: int) -> bool:
+        """Whether a NaN among so many tokens comes out as one, and not as what a minimum made of it."""
 
     def first_batches(self) -> set[int]:
-        """The smallest batch that each of its tiles serves, but those of one token."""
+        """The smallest batch that each of its plans' tiles serves, but those of one token."""
 
     def tiles_at(self, tokens: int) -> tuple[TileConfig | None, TileConfig | None]:
-        """The tiles of w13 and of w2 with which the package serves so many tokens."""
+        """The tiles of w13 and of w2 with which it serves so many tokens."""
+
+    def offered(self, tokens: int) -> tuple[Plan, ...]:
+        """The plans that can serve so many tokens."""
+
+    def with_plans(self, plans: Ladder[Plan]) -> TiledLayer:
+        """The same layer, which serves each batch so where it can, else through the package."""
+
+    def without(self, *plans: Plan) -> TiledLayer | None:
+        """The same layer, the package serving instead of these; None when that is one of them."""
 
     def with_tiles(self, w13: TileConfig | None, w2: TileConfig | None) -> TiledLayer:
-        """The same layer with these tiles for every batch, and without our own matmuls."""
+        """The same layer through the package, with these tiles for every batch."""
 
     def with_own_tiles(self, w13: TileConfig, w2: TileConfig) -> TiledLayer | None:
         """The same layer through our own matmuls for every batch; None where they cannot read it."""
-
-    def without_own(self) -> TiledLayer | None:
-        """The same layer through the package alone; None when it has nothing else."""
 
 
 @runtime_checkable
@@ -130,19 +146,16 @@ class Selection:
     Args:
         backend: it.
         arch: as `arch_of` names it.
-        refused: name and reason of each that was tried before it.
-        without_own: whether its layers must do without our own matmuls, as these came out wrong.
+        refused: name and reason of each that was tried before it, and of its plans that came out wrong.
     """
 
     backend: Backend
     arch: str
     refused: tuple[tuple[str, str], ...]
-    without_own: bool = False
 
     def __str__(self) -> str:
         passed_over = "".join(f"; not {name}: {reason}" for name, reason in self.refused)
-        name = f"{self.backend.NAME}{' without our own matmuls' if self.without_own else ''}"
-        return f"{name} on {self.arch} ({self.backend.source()}){passed_over}"
+        return f"{self.backend.NAME} on {self.arch} ({self.backend.source()}){passed_over}"
 
 
 def arch_of(device: torch.device) -> str:

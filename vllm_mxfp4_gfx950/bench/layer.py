@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import torch
 
-from vllm_mxfp4_gfx950 import backends, settings
+from vllm_mxfp4_gfx950 import backends, serving, settings
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.errors import brief
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
@@ -21,6 +21,9 @@ from vllm_mxfp4_gfx950.tolerance import compare
 CALLS = 16
 """Of a layer in one timed piece of work; each has tokens of its own. A backend has two turns, in the order
 a, b, c, c, b, a."""
+
+LARGEST = 8192
+"""Tokens of the largest batch for which this package chooses what serves."""
 
 INFINITY_CACHE_BYTES = 256 * 2**20
 """Behind the L2 of CDNA 3 and 4, and not counted by torch."""
@@ -73,14 +76,14 @@ class Row:
 
 
 def ours(weights: MoeWeights, shape: MoeShape) -> Layer:
-    """The backend of this package that would serve here."""
-    backend = selected(shape, weights.w13.device).backend
-    return backend.prepare(weights, shape, settings.from_environment().tables).run
+    """This package's, prepared, checked and chosen among as a server here would do."""
+    return as_served(shape, weights.w13.device).prepare(weights, "the layer").run
 
 
-def selected(shape: MoeShape, device: torch.device) -> backends.Selection:
-    """The choice that a server here would make."""
-    return backends.select(shape, backends.arch_of(device), settings.from_environment())
+def as_served(shape: MoeShape, device: torch.device) -> serving.ModelLayers:
+    """Layers of one model, for which the first one decides what serves."""
+    wanted = settings.from_environment()
+    return serving.model_layers(shape, backends.arch_of(device), wanted, LARGEST)
 
 
 def speeds(device: torch.device) -> Speeds:

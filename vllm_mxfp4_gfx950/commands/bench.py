@@ -56,11 +56,11 @@ def run_layer(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     token_counts = list(args.tokens or TOKENS)
     if min(token_counts) < 1:
         raise Mxfp4Error("--tokens", "at least 1", min(token_counts), "Correct it")
-    shapes = [layer_shape(model) for model in args.model]
+    shapes = [layer_shape(model, args.tp, args.ep) for model in args.model]
     peers = peers_here() if args.peers is None else args.peers
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = [str(layer.selected(shape, device)) for shape in shapes]
+    chosen = [str(layer.as_served(shape, device).selection) for shape in shapes]
     reached = layer.speeds(device)
     done: dict[str, Any] = {
         "bench": "layer",
@@ -87,6 +87,7 @@ def run_layer(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
             done["rows"].append(dataclasses.asdict(row))
             if args.json:
                 report.write(args.json, done)
+        print(f"ours: {layer.as_served(shape, device)}")
     return done, 1 if any(row["failed"] for row in done["rows"]) else 0
 
 

@@ -68,7 +68,8 @@ def check_settings(arch: str) -> tuple[list[Check], Settings | None]:
         return [refusal("settings", error)], None
     found = (
         f"{settings.BACKEND_VAR}={asked.backend}, {settings.STRICT_VAR}={int(asked.strict)}, "
-        f"{settings.SELF_CHECK_VAR}={asked.self_check}, {settings.TABLES_VAR}={asked.tables or 'unset'}"
+        f"{settings.SELF_CHECK_VAR}={asked.self_check}, {settings.TABLES_VAR}={asked.tables or 'unset'}, "
+        f"{settings.TIME_AT_LOAD_VAR}={asked.time_at_load:d}"
     )
     checks = [Check(True, "settings", found, "values that exist")]
     if asked.tables:

@@ -74,14 +74,12 @@ class CompiledLayer:
         tensors = {name: torch.empty(size, dtype=dtype) for name, (dtype, size) in sizes}
         weights = MoeWeights(**tensors, expert_map=first_experts(shape))
         with presented(lambda launch: None):
-            self.prepared: Any = self.backend.prepare(weights, shape, tables)
+            prepared: Any = self.backend.prepare(weights, shape, tables)
+        self.prepared: Any = prepared if self.two_fp8 else prepared.without("own")
 
     def tiles_at(self, tokens: int) -> tuple[TileConfig, TileConfig]:
         """The tiles of w13 and of w2 that serve this many tokens."""
-        if not self.two_fp8:
-            w13, w2 = self.prepared.tiles_at(tokens)
-        else:
-            w13, w2 = (rungs.at(tokens) for rungs in self.prepared.own.tiles)
+        w13, w2 = self.prepared.tiles_at(tokens)
         return w13, w2
 
     def with_tiles(self, w13: TileConfig | None, w2: TileConfig | None) -> Any:
@@ -89,7 +87,8 @@ class CompiledLayer:
         if not self.two_fp8:
             return self.prepared.with_tiles(w13, w2)
         tiles = Ladder((2**30,), (w13,)), Ladder((2**30,), (w2,))
-        return dataclasses.replace(self.prepared, own=dataclasses.replace(self.prepared.own, tiles=tiles))
+        two_fp8 = dataclasses.replace(self.prepared.two_fp8, tiles=tiles)
+        return dataclasses.replace(self.prepared, two_fp8=two_fp8)
 
     def served(self, tokens: int) -> list[CompiledMatmul]:
         """Both matmuls with the tiles that serve this many tokens."""

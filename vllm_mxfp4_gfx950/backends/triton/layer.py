@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 import triton
 
-from vllm_mxfp4_gfx950.arch import HOPPER_K
+from vllm_mxfp4_gfx950.arch import ARCHES, HOPPER_K
 from vllm_mxfp4_gfx950.backends.triton import own, package, routing, two_fp8
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, pad_intermediate
-from vllm_mxfp4_gfx950.tables import ladder
-from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig, gemms
+from vllm_mxfp4_gfx950.tables import has_layer, ladder
+from vllm_mxfp4_gfx950.tables import plans as users_plans
+from vllm_mxfp4_gfx950.tiles import Ladder, Plan, TileConfig, gemms
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,12 @@ class Prepared(ABC):
         activation: the fused SwiGLU, as triton_kernels takes it.
         order: as `routing.order_of` returns it.
         sizes: how many sizes of tiles the routing schedules, from 16 rows on.
+        plans: which of them serves how many tokens.
+        pinned: whether the user's table says so.
         tiles: w13's and w2's by number of tokens; None leaves a call to the package.
         flags: the same as triton_kernels' OptFlags.
-        own: our own matmuls, for few tokens or, with two FP8 addends, for any; None where they do not serve.
+        own: our own matmuls, for few tokens; None where they do not serve.
+        two_fp8: those with two FP8 addends, for any number of tokens; None where the GPU has no such thing.
     """
 
     KERNELS: ClassVar[str]
@@ -49,9 +53,12 @@ class Prepared(ABC):
     activation: Any
     order: torch.Tensor | None
     sizes: int
+    plans: Ladder[Plan]
+    pinned: bool
     tiles: tuple[Ladder[TileConfig | None], Ladder[TileConfig | None]]
     flags: tuple[Ladder[Any], Ladder[Any]]
-    own: own.Own | two_fp8.TwoFp8 | None
+    own: own.Own | None
+    two_fp8: two_fp8.TwoFp8 | None
 
     @staticmethod
     @abstractmethod
@@ -79,8 +86,16 @@ class Prepared(ABC):
         """A tile as this generation takes it."""
 
     @abstractmethod
-    def matmuls(self, x: torch.Tensor, routed: routing.Routing) -> torch.Tensor:
-        """w13 with the SwiGLU fused, w2, and the sum over a token's experts: bf16[T, H] to bf16[T, H]."""
+    def matmuls(
+        self, x: torch.Tensor, routed: routing.Routing, w13_flags: Any, w2_flags: Any
+    ) -> torch.Tensor:
+        """w13 with the SwiGLU fused, w2, and the sum over a token's experts: bf16[T, H] to bf16[T, H].
+
+        Args:
+            x: the tokens.
+            routed: their routing.
+            w13_flags, w2_flags: OptFlags; None for those that the package chooses.
+        """
 
     @classmethod
     def prepare(cls, weights: MoeWeights, shape: MoeShape, tables: Path | None = None) -> Prepared:
@@ -104,7 +119,12 @@ class Prepared(ABC):
         w13_tiles, w2_tiles = (
             ladder(arch, cls.KERNELS, triton.__version__, gemm, tables) or by_package for gemm in gemms(shape)
         )
-        return cls(
+        kernels = own.own_for(arch, shape, w13, w2, order, tables) if cls.OWN else None
+        package_plan: Plan = "package" if w13_tiles is by_package else "table"
+        plans = Ladder[Plan]((1,), (package_plan,))
+        if kernels is not None:
+            plans = Ladder((kernels.most, kernels.most + 1), ("own", package_plan))
+        layer = cls(
             arch=arch,
             shape=shape,
             w13=w13,
@@ -112,13 +132,18 @@ class Prepared(ABC):
             activation=cls.fused_swiglu(shape.alpha, shape.limit),
             order=order,
             sizes=cls.count_sizes(),
+            plans=plans,
+            pinned=has_layer(arch, cls.KERNELS, triton.__version__, shape, tables),
             tiles=(w13_tiles, w2_tiles),
             flags=(cls._flags(w13_tiles, arch), cls._flags(w2_tiles, arch)),
-            own=own.own_for(arch, shape, w13, w2, order, tables) if cls.OWN else None,
+            own=kernels,
+            two_fp8=two_fp8.for_layer(shape, w13, w2, order) if ARCHES[arch].two_fp8 else None,
         )
+        pinned = users_plans(arch, triton.__version__, shape, tables)
+        return layer if pinned is None else layer.with_plans(pinned)
 
     def run(self, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
-        """The layer: through our own matmuls where they serve so many tokens, else through the package's.
+        """The layer, by the plan that serves so many tokens.
 
         Args:
             x: bf16[T, H].
@@ -130,38 +155,71 @@ class Prepared(ABC):
         tokens = x.shape[0]
         if not tokens:
             return torch.empty_like(x)
-        if self.own is not None and self.own.serves(tokens):
+        plan = self.plans.at(tokens)
+        if plan == "own" and self.own is not None:
             return self.own.run(x, router_logits)
-        return self.matmuls(x, self.route(router_logits))
+        if plan == "two_fp8" and self.two_fp8 is not None:
+            return self.two_fp8.run(x, router_logits)
+        flags = (rungs.at(tokens) if plan == "table" else None for rungs in self.flags)
+        return self.matmuls(x, self.route(router_logits), *flags)
 
     def route(self, router_logits: torch.Tensor) -> routing.Routing:
         """Choose experts, and sort the choices that live on this rank."""
         return routing.route(router_logits, self.shape.topk, self.shape.experts, self.order, self.sizes)
 
-    @property
-    def keeps_nan(self) -> bool:
-        """Whether a token with a NaN comes out as NaN."""
-        return isinstance(self.own, two_fp8.TwoFp8)
+    def keeps_nan(self, tokens: int) -> bool:
+        """Whether a NaN among so many tokens comes out as one."""
+        return self.plans.at(tokens) == "two_fp8"
 
     def first_batches(self) -> set[int]:
-        """The smallest batch of each of the ladders' rungs but the first ones.
+        """The smallest batch of each plan and of each of its tiles, but those of one token."""
+        ladders = [self.plans, *self.tiles]
+        for kernels in (self.own, self.two_fp8):
+            ladders += [] if kernels is None else kernels.tiles
+        lasts = {bound for rungs in ladders for bound in rungs.bounds}
+        return {last + 1 for last in lasts if last and self._served_by(last) != self._served_by(last + 1)}
 
-        A rung of the package's may begin where our own matmuls still serve, and end behind them.
-        """
-        lasts = {bound for rungs in self.tiles for bound in rungs.bounds[:-1]}
-        if self.own is not None:
-            lasts |= {bound for rungs in self.own.tiles for bound in rungs.bounds if self.own.ends(bound)}
-        return {last + 1 for last in lasts}
+    def _served_by(self, tokens: int) -> tuple[Plan, tuple[TileConfig | None, TileConfig | None]]:
+        return self.plans.at(tokens), self.tiles_at(tokens)
 
     def tiles_at(self, tokens: int) -> tuple[TileConfig | None, TileConfig | None]:
-        """The tiles of w13 and of w2 with which the package serves so many tokens."""
-        return self.tiles[0].at(tokens), self.tiles[1].at(tokens)
+        """The tiles of w13 and of w2 with which it serves so many tokens."""
+        plan = self.plans.at(tokens)
+        if plan == "package":
+            return None, None
+        kernels = {"own": self.own, "two_fp8": self.two_fp8}.get(plan)
+        w13, w2 = self.tiles if kernels is None else kernels.tiles
+        return w13.at(tokens), w2.at(tokens)
+
+    def offered(self, tokens: int) -> tuple[Plan, ...]:
+        """The plans that can serve so many tokens."""
+        found: dict[Plan, bool] = {
+            "own": self.own is not None and tokens <= self.own.most,
+            "two_fp8": self.two_fp8 is not None,
+            "table": self.tiles[0].at(tokens) is not None,
+            "package": True,
+        }
+        return tuple(plan for plan, there in found.items() if there)
+
+    def with_plans(self, plans: Ladder[Plan]) -> Prepared:
+        """The same layer, which serves each batch so where it can, else through the package."""
+        return self._with(plans, self.offered(1))
+
+    def without(self, *plans: Plan) -> Prepared | None:
+        """The same layer, the package serving instead of these; None when that is one of them."""
+        left = tuple(plan for plan in self.offered(1) if plan not in plans)
+        return self._with(self.plans, left) if {"table", "package"} & {*left} else None
+
+    def _with(self, plans: Ladder[Plan], allowed: tuple[Plan, ...]) -> Prepared:
+        """Plans, and for those that are not allowed the package's that is."""
+        other: Plan = "table" if "table" in allowed else "package"
+        return replace(self, plans=plans.map(lambda plan: plan if plan in allowed else other).merged())
 
     def with_tiles(self, w13: TileConfig | None, w2: TileConfig | None) -> Prepared:
-        """The same layer with these tiles for every batch, and without our own matmuls."""
+        """The same layer through the package, with these tiles for every batch."""
         tiles = Ladder((1,), (w13,)), Ladder((1,), (w2,))
         flags = self._flags(tiles[0], self.arch), self._flags(tiles[1], self.arch)
-        return replace(self, tiles=tiles, flags=flags, own=None)
+        return replace(self, tiles=tiles, flags=flags, plans=Ladder((1,), ("table",)))
 
     def with_own_tiles(self, w13: TileConfig, w2: TileConfig) -> Prepared | None:
         """The same layer through our own matmuls for every batch; None where they cannot read it."""
@@ -169,11 +227,7 @@ class Prepared(ABC):
             return None
         tiles = Ladder((2**30,), (w13,)), Ladder((2**30,), (w2,))
         made = own.make(self.arch, self.shape, self.w13, self.w2, self.order, tiles)
-        return None if made is None else replace(self, own=made)
-
-    def without_own(self) -> Prepared | None:
-        """The same layer through the package alone; None when it has nothing else."""
-        return None if self.own is None else replace(self, own=None)
+        return None if made is None else replace(self, own=made, plans=Ladder((1,), ("own",)))
 
     @classmethod
     def _flags(cls, tiles: Ladder[TileConfig | None], arch: str) -> Ladder[Any]:

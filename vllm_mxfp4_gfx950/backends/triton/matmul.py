@@ -90,11 +90,10 @@ class Matmul(Prepared):
         """A tile as OptFlags."""
         return OptFlags(**package.opt_flags_fields(tile, arch), occupancy_target=1)
 
-    def matmuls(self, x: torch.Tensor, routed: Routing) -> torch.Tensor:
+    def matmuls(self, x: torch.Tensor, routed: Routing, w13_flags: Any, w2_flags: Any) -> torch.Tensor:
         """Two calls, and a sum over a token's experts."""
         topk = self.shape.topk
         experts = RaggedTensorMetadata(routed.count, routed.start, routed.block_start, routed.schedule)
-        w13_flags, w2_flags = (flags.at(x.shape[0]) for flags in self.flags)
         with scoped_opt_flags(w13_flags):
             rows = matmul(
                 x,

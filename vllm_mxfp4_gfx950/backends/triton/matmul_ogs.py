@@ -75,12 +75,11 @@ class MatmulOgs(Prepared):
         """A tile as OptFlags."""
         return opt_flags.OptFlags(**package.opt_flags_fields(tile, arch), fused_scatter=False)
 
-    def matmuls(self, x: torch.Tensor, routed: Routing) -> torch.Tensor:
+    def matmuls(self, x: torch.Tensor, routed: Routing, w13_flags: Any, w2_flags: Any) -> torch.Tensor:
         """Two calls, the second of which adds up a token's experts."""
         blocks = (dict(zip(TILE_ROWS, each, strict=True)) for each in (routed.block_start, routed.schedule))
         tiles = ExptData(routed.count, routed.start, *blocks)
         experts = RoutingData(routed.weights, routed.count, len(routed.count), self.shape.topk, tiles)
-        w13_flags, w2_flags = (flags.at(x.shape[0]) for flags in self.flags)
         with _opt_flags(w13_flags, self.arch):
             rows = matmul_ogs(
                 x,

@@ -62,13 +62,10 @@ class Own:
         """Options of every launch."""
         return launch_options(num_warps, self.arch.overlaps)
 
-    def serves(self, tokens: int) -> bool:
-        """Whether the table has tiles for so many tokens."""
-        return tokens <= self.tiles[0].bounds[-1]
-
-    def ends(self, bound: int) -> bool:
-        """Whether another kernel follows this bound of a tile: here always, the package's at last."""
-        return True
+    @property
+    def most(self) -> int:
+        """The largest number of tokens that the table has tiles for."""
+        return self.tiles[0].bounds[-1]
 
     def run(self, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
         """bf16[T, H] and bf16 or fp32[T, global_experts] to bf16[T, H]."""

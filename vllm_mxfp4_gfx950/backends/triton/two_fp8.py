@@ -129,14 +129,6 @@ class TwoFp8:
     tiles: tuple[Ladder[TileConfig], Ladder[TileConfig]]
     order: torch.Tensor | None
 
-    def serves(self, tokens: int) -> bool:
-        """Whether it takes so many tokens: any."""
-        return True
-
-    def ends(self, bound: int) -> bool:
-        """Whether another tile follows this bound."""
-        return bound < self.tiles[0].bounds[-1]
-
     def run(self, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
         """bf16[T, H] and bf16 or fp32[T, global_experts] to bf16[T, H]."""
         x = x.contiguous()
@@ -203,7 +195,7 @@ class TwoFp8:
 
 
 class Backend:
-    """triton_kernels with these kernels in front of it: they take every batch, until a self-check fails.
+    """triton_kernels' layers, of which these kernels take every batch, until a self-check fails.
 
     Args:
         package: the backend of a generation.
@@ -218,10 +210,14 @@ class Backend:
         return str(self.package.source())
 
     def prepare(self, weights: MoeWeights, shape: MoeShape, tables: Path | None = None) -> Any:
-        """The package's layer, with these kernels in front."""
+        """The package's layer, served by these kernels whatever the user's table says."""
         layer = self.package.prepare(weights, shape, tables)
-        tiles = tiles_for(shape, release_of(triton.__version__))
-        return replace(layer, own=TwoFp8(shape, layer.w13, layer.w2, tiles, layer.order))
+        return replace(layer, plans=Ladder((1,), ("two_fp8",)), pinned=True)
+
+
+def for_layer(shape: MoeShape, w13: Weight, w2: Weight, order: torch.Tensor | None) -> TwoFp8:
+    """A layer whose scales are in the CDNA4 layout, as these kernels take it."""
+    return TwoFp8(shape, w13, w2, tiles_for(shape, release_of(triton.__version__)), order)
 
 
 def tiles_for(shape: MoeShape, release: str) -> tuple[Ladder[TileConfig], Ladder[TileConfig]]:

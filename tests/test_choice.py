@@ -1,0 +1,184 @@
+"""The choice at load: the fastest plan serves, at batches that were not timed too, and none that is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_self_check import SHAPE, SeveralPlans, backend, choose_from
+
+from vllm_mxfp4_gfx950 import choice, self_check
+from vllm_mxfp4_gfx950.moe import MoeWeights
+from vllm_mxfp4_gfx950.random_layer import random_weights
+from vllm_mxfp4_gfx950.settings import Settings
+from vllm_mxfp4_gfx950.tiles import Ladder, Plan
+
+serving = pytest.importorskip("vllm_mxfp4_gfx950.serving")
+
+LARGEST = 8192
+Times = Callable[[Plan, int], float]
+
+
+def steps(tokens: int, rows: int, us: float) -> float:
+    """A kernel that reads all weights once, and once more for every so many rows."""
+    return 20 + us * math.ceil(tokens / rows)
+
+
+CURVES: dict[str, Times] = {
+    "own first": lambda plan, n: {"own": 10 + n, "table": 60 + n / 2, "package": 70 + n / 2}[plan],
+    "package between": lambda plan, n: {
+        "own": math.inf, "table": steps(n, 1024, 500), "package": steps(n, 256, 130),
+    }[plan],
+    "steps": lambda plan, n: {
+        "own": steps(n, 16, 20), "table": steps(n, 64, 60), "package": steps(n, 48, 50),
+    }[plan],
+    "slow table": lambda plan, n: {"own": 1000 + n, "table": 3000 + n, "package": 50 + n}[plan],
+}  # fmt: skip
+"""Microseconds of each plan."""
+
+
+def layer() -> SeveralPlans:
+    """One that is not run."""
+    return SeveralPlans(random_weights(SHAPE, seed=0), ())
+
+
+def timed(curve: Times, asked: list[tuple[Plan, int]] | None = None) -> choice.Cost:
+    """A clock that reads these times."""
+
+    def cost(one: Any, tokens: int) -> float:
+        plan = one.plans.at(tokens)
+        assert one.plans.rungs == (plan,)
+        if asked is not None:
+            asked.append((plan, tokens))
+        return curve(plan, tokens)
+
+    return cost
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_best_at_batches_that_were_not_timed(curve: str) -> None:
+    """Within 3% of the best of what can serve, at nine of ten batches drawn at random."""
+    found = choice.choose(layer(), LARGEST, timed(CURVES[curve]))
+    draw = random.Random(0)
+    sizes = {int(2 ** draw.uniform(0, 13)) for _ in range(400)} - {*found.us}
+    ratios = []
+    for tokens in sizes:
+        times = {plan: CURVES[curve](plan, tokens) for plan in layer().offered(tokens)}
+        ratios.append(times[found.plans.at(tokens)] / min(times.values()))
+    assert len(ratios) > 100
+    assert sum(ratio <= 1.03 for ratio in ratios) >= 0.9 * len(ratios)
+
+
+def test_table_that_is_slow_serves_nothing() -> None:
+    """Nor do our own matmuls, where they are."""
+    found = choice.choose(layer(), LARGEST, timed(CURVES["slow table"]))
+    assert found.plans == Ladder((LARGEST,), ("package",))
+
+
+def test_ties() -> None:
+    """What serves anyway keeps a batch, unless another is faster by more than 2%."""
+    for gain, rungs in ((1.019, ("own", "table")), (1.021, ("package",))):
+        curve: Times = lambda plan, n, gain=gain: 100 / gain if plan == "package" else 100  # type: ignore[misc]  # noqa: E731
+        assert choice.choose(layer(), LARGEST, timed(curve)).plans.rungs == rungs
+
+
+@pytest.mark.parametrize("largest", [1, 2, 7, 64, 2048, 8192, 65536])
+def test_what_is_timed(largest: int) -> None:
+    """The largest batch, each plan that can serve, nothing larger and nothing twice, and not too many."""
+    asked: list[tuple[Plan, int]] = []
+    found = choice.choose(layer(), largest, timed(CURVES["steps"], asked))
+    assert len({*asked}) == len(asked)
+    assert {*asked} == {(plan, tokens) for tokens in found.us for plan in layer().offered(tokens)}
+    assert max(found.us) == largest == found.plans.bounds[-1]
+    assert min(found.us) == 1
+    assert len(found.us) <= choice.BATCHES
+
+
+def test_clear_lead_is_not_looked_into() -> None:
+    """Where one plan is twice as fast everywhere, the first batches are all."""
+    found = choice.choose(layer(), 4096, timed(lambda plan, n: 50 if plan == "package" else 100))
+    assert sorted(found.us) == [1, 4, 16, 64, 256, 1024, 4096]
+
+
+def test_line() -> None:
+    """What serves, by which figures."""
+    found = choice.choose(
+        layer(), 1024, timed(lambda plan, n: {"own": n, "table": 64.5, "package": 80}[plan])
+    )
+    text = str(dataclasses.replace(found, seconds=0.5))
+    assert text.startswith(
+        "own for 1 to 64 tokens (us at 64: own 64.0, table 64.5, package 80.0); table for 65 to 1024 "
+    )
+    assert text.endswith(f"; {len(found.us)} batches were timed in 0.50 s")
+
+
+@pytest.fixture(name="weights")
+def fixture_weights() -> MoeWeights:
+    """A layer."""
+    return random_weights(SHAPE, seed=0)
+
+
+def served(
+    monkeypatch: pytest.MonkeyPatch,
+    weights: MoeWeights,
+    curve: Times,
+    wrong: tuple[Plan, ...] = (),
+    **settings: Any,
+) -> Any:
+    """Three layers of a model whose kernels take such times; what was timed, and what serves each."""
+    choose_from(monkeypatch, backend("some", prepare=lambda weights, *_: SeveralPlans(weights, wrong)))
+    asked: list[tuple[Plan, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(choice, "clock", lambda shape, device: timed(curve, asked))
+    layers = serving.ModelLayers(SHAPE, "gfx950", Settings(**settings), 2048)
+    return len(asked), [layers.prepare(weights, f"layers.{i}").plans for i in range(3)], len(asked), layers
+
+
+def test_first_layer_decides(
+    monkeypatch: pytest.MonkeyPatch, weights: MoeWeights, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is timed once, the line is logged, and all layers serve so."""
+    with caplog.at_level(logging.INFO, logger="vllm.mxfp4_triton"):
+        before, plans, after, layers = served(monkeypatch, weights, CURVES["slow table"])
+    assert (before, plans) == (0, [Ladder((2048,), ("package",))] * 3)
+    assert after == sum(len(each) for each in layers.choice.us.values())
+    assert [
+        line for line in caplog.messages if line.startswith("Chosen by time: package for 1 to 2048 tokens")
+    ]
+
+
+def test_fast_and_wrong_serves_nothing(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
+    """The check comes after the choice, and the next plan takes over."""
+    _, plans, _, layers = served(monkeypatch, weights, CURVES["slow table"], wrong=("package",))
+    assert {plan for ladder in plans for plan in ladder.rungs} == {"table"}
+    assert "the package's own tiles: the self-check: 1 tokens: row 0 errs by " in str(layers)
+
+
+@pytest.mark.parametrize("settings", [{"time_at_load": False}, {"self_check": "off"}])
+def test_not_timed(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights, settings: dict[str, Any]) -> None:
+    """By a setting; or as nothing would check what was chosen."""
+    before, plans, after, _ = served(monkeypatch, weights, CURVES["slow table"], **settings)
+    assert (before, after) == (0, 0)
+    assert [ladder.rungs for ladder in plans] == [("own", "table")] * 3
+
+
+def test_pinned_by_the_users_table(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
+    """Nothing is timed."""
+    monkeypatch.setattr(SeveralPlans, "pinned", True)
+    before, plans, after, _ = served(monkeypatch, weights, CURVES["slow table"])
+    assert (before, after, plans[0].rungs) == (0, 0, ("own", "table"))
+
+
+def test_clock_on_a_cpu() -> None:
+    """It times what runs, and what does not is never the fastest."""
+    cost = choice.clock(SHAPE, torch.device("cpu"))
+    assert 0 < cost(layer(), 3) < math.inf
+    assert cost(backend("bad", lambda *_: 1 / 0).prepare(random_weights(SHAPE, seed=0)), 3) == math.inf
+    assert self_check.PLAN_NAMES.keys() == {*choice.Plan.__args__}

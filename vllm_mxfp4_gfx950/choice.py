@@ -1,0 +1,136 @@
+"""The choice at load: which of a layer's plans is the fastest for how many tokens, timed on this GPU."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from vllm_mxfp4_gfx950.backends import TiledLayer
+from vllm_mxfp4_gfx950.moe import MoeShape
+from vllm_mxfp4_gfx950.random_layer import random_tokens
+from vllm_mxfp4_gfx950.tiles import Ladder, Plan
+from vllm_mxfp4_gfx950.timing import Calls
+
+TIE = 1.02
+"""What serves where nothing is timed is given up for a plan that is faster by more than this factor."""
+
+CLOSE = 1.15
+"""Where the best plan leads by less than this factor, another may lead at a number of tokens nearby."""
+
+APART, CLOSE_APART = 1.1, 1.25
+"""Two neighbours that were timed are close enough when no more than this factor lies between them: where
+different plans serve them, and where one does that does not lead clearly."""
+
+BATCHES = 30
+"""The most numbers of tokens that are timed."""
+
+CALLS = Ladder((8, 128, 1024, 2**30), (8, 4, 2, 1))
+"""Calls in a graph, by number of tokens. Each has tokens of its own: where these are few, they read other
+experts, so that no call finds its weights in a cache."""
+
+REPLAYS = 2
+
+Cost = Callable[[TiledLayer, int], float]
+"""Microseconds that a layer takes for so many tokens; infinite where it does not run."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was timed, and what serves.
+
+    Args:
+        plans: which plan serves how many tokens.
+        us: microseconds of each plan, by number of tokens.
+        seconds: that it took.
+    """
+
+    plans: Ladder[Plan]
+    us: dict[int, dict[Plan, float]]
+    seconds: float
+
+    def __str__(self) -> str:
+        spans = []
+        first = 1
+        for last, plan in zip(self.plans.bounds, self.plans.rungs, strict=True):
+            times = ", ".join(f"{other} {us:.1f}" for other, us in self.us[last].items())
+            spans.append(f"{plan} for {first} to {last} tokens (us at {last}: {times})")
+            first = last + 1
+        return f"{'; '.join(spans)}; {len(self.us)} batches were timed in {self.seconds:.2f} s"
+
+
+def choose(layer: TiledLayer, largest: int, cost: Cost) -> Choice:
+    """Time a layer's plans: at powers of four and the largest batch, then where they are close or change.
+
+    Args:
+        layer: as a backend has prepared it.
+        largest: the largest batch that will be served.
+        cost: times it.
+
+    Returns:
+        the choice; a batch that was not timed is served as the next larger one that was.
+    """
+    began = time.perf_counter()
+    us: dict[int, dict[Plan, float]] = {}
+    best: dict[int, Plan] = {}
+    todo = {4**power for power in range(largest.bit_length()) if 4**power <= largest} | {largest}
+    while todo:
+        for tokens in todo:
+            us[tokens] = {
+                plan: cost(layer.with_plans(Ladder((1,), (plan,))), tokens) for plan in layer.offered(tokens)
+            }
+            served, least = layer.plans.at(tokens), min(us[tokens].values())
+            fastest = min(us[tokens], key=us[tokens].__getitem__)
+            best[tokens] = served if us[tokens][served] <= TIE * least else fastest
+        todo = {between(us, best)} - {0} if len(us) < BATCHES else set()
+    sizes = sorted(us)
+    plans = Ladder(tuple(sizes), tuple(best[tokens] for tokens in sizes)).merged()
+    return Choice(plans, us, time.perf_counter() - began)
+
+
+def between(us: dict[int, dict[Plan, float]], best: dict[int, Plan]) -> int:
+    """The number of tokens to time next, where neighbours are furthest apart; 0 where all are close enough.
+
+    Args:
+        us: microseconds of each plan, by number of tokens.
+        best: the plan that serves them.
+    """
+    found, widest = 0, 1.0
+    for low, high in itertools.pairwise(sorted(us)):
+        close = min(lead(us[low]), lead(us[high])) < CLOSE
+        enough = APART if best[low] != best[high] else CLOSE_APART if close else math.inf
+        if high > max(enough * low, low + 1) and high / low > widest:
+            found, widest = math.isqrt(low * high - 1) + 1, high / low
+    return found
+
+
+def lead(us: dict[Plan, float]) -> float:
+    """By what factor the fastest plan is faster than the next."""
+    fastest, *others = sorted(us.values())
+    return others[0] / fastest if others else math.inf
+
+
+def clock(shape: MoeShape, device: torch.device) -> Cost:
+    """Times a layer on a GPU, in graphs.
+
+    Args:
+        shape: the layer.
+        device: where it is.
+    """
+
+    def cost(layer: TiledLayer, tokens: int) -> float:
+        count = CALLS.at(tokens)
+        inputs = [random_tokens(shape, tokens, seed, str(device)) for seed in range(count)]
+        try:
+            calls = Calls(lambda i: layer.run(*inputs[i]), count, device)
+            return min(calls.microseconds(REPLAYS))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # A compiler or a driver may raise anything: that plan does not serve.
+            return math.inf
+
+    return cost
