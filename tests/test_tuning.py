@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from run_python import ROOT, SUPPORT, run_python
 from test_verification import EVERY, PACKAGES, TRITONS, ids, paths_of
 
-from vllm_mxfp4_gfx950 import backends, cli
+from vllm_mxfp4_gfx950 import backends, cli, tables
 from vllm_mxfp4_gfx950.arch import ARCHES
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.commands import tune as tune_command
@@ -26,7 +27,7 @@ from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, layer_shape
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens
 from vllm_mxfp4_gfx950.tables import ladder, store
-from vllm_mxfp4_gfx950.tiles import Gemm, Ladder, TileConfig, encode, gemms
+from vllm_mxfp4_gfx950.tiles import Gemm, Ladder, TileConfig, encode, gemms, parse_plans
 from vllm_mxfp4_gfx950.tolerance import assert_rows_close
 from vllm_mxfp4_gfx950.tuning import record
 from vllm_mxfp4_gfx950.tuning import search as tune
@@ -245,6 +246,28 @@ def test_table(tmp_path: Path) -> None:
         table_in(tmp_path, "timed on one Y, torch 2")
 
 
+def test_pin(tmp_path: Path) -> None:
+    """What was chosen is read back for its layer and release alone, until more is timed."""
+    table = table_in(tmp_path)
+    for few in ("own", "two_fp8"):
+        table.pin(Ladder((64, 8192), (few, "package")))
+        assert parse_plans(table.plans, "3.6.1", SHAPE) == Ladder((64, 8192), (few, "package"))
+    content = store.read(table.file, "sm90")
+    assert content["plans"] == table.plans
+    assert content["provenance"]["plans 3.6"]["commands"] == ["tune"]
+    for release, shape in (("3.7.1", SHAPE), ("3.6.1", layer_shape("gpt-oss-120b"))):
+        assert parse_plans(content["plans"], release, shape) is None
+    assert tables.plans("sm90", "3.6.0", SHAPE, tmp_path) == Ladder((64, 8192), ("two_fp8", "package"))
+    assert tables.has_layer("sm90", "matmul_ogs", "3.6.0", SHAPE, tmp_path)
+    assert not tables.has_layer("sm90", "matmul_ogs", "3.6.0", layer_shape("gpt-oss-120b"), tmp_path)
+    assert not tables.has_layer("sm90", "matmul_ogs", "3.6.0", SHAPE, None)
+    (tmp_path / "whole").mkdir()
+    fill(tmp_path / "whole", {})
+    assert tables.has_layer("sm90", "matmul_ogs", "3.6.0", SHAPE, tmp_path / "whole")
+    table.add(1, {"matmul_ogs": ((A, A), 100.0)})
+    assert store.read(table.file, "sm90")["plans"] == []
+
+
 def test_two_tune_at_once(tmp_path: Path) -> None:
     """Two layers into one file: both are in it; the same measured twice stands once."""
     first, again = table_in(tmp_path), table_in(tmp_path)
@@ -323,6 +346,7 @@ def test_table_keeps_other_rows(tmp_path: Path) -> None:
         (["--arch", "gfx950"], "--table must be given; got nothing. "),
         (["--out", "tables", "--table", "x"], "--table must be left out without --arch; got x. Give --out "),
         (["--arch", "gfx950", "--table", "x", "--out", "y"], "--out must be left out with --arch; got y. "),
+        (["--arch", "gfx950", "--table", "x", "--quick"], "--quick must be left out with --arch; got True. "),
         (["--arch", "gfx950", "--table", "x", "--ep", "2"], "--ep must be left out with --arch; got 2. "),
         (["--out", "tables", "--model", "gpt-oss"], "--model must be gpt-oss-20b, gpt-oss-120b, or the path"),
         (["--out", "tables"], "the machine must be one with a GPU; got none that torch sees. Run where"),
@@ -348,8 +372,9 @@ def test_run_on_a_gpu(
     monkeypatch.setattr(tune_command, "SIZES", (1, 64, 1024))
     monkeypatch.setattr(record, "SIZES", (1, 64, 1024))
     args = argparse.Namespace(
-        model=str(tmp_path / "config.json"), tp=1, ep=1, out=tmp_path / "tables", arch=None, table=None
-    )
+        model=str(tmp_path / "config.json"), tp=1, ep=1, out=tmp_path / "tables", arch=None, table=None,
+        quick=False,
+    )  # fmt: skip
     assert tune_command.run(args) == 0
     arch = backends.arch_of(torch.device("cuda"))
     assert store.read(tmp_path / "tables" / f"{arch}.json", arch)["rows"]
@@ -363,6 +388,11 @@ def test_run_on_a_gpu(
         x, logits = random_tokens(shape, tokens, tokens, "cuda")
         out = prepared.run(x, logits)
         assert_rows_close(out, *reference.truth_and_plain(x, logits, layers.weights(0), shape))
+    args.quick, args.out = True, tmp_path / "quick"
+    assert tune_command.run(args) == 0
+    pinned = layers.backend.prepare(layers.weights(0), shape, args.out)
+    assert pinned.pinned
+    assert pinned.plans == tables.plans(arch, triton.__version__, shape, args.out)
 
 
 @pytest.mark.gpu

@@ -187,5 +187,10 @@ def of_tune(parser: argparse.ArgumentParser) -> None:
     """Of `tune`."""
     of_shape(parser)
     parser.add_argument("--out", type=Path, help=f"the directory of your tables, as for {TABLES_VAR}")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="only choose among the tiles that there are, as at load, and write the choice down",
+    )
     parser.add_argument("--arch", choices=["gfx950"], help="rank its tiles by compiling, all models at once")
     parser.add_argument("--table", type=Path, help="with --arch: the file to bring up to date")

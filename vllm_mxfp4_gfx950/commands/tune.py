@@ -8,6 +8,7 @@ import torch
 import triton
 
 from vllm_mxfp4_gfx950 import backends
+from vllm_mxfp4_gfx950.choice import choose, clock
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.gfx950 import ranking
 from vllm_mxfp4_gfx950.models import layer_shape
@@ -23,7 +24,8 @@ def run(args: argparse.Namespace) -> int:
     needed = "table" if args.arch else "out"
     if getattr(args, needed) is None:
         raise Mxfp4Error(f"--{needed}", "given", "nothing", fix)
-    others = {"out": None, "model": "gpt-oss-20b", "tp": 1, "ep": 1} if args.arch else {"table": None}
+    timing = {"out": None, "quick": False, "model": "gpt-oss-20b", "tp": 1, "ep": 1}
+    others = timing if args.arch else {"table": None}
     for name, default in others.items():
         if getattr(args, name) != default:
             rule = f"left out {'with' if args.arch else 'without'} --arch"
@@ -35,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         fix = "Run where the model is served, or rank gfx950's tiles by compiling: --arch gfx950 --table FILE"
         raise Mxfp4Error("the machine", "one with a GPU", "none that torch sees", fix)
-    arch = backends.arch_of(torch.device("cuda"))
+    device = torch.device("cuda")
+    arch = backends.arch_of(device)
     backend = backends.select_tiled(shape, arch)
     args.out.mkdir(parents=True, exist_ok=True)
     table = Table(
@@ -45,8 +48,14 @@ def run(args: argparse.Namespace) -> int:
         backend.KERNELS,
         triton.__version__,
         f"timed on one {torch.cuda.get_device_name()}, torch {torch.__version__}",
-        f"vllm-mxfp4 tune --model {args.model} --tp {args.tp} --ep {args.ep}",
+        f"vllm-mxfp4 tune --model {args.model} --tp {args.tp} --ep {args.ep}" + " --quick" * args.quick,
     )
+    if args.quick:
+        found = choose(Layers(shape, arch, "cuda", copies=1).prepared[0], SIZES[-1], clock(shape, device))
+        table.pin(found.plans)
+        print(f"{args.model}: {shape}, {table.evidence}: {found}")
+        print(f"{table.file} says so. To serve by it: {TABLES_VAR}={args.out.resolve()}")
+        return 0
     missing = [tokens for tokens in SIZES if not table.has(tokens)]
     if missing:
         layers = Layers(shape, arch, "cuda")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,18 @@ from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.models import TOKENS
 from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.tables import store
-from vllm_mxfp4_gfx950.tiles import Gemm, Key, Ladder, TileConfig, encode, gemms, release_of
+from vllm_mxfp4_gfx950.tiles import (
+    Gemm,
+    Key,
+    Ladder,
+    Plan,
+    TileConfig,
+    encode,
+    encode_plans,
+    gemms,
+    release_of,
+    without_plans,
+)
 
 Pair = tuple[TileConfig, TileConfig]
 """The tiles of w13 and of w2."""
@@ -52,16 +65,16 @@ class Table:
         self, file: Path, arch: str, shape: MoeShape, kernels: str, triton: str, evidence: str, command: str
     ) -> None:
         self.file, self.arch, self.kernels, self.triton = file, arch, kernels, triton
-        self.gemms = gemms(shape)
+        self.shape, self.gemms = shape, gemms(shape)
         self.evidence, self.command = evidence, command
         self.read()
 
     def read(self) -> None:
         """Take in what the file says, which another process may be writing to as well."""
-        empty: dict[str, Any] = {"provenance": {}, "rows": [], "measured": []}
+        empty: dict[str, Any] = {"provenance": {}, "rows": [], "measured": [], "plans": []}
         content = store.read(self.file, self.arch) if self.file.exists() else empty
-        self.provenance, self.rows, self.measured = (content[name] for name in empty)
-        for name in (self.kernels, "own"):
+        self.provenance, self.rows, self.measured, self.plans = (content[name] for name in empty)
+        for name in (self.kernels, "own", "plans"):
             other = self.provenance.get(self.source(name), {}).get("evidence", self.evidence)
             if other != self.evidence:
                 raise Mxfp4Error(
@@ -86,26 +99,45 @@ class Table:
         others, own = self.times(self.kernels), self.times("own")
         return any(own.get(fewer, math.inf) > GIVE_UP * us for fewer, us in others.items() if fewer < tokens)
 
-    def add(self, tokens: int, found: dict[str, tuple[Pair, float]]) -> None:
-        """Add what was measured to the file."""
+    @contextmanager
+    def changed(self) -> Iterator[None]:
+        """Read the file, let the caller change what it says, and write it, alone."""
         with self.file.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # Until it is closed.
             self.read()
+            yield
+            store.write(self.file, self.arch, self.provenance, self.rows, self.measured, self.plans)
+
+    def note(self, kernels: str) -> None:
+        """Say where rows of these kernels come from."""
+        known = self.provenance.setdefault(
+            self.source(kernels), {"evidence": self.evidence, "triton": self.triton}
+        )
+        commands = known.setdefault("commands", [])
+        if self.command not in commands:
+            commands.append(self.command)
+
+    def pin(self, plans: Ladder[Plan]) -> None:
+        """Write down which plan serves how many tokens of the layer."""
+        with self.changed():
+            self.note("plans")
+            self.plans = without_plans(self.plans, self.triton, self.shape)
+            self.plans += encode_plans(self.triton, self.shape, plans)
+
+    def add(self, tokens: int, found: dict[str, tuple[Pair, float]]) -> None:
+        """Add what was measured to the file; what was pinned for the layer may no longer hold."""
+        with self.changed():
             for kernels, (pair, us) in found.items():
                 for gemm, tile in zip(self.gemms, pair, strict=True):
                     (row,) = encode(kernels, self.triton, gemm, Ladder((tokens,), (tile,)))
                     # Another process may have measured the same.
                     self.measured = [each for each in self.measured if each[:8] != row[:8]]
                     self.measured.append([*row, round(us, 2)])
-                known = self.provenance.setdefault(
-                    self.source(kernels), {"evidence": self.evidence, "triton": self.triton}
-                )
-                commands = known.setdefault("commands", [])
-                if self.command not in commands:
-                    commands.append(self.command)
+                self.note(kernels)
             timed = by_matmul(self.measured)
             kept = [row for row in self.rows if (*row[:2], Gemm(*row[2:7])) not in timed]
-            store.write(self.file, self.arch, self.provenance, kept + serving(self.measured), self.measured)
+            self.rows = kept + serving(self.measured)
+            self.plans = without_plans(self.plans, self.triton, self.shape)
 
 
 def by_matmul(measured: list[list[Any]]) -> dict[Key, dict[int, tuple[TileConfig, float]]]:
