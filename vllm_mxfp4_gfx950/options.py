@@ -42,6 +42,11 @@ def of_shape(parser: argparse.ArgumentParser) -> None:
         default="gpt-oss-20b",
         help=f"{', '.join(MODELS)}, or a checkpoint's directory or config.json",
     )
+    of_ranks(parser)
+
+
+def of_ranks(parser: argparse.ArgumentParser) -> None:
+    """Declare how many ranks share a layer."""
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks, which hold experts whole")
 
@@ -53,8 +58,7 @@ def of_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", help="gpt-oss-20b, gpt-oss-120b, or a checkpoint's directory; by default both"
     )
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
-    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks, which hold experts whole")
+    of_ranks(parser)
 
 
 def of_compile(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +115,7 @@ def of_bench(parser: argparse.ArgumentParser) -> None:
         default=MODELS,
         help=f"{', '.join(MODELS)}, or a config.json; more than one is measured in turn",
     )
+    of_ranks(layer)
     layer.add_argument("--tokens", type=int, nargs="+", help="tokens of a forward")
     layer.add_argument(
         "--peers",
