@@ -8,7 +8,6 @@ SGLang comes first on sys.path. Prints what was seen, as a line of JSON.
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +24,8 @@ from vllm_mxfp4_gfx950.tolerance import compare
 
 sglang_stand_ins.install()
 
+# The first of SGLang that is imported, as in a server that has just started.
+from vllm_mxfp4_gfx950 import sglang_layer  # noqa: E402, I001
 from sglang.srt import plugins  # noqa: E402
 from sglang.srt.distributed import parallel_state  # noqa: E402
 from sglang.srt.layers.dp_attention import is_dp_attention_enabled  # noqa: E402
@@ -196,14 +197,11 @@ def main() -> None:
     block = build().block
     seen["without"] |= {"method": type(block.experts.quant_method).__name__, "lines": lines.copy()}
     seen["without"]["bypassed"] = block.topk.topk_config.output_format is TopKOutputFormat.BYPASSED
-    seen["without"]["ours"] = [name for name in sys.modules if "mxfp4_gfx950.sglang" in name]
 
     os.environ["VLLM_MXFP4_SGLANG"] = "yes"
     seen["wrong value"] = load_plugins()
     os.environ["VLLM_MXFP4_SGLANG"] = "1"
     seen["with"] = {"end": load_plugins()}
-
-    from vllm_mxfp4_gfx950 import sglang_layer
 
     check_overrides(sglang_layer.ExpertsMethod, FusedMoEMethodBase)
     check_overrides(sglang_layer.ExpertsConfig, QuantizationConfig)
