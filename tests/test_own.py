@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from run_python import ROOT, SUPPORT, once, run_python
+from run_python import ROOT, SUPPORT, run_python
 from test_triton_routing import launches
-from test_verification import EVERY, IN_CI, TRITONS, ids, paths_of
+from test_verification import EVERY, IN_CI, TRITONS, LayerCase, emulated, ids
 
 from vllm_mxfp4_gfx950.backends.triton import own
 from vllm_mxfp4_gfx950.backends.triton.package import Weight
@@ -28,29 +27,23 @@ SPLIT: Tile = (16, 64, 256, 3, 4, 2, 0)
 
 
 @dataclass(frozen=True)
-class Case:
-    """A layer, its tokens and its tiles.
+class Case(LayerCase):
+    """With tiles.
 
     Args:
-        shape: experts, global_experts, topk, hidden, intermediate.
-        tokens: T.
         tiles: of w13 and w2, as TileConfig.
         expert_map: as in MoeWeights.
         dtype: of the logits.
         spoil: whether the scales of w13 are moved by one step.
     """
 
-    shape: tuple[int, int, int, int, int]
-    tokens: int
     tiles: tuple[Tile, Tile] = (PLAIN, PLAIN)
     expert_map: tuple[int, ...] | None = None
     dtype: str = "bfloat16"
     spoil: bool = False
 
     def __str__(self) -> str:
-        experts, _, topk, hidden, intermediate = self.shape
-        name = f"E{experts}-k{topk}-T{self.tokens}-H{hidden}-I{intermediate}"
-        name += f"-split{self.tiles[1][3]}-{self.dtype}"
+        name = f"{super().__str__()}-split{self.tiles[1][3]}-{self.dtype}"
         return name + ("-map" if self.expert_map else "") + ("-spoilt" if self.spoil else "")
 
 
@@ -69,20 +62,9 @@ CASES = [
 ]
 
 
-@once
-def emulated(triton: str, kernels: str) -> list[dict[str, Any]]:
-    """What came out for each case, in a process that has this Triton and these kernels."""
-    paths = paths_of(triton, kernels)
-    script, cases = SUPPORT / "emulate_own.py", json.dumps([asdict(case) for case in CASES])
-    result = run_python([str(script)], path=paths, stdin=cases)
-    assert result.returncode == 0, result.stderr
-    found: list[dict[str, Any]] = json.loads(result.stdout)
-    return found
-
-
 def assert_right(pair: tuple[str, str], case: Case) -> None:
     """The layer within the tolerance, by kernels that fit, and a spoilt one noticed."""
-    found = emulated(*pair)[CASES.index(case)]
+    found = emulated("emulate_own.py", *pair, tuple(CASES))[CASES.index(case)]
     routing = launches(case.tokens, case.shape[2], case.dtype)
     assert found["kernels"] == [*routing, "mxfp4_matmul", "mxfp4_matmul", "combine"]
     assert found["misfits"] == []

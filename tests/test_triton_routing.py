@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from run_python import SUPPORT, once, run_python
-from test_verification import EVERY, IN_CI, ids, paths_of
+from run_python import run_python
+from test_verification import EVERY, IN_CI, emulated, ids, paths_of
 
 from vllm_mxfp4_gfx950.backends.triton import package as triton_package
 from vllm_mxfp4_gfx950.backends.triton import routing as triton_routing
@@ -152,18 +151,14 @@ def test_sizes(monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
         assert reason == (f"routing takes up to 512 experts and a topk of up to 32, not {experts} and {topk}")
 
 
-@once
-def emulated(triton: str, kernels: str, cases: tuple[Case, ...]) -> dict[Case, dict[str, Any]]:
-    """What came out of each case, in a process that has this Triton."""
-    script, given = SUPPORT / "emulate_routing.py", json.dumps([asdict(case) for case in cases])
-    result = run_python([str(script)], path=paths_of(triton, kernels), stdin=given)
-    assert result.returncode == 0, result.stderr
-    return dict(zip(cases, json.loads(result.stdout), strict=True))
+def routed(pair: tuple[str, str], cases: list[Case]) -> dict[Case, dict[str, Any]]:
+    """What came out of each case."""
+    return dict(zip(cases, emulated("emulate_routing.py", *pair, tuple(cases)), strict=True))
 
 
 def assert_right(pair: tuple[str, str], cases: list[Case], case: Case) -> None:
     """Exact, one launch or two that fit, and a spoilt one noticed."""
-    found = emulated(*pair, tuple(cases))[case]
+    found = routed(pair, cases)[case]
     assert found["kernels"] == launches(case.tokens, case.topk, case.dtype)
     assert found["overflows"] == []
     assert found["spills"] == [] or case.topk > 4 or case.global_experts > 128
@@ -183,7 +178,7 @@ def test_route(pair: tuple[str, str], case: Case) -> None:
 @pytest.mark.parametrize("pair", IN_CI, ids=ids)
 def test_spills_are_executed(pair: tuple[str, str]) -> None:
     """With many experts or choices scalar registers spill, so that exact results say something of it."""
-    found = emulated(*pair, (*CASES, *WIDE))
+    found = routed(pair, [*CASES, *WIDE])
     assert all(found[case]["spills"] for case in WIDE)
 
 

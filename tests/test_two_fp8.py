@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import json
-from dataclasses import asdict, dataclass
-from subprocess import CompletedProcess
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from run_python import SUPPORT, run_python
 from test_triton_routing import launches
-from test_verification import EVERY, IN_CI, ids, paths_of
+from test_verification import EVERY, IN_CI, LayerCase, emulated, ids
 
 from vllm_mxfp4_gfx950.backends.triton import two_fp8
 from vllm_mxfp4_gfx950.gfx950.verification import MAX_FROBENIUS
@@ -31,29 +27,24 @@ SCALED = ["v_mfma_scale_f32_16x16x128_f8f6f4"]
 
 
 @dataclass(frozen=True)
-class Case:
-    """A layer, its tokens and its tiles.
+class Case(LayerCase):
+    """With tiles.
 
     Args:
-        shape: experts, global_experts, topk, hidden, intermediate.
-        tokens: T.
         tiles: of w13 and w2, as TileConfig.
         expert_map: as in MoeWeights.
         dtype: of the logits.
         against_package: whether the package's kernels compute the layer as well.
     """
 
-    shape: tuple[int, int, int, int, int]
-    tokens: int
     tiles: tuple[Tile, Tile] = (PAIRED, SPLIT)
     expert_map: tuple[int, ...] | None = None
     dtype: str = "bfloat16"
     against_package: bool = True
 
     def __str__(self) -> str:
-        experts, _, topk, hidden, intermediate = self.shape
-        name = f"E{experts}-k{topk}-T{self.tokens}-H{hidden}-I{intermediate}-{self.dtype}"
-        return f"{name}-{'x'.join(map(str, self.tiles[0][:3]))}" + ("-map" if self.expert_map else "")
+        name = f"{super().__str__()}-{self.dtype}-{'x'.join(map(str, self.tiles[0][:3]))}"
+        return name + ("-map" if self.expert_map else "")
 
 
 CASES = [
@@ -81,20 +72,9 @@ def cases_of(triton: str, *, every: bool) -> list[Case]:
     return [case for case in (MORE if every else CASES) if fits or MOST not in case.tiles]
 
 
-@functools.cache
-def emulated(triton: str, kernels: str, *, every: bool) -> CompletedProcess[str]:
-    """Execute the cases in a process that has this Triton and these kernels."""
-    cases = json.dumps([asdict(case) for case in cases_of(triton, every=every)])
-    script = str(SUPPORT / "emulate_two_fp8.py")
-    return run_python([script], path=paths_of(triton, kernels), stdin=cases)
-
-
-def found(pair: tuple[str, str], *, every: bool) -> dict[str, Any]:
+def found(pair: tuple[str, str], *, every: bool) -> Any:
     """What came out."""
-    result = emulated(*pair, every=every)
-    assert result.returncode == 0, result.stderr
-    out: dict[str, Any] = json.loads(result.stdout)
-    return out
+    return emulated("emulate_two_fp8.py", *pair, tuple(cases_of(pair[0], every=every)))
 
 
 def assert_right(pair: tuple[str, str], case: Case, *, every: bool = False) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_python import ROOT, once, run_python
+from run_python import ROOT, SUPPORT, once, run_python
 
 from vllm_mxfp4_gfx950.gfx950.verification import MAX_FROBENIUS
 from vllm_mxfp4_gfx950.tables import store
@@ -30,29 +30,41 @@ EVERY = [
 
 
 @dataclass(frozen=True)
-class Case:
+class LayerCase:
     """A layer and its tokens.
 
     Args:
         shape: experts, global_experts, topk, hidden, intermediate.
         tokens: T.
+    """
+
+    shape: tuple[int, int, int, int, int]
+    tokens: int
+
+    def __str__(self) -> str:
+        experts, _, topk, hidden, intermediate = self.shape
+        return f"E{experts}-k{topk}-T{self.tokens}-H{hidden}-I{intermediate}"
+
+
+@dataclass(frozen=True)
+class Case(LayerCase):
+    """One that `verify` is to check.
+
+    Args:
         tile: as TileConfig, for w13, and for w2 where it may be split so; None for those of the table.
         unchosen: an expert that no token chooses.
         expert_map: as in MoeWeights.
         sample: workgroups of each matmul to execute; None for all.
     """
 
-    shape: tuple[int, int, int, int, int]
-    tokens: int
     tile: tuple[int, ...] | None = None
     unchosen: int | None = None
     expert_map: tuple[int, ...] | None = None
     sample: int | None = None
 
     def __str__(self) -> str:
-        experts, of, topk, hidden, intermediate = self.shape
-        name = f"E{experts}-k{topk}-T{self.tokens}-H{hidden}-I{intermediate}"
-        name += f"-of{of}" if of != experts else ""
+        experts, of, *_ = self.shape
+        name = super().__str__() + (f"-of{of}" if of != experts else "")
         name += "-tile" + "x".join(map(str, self.tile)) if self.tile else ""
         name += "-unchosen" if self.unchosen is not None else ""
         return name + (f"-sample{self.sample}" if self.sample else "")
@@ -115,17 +127,12 @@ def paths_of(triton: str, kernels: str) -> list[Path]:
 
 
 @once
-def emulated(triton: str, kernels: str, cases: tuple[Case, ...]) -> list[dict[str, Any]]:
-    """What came out for each case, in a process that has this Triton and these kernels."""
-    paths = paths_of(triton, kernels)
-    result = run_python(
-        [str(ROOT / "tests/support/emulate_layers.py")],
-        path=paths,
-        stdin=json.dumps([asdict(case) for case in cases]),
-    )
+def emulated(script: str, triton: str, kernels: str, cases: tuple[Any, ...]) -> Any:
+    """What a script makes of cases, in a process that has this Triton and these kernels."""
+    stdin = json.dumps([asdict(case) for case in cases])
+    result = run_python([str(SUPPORT / script)], path=paths_of(triton, kernels), stdin=stdin)
     assert result.returncode == 0, result.stderr
-    found: list[dict[str, Any]] = json.loads(result.stdout)
-    return found
+    return json.loads(result.stdout)
 
 
 def ids(values: Any) -> str:
@@ -135,7 +142,7 @@ def ids(values: Any) -> str:
 
 def assert_right(pair: tuple[str, str], cases: list[Case], case: Case) -> None:
     """Routing exact, and every stage within DESIGN.md's rule and 4e-3."""
-    found, kernels = emulated(*pair, tuple(cases))[cases.index(case)], pair[1]
+    found, kernels = emulated("emulate_layers.py", *pair, tuple(cases))[cases.index(case)], pair[1]
     assert found["backend"] == BACKENDS[kernels]
     checks = {check["stage"]: check for check in found["checks"]}
     assert list(checks) == ["routing", "w13", "w2", *(["layer"] if case.sample is None else [])]

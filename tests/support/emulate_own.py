@@ -1,42 +1,30 @@
 """Runs our own matmuls on the emulated gfx950: cases on stdin, what came out on stdout."""
 
-import dataclasses
-import json
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from emulated import Launches, answer, layer_of, tokens_of
 
 from vllm_mxfp4_gfx950 import backends
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.backends.triton import cdna4_kernels, own, own_kernels
 from vllm_mxfp4_gfx950.backends.triton.package import Weight
-from vllm_mxfp4_gfx950.gfx950.driver import ARCH, LDS_BYTES, Launch, presented
+from vllm_mxfp4_gfx950.gfx950.driver import ARCH, Launch, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
-from vllm_mxfp4_gfx950.gfx950.report import read
 from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.mxfp4 import dequantize
-from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights
 from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig
 from vllm_mxfp4_gfx950.tolerance import compare
 
 
 def check(case: dict[str, Any]) -> dict[str, Any]:
     """One layer on one batch of tokens."""
-    shape = MoeShape(*case["shape"], alpha=1.702, limit=7.0)
-    expert_map = None if case["expert_map"] is None else torch.tensor(case["expert_map"], dtype=torch.int32)
-    weights = dataclasses.replace(random_weights(shape, seed=0), expert_map=expert_map)
-    x, logits = random_tokens(shape, case["tokens"], seed=case["tokens"])
-    logits = logits.to(getattr(torch, case["dtype"]))
+    shape, weights = layer_of(case)
+    x, logits = tokens_of(case, shape)
     truth, plain = reference.truth_and_plain(x, logits, weights, shape)
     backend = backends.select_tiled(shape, ARCH)
-    launches: list[Launch] = []
-
-    def launch(one: Launch) -> None:
-        launches.append(one)
-        execute(one)
-
+    launches = Launches()
     with presented(execute):
         prepared = backend.prepare(weights.clone(), shape)
     if case["spoil"]:
@@ -45,14 +33,13 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
     tiles = tuple(Ladder((10**6,), (TileConfig(*tile),)) for tile in case["tiles"])
     # Of either generation, though they stand in front of one of them only.
     layer = own.make(ARCH, shape, prepared.w13, prepared.w2, prepared.order, tiles)
-    with presented(launch):
+    with presented(launches):
         out = layer.run(x, logits)
     matmuls = [one for one in launches if one.name == "mxfp4_matmul"]
     twins = [
         twin(launch, weight, shape)
         for launch, weight in zip(matmuls, (prepared.w13, prepared.w2), strict=True)
     ]
-    reports = [read(one) for one in launches]
     found = compare(out, truth, plain)
     return {
         "miss": found.miss,
@@ -66,11 +53,7 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
             )
         ],
         "kernels": [one.name for one in launches],
-        "misfits": [
-            f"{one.name}: {report}"
-            for one, report in zip(launches, reports, strict=True)
-            if report.vgpr_spills or report.sgpr_spills or report.scratch_bytes or one.lds_bytes > LDS_BYTES
-        ],
+        "misfits": launches.misfits(),
     }
 
 
@@ -95,6 +78,4 @@ def twin(launch: Launch, weight: Weight, shape: MoeShape) -> float:
 
 
 if __name__ == "__main__":
-    # Memory that is allocated and not written holds NaN, or the largest integer.
-    torch.use_deterministic_algorithms(True)
-    json.dump([check(case) for case in json.load(sys.stdin)], sys.stdout)
+    answer(lambda cases: [check(case) for case in cases])

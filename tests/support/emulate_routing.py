@@ -1,11 +1,10 @@
 """Routes on the emulated gfx950: cases on stdin, what came out on stdout."""
 
-import json
-import sys
 from typing import Any
 from unittest import mock
 
 import torch
+from emulated import answer
 
 from vllm_mxfp4_gfx950.backends.triton import routing as triton_routing
 from vllm_mxfp4_gfx950.gfx950.driver import LDS_BYTES, Launch, presented
@@ -96,6 +95,4 @@ def miss(got: triton_routing.Routing, want: triton_routing.Routing) -> str:
 
 
 if __name__ == "__main__":
-    # Memory that is allocated and not written holds NaN, or the largest integer.
-    torch.use_deterministic_algorithms(True)
-    json.dump([check(case) for case in json.load(sys.stdin)], sys.stdout)
+    answer(lambda cases: [check(case) for case in cases])

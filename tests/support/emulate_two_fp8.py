@@ -1,20 +1,16 @@
 """Runs the experts by two FP8 addends on the emulated gfx950: cases on stdin, what came out on stdout."""
 
-import dataclasses
-import json
-import sys
 from typing import Any
 from unittest import mock
 
 import torch
+from emulated import Launches, answer, layer_of, tokens_of
 
 from vllm_mxfp4_gfx950 import backends, choice, self_check, serving
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.backends.triton import routing, two_fp8
-from vllm_mxfp4_gfx950.gfx950.driver import ARCH, LDS_BYTES, Launch, presented
+from vllm_mxfp4_gfx950.gfx950.driver import ARCH, Launch, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
-from vllm_mxfp4_gfx950.gfx950.report import read
-from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig
@@ -26,30 +22,22 @@ KEPT = -1
 
 def check_layer(case: dict[str, Any]) -> dict[str, Any]:
     """One layer on one batch of tokens."""
-    shape = MoeShape(*case["shape"], alpha=1.702, limit=7.0)
-    expert_map = None if case["expert_map"] is None else torch.tensor(case["expert_map"], dtype=torch.int32)
-    weights = dataclasses.replace(random_weights(shape, seed=0), expert_map=expert_map)
-    x, logits = random_tokens(shape, case["tokens"], seed=case["tokens"])
-    logits = logits.to(getattr(torch, case["dtype"]))
+    shape, weights = layer_of(case)
+    x, logits = tokens_of(case, shape)
     truth, plain = reference.truth_and_plain(x, logits, weights, shape)
-    launches: list[Launch] = []
-
-    def launch(one: Launch) -> None:
-        launches.append(one)
-        execute(one)
-
+    launches = Launches()
     with presented(execute):
         prepared = backends.select_tiled(shape, ARCH).prepare(weights.clone(), shape)
         by_package = compare(prepared.run(x, logits), truth, plain) if case["against_package"] else None
     tiles = tuple(Ladder((10**6,), (TileConfig(*tile),)) for tile in case["tiles"])
     layer = two_fp8.TwoFp8(shape, prepared.w13, prepared.w2, tiles, prepared.order)
-    with presented(launch):
+    with presented(launches):
         out = layer.run(x, logits)
     others, other_logits = random_tokens(shape, case["tokens"], seed=case["tokens"] + 1)
     others[0, 0], others[KEPT], other_logits[KEPT] = torch.inf, x[KEPT], logits[KEPT]
     with presented(execute):
         beside_others = layer.run(others, other_logits.to(logits))
-    reports = [read(one) for one in launches]
+    reports = launches.reports()
     found = compare(out, truth, plain)
     return {
         "miss": found.miss,
@@ -58,11 +46,7 @@ def check_layer(case: dict[str, Any]) -> dict[str, Any]:
         "kept": bool(torch.equal(beside_others[KEPT], out[KEPT])),
         "spoilt": len(x) > 1 and bool(beside_others[0].isnan().all()),
         "kernels": [one.name for one in launches],
-        "misfits": [
-            f"{one.name}: {report}"
-            for one, report in zip(launches, reports, strict=True)
-            if report.vgpr_spills or report.sgpr_spills or report.scratch_bytes or one.lds_bytes > LDS_BYTES
-        ],
+        "misfits": launches.misfits(),
         "mfma": sorted({name for report in reports for name in report.mfma}),
         "conversions": sum(report.fp4_conversions for report in reports),
         "workgroups": [one.grid[0] * one.grid[1] * one.grid[2] for one in launches],
@@ -181,15 +165,17 @@ def every_bf16() -> torch.Tensor:
     return torch.stack([words, other]).to(torch.int16)
 
 
-if __name__ == "__main__":
-    # Memory that is allocated and not written holds NaN, or the largest integer.
-    torch.use_deterministic_algorithms(True)
-    layers = [check_layer(case) for case in json.load(sys.stdin)]
+def check(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """Layers, the split of all bf16, planted faults, and the choice at load."""
+    layers = [check_layer(case) for case in cases]
     faults = {place: {fault: check_fault(fault, place) for fault in FAULTS} for place in PLACES}
-    found = {
+    return {
         "layers": layers,
         "split": check_split(every_bf16()),
         "faults": faults,
         "choices": {fault: check_choice(fault) for fault in ("", "drop")},
     }
-    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    answer(check)
