@@ -27,7 +27,7 @@ TOKENS = 32
 ALLOWED = 1e-3
 """Largest difference of two log-probabilities, both computed in fp32."""
 
-OUR_LINE = re.compile(r"\[vllm_plugin\.py:\d+\] (MoE layers run through .*)")
+OUR_LINE = re.compile(r"\[serving\.py:\d+\] (MoE layers run through .*)")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
