@@ -93,8 +93,15 @@ def transformers_model(checkpoint: Path) -> torch.nn.Module:
 
 
 @torch.inference_mode()
-def transformers_logprobs(checkpoint: Path, sequences: list[list[int]]) -> list[torch.Tensor]:
+def transformers_logprobs(
+    checkpoint: Path, sequences: list[list[int]], added: dict[str, torch.Tensor] | None = None
+) -> list[torch.Tensor]:
     """What transformers, in fp32, predicts after each token of each sequence.
+
+    Args:
+        checkpoint: a directory.
+        sequences: token ids.
+        added: to the parameters of these names, as a merged adapter would.
 
     Returns:
         For each sequence, fp32[tokens, vocab]: row i is the distribution of token i + 1.
@@ -104,6 +111,8 @@ def transformers_logprobs(checkpoint: Path, sequences: list[list[int]]) -> list[
     for name, tensor in load_file(checkpoint / "model.safetensors").items():
         if name.endswith("_proj_bias"):  # Biases of experts, which may be more exact than bf16.
             model.get_parameter(name).copy_(tensor)
+    for name, tensor in (added or {}).items():
+        model.get_parameter(name).add_(tensor)
     return [model(torch.tensor([sequence])).logits[0].log_softmax(-1) for sequence in sequences]
 
 

@@ -78,11 +78,13 @@ def test_fp32_equals_transformers(name: str, cpu: str, checkpoints: dict[str, Pa
     assert_equals_transformers(served, checkpoints[name])
 
 
-def assert_equals_transformers(served: Served, checkpoint: Path) -> None:
-    """Hold the answers to PROMPTS against transformers on a checkpoint."""
+def assert_equals_transformers(
+    served: Served, checkpoint: Path, added: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Hold the answers to PROMPTS against transformers on a checkpoint, with `added` to its weights."""
     # Each step is compared after the tokens that vLLM chose. While all agree, transformers chose the same.
     sequences = [prompt + answer for prompt, answer in zip(PROMPTS, served.token_ids, strict=True)]
-    truth = tiny_checkpoint.transformers_logprobs(checkpoint, sequences)
+    truth = tiny_checkpoint.transformers_logprobs(checkpoint, sequences, added)
     for prompt, answer, logprobs, expected in zip(
         PROMPTS, served.token_ids, served.logprobs, truth, strict=True
     ):

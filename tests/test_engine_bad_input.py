@@ -226,11 +226,24 @@ def test_model_impl(tmp_path: Path) -> None:
     assert text in outcome
 
 
-def test_lora(tmp_path: Path) -> None:
-    """Adapters, which the experts would ignore."""
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (None, "nothing"),
+        (["qkv_proj", "experts"], "experts"),
+        (["model.layers.0.mlp.router"], "model.layers.0.mlp.router"),
+    ],
+    ids=["all", "experts", "router"],
+)
+def test_lora(names: list[str] | None, found: str, tmp_path: Path) -> None:
+    """Adapters that may change the experts, or what routes to them."""
     checkpoint = tiny_checkpoint.write(TinyGptOss(), tmp_path)
-    outcome = engine.outcome(checkpoint, quantization=FLAG, dtype="bfloat16", enable_lora=True)
-    assert "--enable-lora must be off; got on. Serve adapters without --quantization mxfp4-triton." in outcome
+    adapters = {"enable_lora": True, "lora_target_modules": names}
+    outcome = engine.outcome(checkpoint, quantization=FLAG, dtype="bfloat16", **adapters)
+    rest = (
+        f"where --enable-lora meets --quantization {FLAG}; got {found}. Name what else your adapters change"
+    )
+    assert f"--lora-target-modules must be given, without experts or their router, {rest}" in outcome
 
 
 @pytest.mark.parametrize(
@@ -305,24 +318,20 @@ def test_offload(argument: str, flag: str, value: str, tmp_path: Path) -> None:
     assert f"{flag} must be 0; got {value}. Leave it out: prepared experts stay where they are." in outcome
 
 
-def test_saved_and_loaded_again(tmp_path: Path) -> None:
-    """A state that is saved, and weights that are loaded again, each with a request behind."""
+def test_saved(tmp_path: Path) -> None:
+    """A state that would lack the experts, with a request behind."""
     checkpoint = tiny_checkpoint.write(TinyGptOss(), tmp_path / "checkpoint")
     state = tmp_path / "state"
     state.mkdir()
     arguments = {"quantization": FLAG, "dtype": "bfloat16"}
-    saved, served_then, loaded, served = engine.save_and_load(checkpoint, state, **arguments)
+    saved, served = engine.save(checkpoint, state, **arguments)
     assert saved == (
         "Mxfp4Error: model.layers.0.mlp.experts.routed_experts.* must be left out of any saved state; "
         "got state_dict(). Keep the checkpoint that the model was loaded from: "
         "prepared experts cannot be saved."
     )
     assert list(state.iterdir()) == []
-    assert served_then == ""
-    fix = "Start the server anew: reload_weights and sleep level 2 are not served"
-    text = f"model.layers.0.mlp.experts's weights must be loaded once; got a second time. {fix}."
-    assert loaded == f"Mxfp4Error: {text}"
-    assert served == "NotImplementedError: Cannot copy out of meta tensor; no data!"
+    assert served == ""
 
 
 PARALLELISM = """
@@ -334,7 +343,9 @@ parallel = Object(ep_size=1, enable_eplb=False)
 moe = Object(hidden_dim=128, intermediate_size=128, num_experts=8, moe_parallel_config=parallel,
              is_lora_enabled=False, moe_backend="auto")
 config = Object(
-    parallel_config=Object(data_parallel_size=1),  # Without context parallelism, as in older vLLMs.
+    lora_config=Object(),  # Without a choice of modules, as in older vLLMs.
+    # Without context parallelism, as in older vLLMs.
+    parallel_config=Object(data_parallel_size=1, all2all_backend="allgather_reducescatter"),
     offload_config=Object(uva=Object(cpu_offload_gb=0), prefetch=Object(offload_group_size=0)),
     model_config=Object(enable_return_routed_experts=False),
     load_config=Object(load_format="dummy"),
@@ -351,6 +362,7 @@ for name, holder, attribute, value in (
     ("ranks", moe.moe_parallel_config, "ep_size", 3),
     ("eplb", moe.moe_parallel_config, "enable_eplb", True),
     ("dp", config.parallel_config, "data_parallel_size", 2),
+    ("lora", moe, "is_lora_enabled", True),
     ("routed experts of vLLM 0.24 to 0.30", config.model_config, "enable_return_routed_experts", True),
     ("sharded_state", config.load_config, "load_format", "sharded_state"),
     ("runai_streamer_sharded", config.load_config, "load_format", "runai_streamer_sharded"),
@@ -362,6 +374,12 @@ for name, holder, attribute, value in (
     setattr(holder, attribute, value)
     texts[name] = refusal(vllm_checks.check_servable, config, moe)
     setattr(holder, attribute, usual)
+config.parallel_config.data_parallel_size = config.parallel_config.prefill_context_parallel_size = 2
+texts["pcp and dp"] = refusal(vllm_checks.check_servable, config, moe)
+config.parallel_config.all2all_backend = "deepep_low_latency"
+texts["all2all"] = refusal(vllm_checks.check_servable, config, moe)
+del vllm_checks.MoERunner.do_naive_dispatch_combine
+texts["dp without a gather"] = refusal(vllm_checks.check_servable, config, moe)
 for arch, eager in (("gfx950", False), ("gfx950", True), ("cpu", False)):
     selection = backends.Selection(backends.reference, arch, ())
     texts[f"{arch} {eager}"] = refusal(
@@ -378,7 +396,20 @@ def test_parallelism_and_capture() -> None:
     assert json.loads(result.stdout.splitlines()[-1]) == {
         "ranks": "the number of expert-parallel ranks must be a divisor of 8; got 3. Change it.",
         "eplb": "--enable-eplb must be off; got on. Leave it out: experts cannot be moved between ranks.",
-        "dp": "--data-parallel-size must be 1; got 2. Start one server for each replica instead.",
+        "dp": None,
+        "all2all": (
+            "--all2all-backend must be allgather_reducescatter with --quantization mxfp4-triton; "
+            "got deepep_low_latency. Leave it out."
+        ),
+        "dp without a gather": (
+            "--data-parallel-size must be 1 with this vLLM, which gathers tokens for its own kernels only; "
+            "got 2. Start one server for each replica instead."
+        ),
+        "lora": (
+            "--lora-target-modules must be given, without experts or their router, where --enable-lora meets "
+            "--quantization mxfp4-triton; got nothing. Name what else your adapters change, such as "
+            "qkv_proj o_proj, or serve them without the flag."
+        ),
         "routed experts of vLLM 0.24 to 0.30": (
             "--enable-return-routed-experts must be off; got on. "
             "Leave it out: the routing is inside of the layer."
@@ -389,6 +420,7 @@ def test_parallelism_and_capture() -> None:
             for state in ("sharded_state", "runai_streamer_sharded", "tensorizer")
         },
         "pcp": "--prefill-context-parallel-size must be 1; got 2. Leave it out.",
+        "pcp and dp": "--prefill-context-parallel-size must be 1; got 2. Leave it out.",
         "no pcp": None,
         "gfx950 False": (
             "--enforce-eager must be given for the reference backend on a GPU; got nothing. "

@@ -64,15 +64,19 @@ def write(directory: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) 
     return directory
 
 
-def answers(checkpoint: Path, path: str, **arguments: Any) -> Served:
-    """To questions of all skills."""
+def ask() -> list[list[int]]:
+    """Questions of all skills, as tokens."""
     numbers = {token: number for number, token in enumerate(questions.VOCABULARY)}
-    prompts = [
+    return [
         [numbers[token] for token in asked["question"]]
         for skill in questions.SKILLS
         for asked in questions.read(skill)[:ASKED]
     ]
-    served = engine.serve(checkpoint, prompts, TOKENS, **SERVED, **PATHS[path], **arguments)
+
+
+def answers(checkpoint: Path, path: str, **arguments: Any) -> Served:
+    """To those questions."""
+    served = engine.serve(checkpoint, ask(), TOKENS, **SERVED, **PATHS[path], **arguments)
     assert (served.moe_methods == {OUR_METHOD}) == (path == "ours")
     return served
 
@@ -117,6 +121,22 @@ def test_two_gpus_answer_as_one(checkpoint: Path, path: str, expert_parallel: bo
     """With graphs and torch.compile."""
     two = answers(checkpoint, path, tensor_parallel_size=2, enable_expert_parallel=expert_parallel)
     assert is_near(alone(checkpoint, path), two)
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True], ids=["DP2", "DP2-EP"])
+def test_two_data_parallel_gpus_answer_as_one(checkpoint: Path, expert_parallel: bool) -> None:
+    """Each its own requests, ten times as many of them to the first: the other is idle in the end."""
+    prompts = ask()
+    split = len(prompts) * 10 // 11
+    ours = SERVED | PATHS["ours"] | {"enable_expert_parallel": expert_parallel}
+    ranks = engine.serve_on_ranks(checkpoint, [prompts[:split], prompts[split:]], TOKENS, **ours)
+    assert [rank.moe_methods for rank in ranks] == [{OUR_METHOD}] * 2
+    both = Served(
+        {OUR_METHOD},
+        ranks[0].token_ids + ranks[1].token_ids,
+        ranks[0].logprobs + ranks[1].logprobs,
+    )
+    assert is_near(alone(checkpoint, "ours"), both)
 
 
 def test_a_bias_twice_is_seen(checkpoint: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.model_loader import DefaultModelLoader, RunaiModelStreamerLoader, get_model_loader
 from vllm.model_executor.models import ModelRegistry
@@ -19,6 +20,9 @@ PICKLES = ("pt", "npcache")
 
 STATES = ("sharded_state", "runai_streamer_sharded", "tensorizer")
 """Those that fill a model's parameters, or some of whose files do, and not by the parameters' own loaders."""
+
+NO_ADAPTERS = ("experts", "routed_experts", "router", "gate_up_proj", "down_proj")
+"""What the experts, their matmuls and what routes to them are called in vLLM and in adapters."""
 
 
 def check_registry() -> None:
@@ -41,7 +45,7 @@ def check_servable(config: VllmConfig, moe: FusedMoEConfig) -> None:
     if moe.moe_parallel_config.enable_eplb:
         raise Mxfp4Error("--enable-eplb", "off", "on", "Leave it out: experts cannot be moved between ranks")
     if moe.is_lora_enabled:
-        raise Mxfp4Error("--enable-lora", "off", "on", f"Serve adapters without --quantization {FLAG}")
+        check_adapters(config)
     if moe.moe_backend != "auto":
         fix = f"Leave it out, or choose a backend with {settings.BACKEND_VAR}"
         raise Mxfp4Error("--moe-backend", f"auto with --quantization {FLAG}", moe.moe_backend, fix)
@@ -56,11 +60,7 @@ def check_servable(config: VllmConfig, moe: FusedMoEConfig) -> None:
     if getattr(config.model_config, "enable_return_routed_experts", False):
         fix = "Leave it out: the routing is inside of the layer"
         raise Mxfp4Error("--enable-return-routed-experts", "off", "on", fix)
-    data_parallel_size = config.parallel_config.data_parallel_size
-    if data_parallel_size != 1:
-        raise Mxfp4Error(
-            "--data-parallel-size", "1", data_parallel_size, "Start one server for each replica instead"
-        )
+    check_data_parallel(config)
     # Asked of vLLM's that have it: with expert parallelism its ranks do not gather each other's tokens.
     context_parallel_size = getattr(config.parallel_config, "prefill_context_parallel_size", 1)
     if context_parallel_size != 1:
@@ -71,6 +71,37 @@ def check_servable(config: VllmConfig, moe: FusedMoEConfig) -> None:
         raise Mxfp4Error("--load-format", "one that reads a checkpoint", load_format, fix)
     if load_format in PICKLES:
         raise Mxfp4Error("--load-format", "one that reads safetensors", load_format, "Leave it out")
+
+
+def check_adapters(config: VllmConfig) -> None:
+    """Raise Mxfp4Error where adapters may change the experts or what routes to them.
+
+    vLLM wraps the layers that are named, or all that it can, and its own kernels of the experts only.
+    """
+    # Asked of vLLM's that have it.
+    names = getattr(config.lora_config, "target_modules", None)
+    refused = [name for name in names or () if name.rpartition(".")[2] in NO_ADAPTERS]
+    if refused or not names:
+        rule = f"given, without experts or their router, where --enable-lora meets --quantization {FLAG}"
+        fix = "Name what else your adapters change, such as qkv_proj o_proj, or serve them without the flag"
+        raise Mxfp4Error("--lora-target-modules", rule, ", ".join(refused) or "nothing", fix)
+
+
+def check_data_parallel(config: VllmConfig) -> None:
+    """Raise Mxfp4Error where data-parallel ranks, which share the experts, would not share their tokens.
+
+    vLLM's runner gathers tokens and logits in front of a method that brings no kernel of vLLM's own, and
+    hands the sums back behind it, by the collectives of one all-to-all backend.
+    """
+    ranks, backend = config.parallel_config.data_parallel_size, config.parallel_config.all2all_backend
+    if ranks == 1:
+        return
+    if not hasattr(MoERunner, "do_naive_dispatch_combine"):
+        rule = "1 with this vLLM, which gathers tokens for its own kernels only"
+        raise Mxfp4Error("--data-parallel-size", rule, ranks, "Start one server for each replica instead")
+    if backend != "allgather_reducescatter":
+        rule = f"allgather_reducescatter with --quantization {FLAG}"
+        raise Mxfp4Error("--all2all-backend", rule, backend, "Leave it out")
 
 
 def check_capture(config: VllmConfig, selection: backends.Selection) -> None:

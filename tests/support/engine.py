@@ -9,9 +9,10 @@ import io
 import json
 import multiprocessing
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,19 @@ TOP = 20
 
 
 @dataclass(frozen=True)
+class Turn:
+    """What is done with an engine before it answers once more.
+
+    Args:
+        calls: methods of vllm.LLM and their arguments.
+        adapter: a LoRA for all prompts; None for the model alone.
+    """
+
+    calls: tuple[tuple[str, dict[str, Any]], ...] = ()
+    adapter: Path | None = None
+
+
+@dataclass(frozen=True)
 class Served:
     """What an engine answered.
 
@@ -62,11 +76,13 @@ class Served:
         moe_methods: the classes that computed its MoE layers.
         token_ids: of each answer.
         logprobs: of each answer, for each token: the likeliest alternatives by token.
+        accepted: draft tokens so far that the model would have chosen itself; 0 without a log of statistics.
     """
 
     moe_methods: set[str]
     token_ids: list[list[int]]
     logprobs: list[list[dict[int, float]]]
+    accepted: int = 0
 
 
 def serve(
@@ -82,6 +98,45 @@ def serve(
         arguments: of vllm.LLM.
     """
     return _in_engine_process(cpu, serve_here, checkpoint, prompts, tokens, arguments)
+
+
+def serve_in_turn(
+    checkpoint: Path, prompts: list[list[int]], tokens: int, turns: list[Turn], **arguments: Any
+) -> list[Served]:
+    """`serve` by one engine several times, each after a turn."""
+    return _in_engine_process("this-cpu", _serve_in_turn, checkpoint, prompts, tokens, turns, arguments)
+
+
+def serve_on_ranks(
+    checkpoint: Path, prompts: list[list[list[int]]], tokens: int, **arguments: Any
+) -> list[Served]:
+    """`serve` by data-parallel ranks.
+
+    Args:
+        checkpoint: a directory.
+        prompts: each rank's own. One that has answered its own waits for the others.
+        tokens: as in `serve`.
+        arguments: of vllm.LLM.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"VLLM_DP_SIZE": str(len(prompts)), "VLLM_DP_MASTER_PORT": str(port)}
+    jobs = [
+        _engine_process("this-cpu", rank).submit(
+            _serve_rank, environment | {"VLLM_DP_RANK": str(rank)}, checkpoint, mine, tokens, arguments
+        )
+        for rank, mine in enumerate(prompts)
+    ]
+    try:
+        for job in as_completed(jobs):
+            job.result()
+    except (Exception, pytest.fail.Exception):  # Without one of them the others would wait for ever.
+        for process in multiprocessing.active_children():
+            process.kill()
+        _engine_process.cache_clear()
+        raise
+    return [job.result() for job in jobs]
 
 
 def score(checkpoint: Path, sequences: list[list[int]], cpu: str, **arguments: Any) -> np.ndarray:
@@ -115,9 +170,9 @@ def outcome(checkpoint: Path, environment: dict[str, str] | None = None, **argum
     return _in_engine_process("this-cpu", _outcome, checkpoint, environment or {}, arguments)
 
 
-def save_and_load(checkpoint: Path, directory: Path, **arguments: Any) -> list[str]:
-    """The errors of saving a sharded state, of a request, of loading the weights again, and of a request."""
-    return _in_engine_process("this-cpu", _save_and_load, checkpoint, directory, arguments)
+def save(checkpoint: Path, directory: Path, **arguments: Any) -> list[str]:
+    """The errors of saving a sharded state, and of a request."""
+    return _in_engine_process("this-cpu", _save, checkpoint, directory, arguments)
 
 
 def quantization_class(checkpoint: Path, quantization: str | None) -> str:
@@ -148,7 +203,7 @@ def _in_engine_process(cpu: str, function: Callable[P, R], *args: P.args, **kwar
 
 
 @functools.cache
-def _engine_process(cpu: str) -> ProcessPoolExecutor:
+def _engine_process(cpu: str, rank: int = 0) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=start, initargs=(cpu,))
 
 
@@ -195,19 +250,50 @@ def serve_here(checkpoint: Path, prompts: list[list[int]], tokens: int, argument
         return _serve(llm, prompts, tokens)
 
 
-def _serve(llm: LLM, prompts: list[list[int]], tokens: int) -> Served:
+def _serve_rank(
+    environment: dict[str, str],
+    checkpoint: Path,
+    prompts: list[list[int]],
+    tokens: int,
+    arguments: dict[str, Any],
+) -> Served:
+    with mock.patch.dict(os.environ, environment):
+        return serve_here(checkpoint, prompts, tokens, arguments)
+
+
+def _serve_in_turn(
+    checkpoint: Path, prompts: list[list[int]], tokens: int, turns: list[Turn], arguments: dict[str, Any]
+) -> list[Served]:
+    served = []
+    with _llm(checkpoint, arguments) as llm:
+        for turn in turns:
+            for name, given in turn.calls:
+                getattr(llm, name)(**given)
+            served.append(_serve(llm, prompts, tokens, turn.adapter))
+    return served
+
+
+def _serve(llm: LLM, prompts: list[list[int]], tokens: int, adapter: Path | None = None) -> Served:
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=TOP)
     methods = llm.apply_model(_moe_methods)
-    requests = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
+    lora = None if adapter is None else LoRARequest(adapter.name, 1, str(adapter))
+    requests = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False, lora_request=lora
+    )
     outputs = [request.outputs[0] for request in requests]
+    metrics = llm.get_metrics() if llm.llm_engine.log_stats else []
     return Served(
         moe_methods=set().union(*methods),
         token_ids=[list(output.token_ids) for output in outputs],
         logprobs=[
             [{i: p.logprob for i, p in step.items()} for step in output.logprobs] for output in outputs
         ],
+        accepted=sum(
+            metric.value for metric in metrics if metric.name == "vllm:spec_decode_num_accepted_tokens"
+        ),
     )
 
 
@@ -262,13 +348,11 @@ def _bench(job: dict[str, Any]) -> str:
     return printed.getvalue()
 
 
-def _save_and_load(checkpoint: Path, directory: Path, arguments: dict[str, Any]) -> list[str]:
+def _save(checkpoint: Path, directory: Path, arguments: dict[str, Any]) -> list[str]:
     errors = []
     with _llm(checkpoint, arguments) as llm:
         for call in (
             lambda: llm.collective_rpc("save_sharded_state", args=(str(directory),)),
-            lambda: _serve(llm, [[1, 2, 3]], 1),
-            lambda: llm.collective_rpc("reload_weights"),
             lambda: _serve(llm, [[1, 2, 3]], 1),
         ):
             try:
