@@ -130,11 +130,11 @@ def whole_layer() -> dict[str, torch.Tensor]:
 def load(
     shape: MoeShape, rank: int, expert_map: torch.Tensor | None, whole: dict[str, torch.Tensor]
 ) -> tuple[LayerLoader, dict[str, torch.Tensor]]:
-    """What a rank makes of a checkpoint whose experts come one by one."""
+    """What a rank makes of a checkpoint whose experts come one by one, in memory that held something."""
     columns = checkpoint.rank_columns(shape, SHAPE.intermediate, rank)
     loader = LayerLoader("layer", shape, columns, expert_map)
     shapes = tensor_shapes(shape.experts, shape.hidden, shape.intermediate)
-    tensors = {field: torch.zeros(size, dtype=dtype) for field, (dtype, size) in shapes.items()}
+    tensors = {field: torch.full(size, 7, dtype=dtype) for field, (dtype, size) in shapes.items()}
     for field, target in tensors.items():
         for expert in range(SHAPE.experts):
             here = loader.load(field, target, whole[field][expert], expert)
@@ -191,6 +191,7 @@ def test_an_expert_did_not_come() -> None:
     loader.missing = {"w13_bias": loader.missing["w13_bias"]}
     with pytest.raises(Mxfp4Error, match=f"^{re.escape(text)}$"):
         loader.check_whole()
+    loader.missing = {"w13_bias": loader.missing["w13_bias"]}  # All of them anew.
     loader.load("w13_bias", target, whole["w13_bias"])
     loader.check_whole()
     assert torch.equal(target, whole["w13_bias"].float())

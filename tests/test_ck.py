@@ -129,6 +129,17 @@ def test_ranks_of_experts_add_up(tokens: int) -> None:
     assert_rows_close(total, *reference.truth_and_plain(x, logits, weights, SMALL))
 
 
+def test_other_weights_in_place() -> None:
+    """`tensors` lists all that differs between two layers: written over, one is the other."""
+    held, fresh = (rank_of(random_weights(SMALL, seed=seed), SMALL, [6, 1, 3]) for seed in (5, 6))
+    prepared, other = (ck.prepare(part.clone(), shape) for part, shape in (held, fresh))
+    for tensor, content in zip(prepared.tensors(), other.tensors(), strict=True):
+        tensor.copy_(content)
+    check(prepared, *fresh, 37)
+    with pytest.raises(AssertionError):
+        check(prepared, *held, 37)
+
+
 def test_route_is_that_of_the_reference(aiter: ModuleType) -> None:
     """Ties included, and whatever the dtype of the logits."""
     weights = random_weights(SMALL, seed=5)

@@ -1,5 +1,6 @@
 """The Triton backend on a real GPU: its numbers, its routing, its graph, and what it takes to load it."""
 
+import gc
 import time
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from emulate_routing import logits_of, miss
 
-from vllm_mxfp4_gfx950 import backends, choice, self_check, settings
+from vllm_mxfp4_gfx950 import backends, choice, self_check, serving, settings
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.backends.triton import own
 from vllm_mxfp4_gfx950.backends.triton import routing as triton_routing
@@ -22,6 +23,7 @@ pytestmark = [
 ]
 Layer = tuple[MoeShape, MoeWeights, backends.Backend, Any]
 TOKENS = (1, 7, 29, 37, 64, 199, 333, 1024)
+REFILLED = (1, 64, 1024)
 ROUTED = (1, 2, 7, 8, 9, 16, 17, 32, 33, 64, 256, 1500, 5000, 16384)
 SIZES = [
     make_shape(32, 4, 2880, 2880),
@@ -88,6 +90,51 @@ def test_run_is_captured_in_a_graph(layer: Layer, tokens: int) -> None:
     out.fill_(float("nan"))
     graph.replay()
     assert_rows_close(out, *reference.truth_and_plain(x, logits, weights, shape))
+
+
+def test_graphs_read_other_weights(layer: Layer) -> None:
+    """Twenty times other weights: graphs captured before compute with them, and no memory is lost."""
+    shape = layer[0]
+    arch = backends.arch_of(torch.device("cuda"))
+    serve = serving.ModelLayers(shape, arch, settings.Settings("triton"), max(REFILLED))
+    prepared = serve.prepare(random_weights(shape, seed=0, device="cuda"), "layers.0")
+    graphs = []
+    for tokens in REFILLED:
+        x, logits = random_tokens(shape, tokens, seed=tokens, device="cuda")
+        prepared.run(x, logits)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = prepared.run(x, logits)
+        graphs.append((graph, x, logits, out))
+    held = []
+    for seed in range(1, 21):
+        graph, x, logits, out = graphs[seed % len(graphs)]
+        weights = random_weights(shape, seed=seed, device="cuda")
+        expected = reference.truth_and_plain(x, logits, weights, shape)
+        graph.replay()
+        with pytest.raises(AssertionError):  # Negative control: it has the weights of before.
+            assert_rows_close(out, *expected)
+        serve.refill(prepared, weights, "layers.0")
+        out.fill_(float("nan"))
+        graph.replay()
+        assert_rows_close(out, *expected)
+        del weights, expected
+        gc.collect()
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    print(f"{held[0] >> 20} MiB after the first, {held[-1] >> 20} MiB after the last")
+    assert held[-1] <= held[0]
+
+
+@pytest.mark.parametrize("tokens", [32768, 131072], ids=lambda t: f"T{t}")
+def test_run_of_gathered_tokens(layer: Layer, tokens: int) -> None:
+    """What eight data-parallel ranks bring together; of the rows the first, the last and some between."""
+    shape, weights, _, prepared = layer
+    x, logits = random_tokens(shape, tokens, seed=tokens, device="cuda")
+    rows = torch.arange(0, tokens, tokens // 64, device="cuda")
+    rows[-1] = tokens - 1
+    out = prepared.run(x, logits)[rows]
+    assert_rows_close(out, *reference.truth_and_plain(x[rows], logits[rows], weights, shape))
 
 
 def test_run_does_not_wait_for_the_gpu(layer: Layer) -> None:

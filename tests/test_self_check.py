@@ -40,6 +40,10 @@ class Layer:
         """What the fault makes of it."""
         return self.fault(self.sound, x, logits)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The sound layer's."""
+        return self.sound.tensors()
+
 
 def layer_of(weights: MoeWeights, run: Run = run_reference) -> Layer:
     """A prepared layer."""
@@ -195,6 +199,10 @@ class SeveralPlans:
         """As in TiledLayer."""
         return ("own", "table", "package") if tokens <= 64 else ("table", "package")
 
+    def tensors(self) -> list[torch.Tensor]:
+        """As in Layer."""
+        return layer_of(self.weights).tensors()
+
     def with_plans(self, plans: Ladder[Plan]) -> SeveralPlans:
         """As in TiledLayer."""
         return SeveralPlans(self.weights, self.wrong, plans)
@@ -284,6 +292,55 @@ def test_plans_of_the_first_layer_serve_the_others(
     layers = serving.ModelLayers(SHAPE, "gfx950", Settings(), 2048)
     served = [layers.prepare(weights, f"layers.{i}").plans.rungs for i in range(3)]
     assert served == [("table", "table")] * 3
+
+
+@pytest.mark.parametrize(("when", "times"), [("first", 1), ("all", 3), ("off", 0)])
+def test_refill(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights, when: str, times: int) -> None:
+    """Other weights go where those before lie; layers are checked with them as they were before."""
+    serving = pytest.importorskip("vllm_mxfp4_gfx950.serving")
+    choose_from(monkeypatch, backend("good"))
+    layers = serving.ModelLayers(SHAPE, "gfx950", Settings(self_check=when), 2048)
+    served = {f"layers.{i}": layers.prepare(weights.clone(), f"layers.{i}") for i in range(3)}
+    before = [tensor.data_ptr() for layer in served.values() for tensor in layer.tensors()]
+    checks: list[Layer] = []
+    check = self_check.check
+    monkeypatch.setattr(self_check, "check", lambda *given: checks.append(given[0]) or check(*given))
+    other = random_weights(SHAPE, seed=1)
+    x, logits = self_check.batch(other, SHAPE, 64)
+    expected = layer_of(other.clone()).run(x, logits)
+    for name, layer in served.items():
+        assert not torch.equal(layer.run(x, logits), expected)
+        layers.refill(layer, other.clone(), name)
+        assert torch.equal(layer.run(x, logits), expected)
+    assert [tensor.data_ptr() for layer in served.values() for tensor in layer.tensors()] == before
+    assert checks == list(served.values())[:times]
+
+
+class WithoutOwn(SeveralPlans):
+    """A layer whose weights our own matmuls cannot read."""
+
+    def offered(self, tokens: int) -> tuple[Plan, ...]:
+        """As in TiledLayer."""
+        return "table", "package"
+
+
+def test_refill_goes_wrong(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
+    """No other kernels can take over, as captured graphs run through those of before."""
+    serving = pytest.importorskip("vllm_mxfp4_gfx950.serving")
+    kinds = [SeveralPlans, WithoutOwn]
+    choose_from(monkeypatch, backend("some", prepare=lambda weights, *_: kinds.pop(0)(weights, ())))
+    layers = serving.ModelLayers(SHAPE, "gfx950", Settings(self_check="off"), 2048)
+    layer = layers.prepare(weights.clone(), "layers.0")
+    text = r"layers\.0 must be weights for the kernels of those before; got none for our own matmuls"
+    with pytest.raises(Mxfp4Error, match=text):
+        layers.refill(layer, weights.clone(), "layers.0")
+
+    choose_from(monkeypatch, backend("good"))
+    layers = serving.ModelLayers(SHAPE, "gfx950", Settings(), 2048)
+    layer = layers.prepare(weights.clone(), "layers.0")
+    layer.fault = one_wrong_row
+    with pytest.raises(Mxfp4Error, match=r"layers\.0 must be computed right .*; got 2048 tokens: row 2047"):
+        layers.refill(layer, weights.clone(), "layers.0")
 
 
 class Tiled(SeveralPlans):

@@ -141,16 +141,20 @@ class LayerLoader:
 
     def __init__(self, prefix: str, shape: MoeShape, columns: range, expert_map: torch.Tensor | None) -> None:
         self.prefix, self.shape, self.columns, self.expert_map = prefix, shape, columns, expert_map
+        self._await_all()
+
+    def _await_all(self) -> None:
         # Experts of this rank that each field still waits for.
-        self.missing = {field: set(range(shape.experts)) for field in TENSORS}
+        self.missing = {field: set(range(self.shape.experts)) for field in TENSORS}
 
     def load(self, field: str, target: torch.Tensor, loaded: torch.Tensor, expert: int | None = None) -> bool:
         """Copy a tensor of the checkpoint to where it belongs.
 
         Args:
             field: the tensor's name in MoeWeights.
-            target: all of that field on this rank, or as much of it as the rank's columns fill. Zeroed, so
-                that blocks and biases add nothing where the columns are fewer than the shape's.
+            target: all of that field on this rank, or as much of it as the rank's columns fill. Where the
+                columns are fewer than the shape's, the rest is zeroed, as zero blocks and biases add nothing.
+                On the meta device, nothing has come.
             loaded: all of this rank's experts, sliced for it already; or, with `expert`, one of the model's
                 experts whole.
             expert: its number in the model.
@@ -173,19 +177,24 @@ class LayerLoader:
         if field == "w2_bias" and self.columns.start > 0:
             loaded = torch.zeros_like(loaded)  # The ranks' outputs are summed: it counts on the first.
         target = target[experts.start : experts.stop]
+        if target.shape != loaded.shape:
+            target.zero_()
         target[tuple(slice(0, n) for n in loaded.shape)].copy_(loaded)
-        self.missing[field] -= {*experts}
+        if not target.is_meta:
+            self.missing[field] -= {*experts}
         return True
 
-    def check_whole(self) -> None:
-        """Raise Mxfp4Error where an expert of this rank did not come."""
-        for field, experts in self.missing.items():
+    def check_whole(self, fix: str = "Download the checkpoint again") -> None:
+        """Raise Mxfp4Error where an expert of this rank did not come; wait for all of them anew."""
+        missing = self.missing
+        self._await_all()
+        for field, experts in missing.items():
             if experts:
                 raise Mxfp4Error(
                     f"{self.prefix}.{TENSORS[field]}",
                     "in the checkpoint",
                     f"nothing for {len(experts)} of this rank's {self.shape.experts} experts",
-                    "Download the checkpoint again",
+                    fix,
                 )
 
     def weights(self, tensors: dict[str, torch.Tensor]) -> MoeWeights:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 
 import torch
 
 from vllm_mxfp4_gfx950 import backends, choice, self_check, settings
 from vllm_mxfp4_gfx950.errors import Mxfp4Error, brief
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
+from vllm_mxfp4_gfx950.self_check import PLAN_NAMES
 from vllm_mxfp4_gfx950.tiles import Ladder, Plan
 
 # Loggers below `vllm` print where vLLM's own do; in SGLang they are below the root, as its own are.
@@ -32,7 +35,7 @@ class ModelLayers:
     def __init__(self, shape: MoeShape, arch: str, wanted: settings.Settings, largest: int) -> None:
         self.shape, self.wanted, self.largest = shape, wanted, largest
         self.selection = backends.select(shape, arch, wanted)
-        self.checked = False
+        self.checked = ""  # The name of the first layer that was.
         self.plans: Ladder[Plan] | None = None
         self.choice: choice.Choice | None = None
         logger.info("MoE layers run through %s. Each is %s.", self.selection, shape)
@@ -54,28 +57,18 @@ class ModelLayers:
         Raises:
             Mxfp4Error: no backend computed the layer right, or there was too little memory.
         """
-        try:
+        with _memory_for(prefix):
             return self._prepare(weights, prefix)
-        except torch.OutOfMemoryError as error:
-            name, rule = "the GPU's free memory", f"enough to prepare {prefix}"
-            fix = "Stop what else uses this GPU, or serve with a larger --tensor-parallel-size"
-            raise Mxfp4Error(name, rule, brief(error).rstrip("."), fix) from error
 
     def _prepare(self, weights: MoeWeights, prefix: str) -> backends.Layer:
-        backend, when = self.selection.backend, self.wanted.self_check
-        if backend.NAME == "reference" or when == "off" or (when == "first" and self.checked):
-            layer = backend.prepare(weights, self.shape, self.wanted.tables)
+        if not self._is_checked(prefix):
+            layer = self.selection.backend.prepare(weights, self.shape, self.wanted.tables)
             return self._arranged(layer) if self.checked else layer
-
-        def report(name: str, outcome: self_check.Outcome) -> None:
-            log = logger.warning if outcome.miss else logger.info
-            log("Self-check of %s through %s: %s.", prefix, name, outcome)
-
-        before = self.selection
+        before, report = self.selection, functools.partial(_report, prefix)
         self.selection, layer = self_check.prepare(
             before, weights, self.shape, self.wanted, report, self._arranged
         )
-        self.checked = True
+        self.checked = self.checked or prefix
         if isinstance(layer, backends.TiledLayer):
             self.plans = layer.plans
         if self.selection is not before:
@@ -94,6 +87,64 @@ class ModelLayers:
         torch.cuda.empty_cache()
         logger.info("Chosen by time: %s.", self.choice)
         return layer.with_plans(self.choice.plans)
+
+    def _is_checked(self, prefix: str) -> bool:
+        """Whether a layer is compared with float64."""
+        if self.selection.backend.NAME == "reference" or self.wanted.self_check == "off":
+            return False
+        return self.wanted.self_check == "all" or self.checked in ("", prefix)
+
+    def refill(self, layer: backends.Layer, weights: MoeWeights, prefix: str) -> None:
+        """Give a prepared layer other weights, in the memory that captured graphs read.
+
+        It is compared with float64 again if it was before.
+
+        Args:
+            layer: as `prepare` has returned it; changed.
+            weights: consumed.
+            prefix: the layer's name, for the log.
+
+        Raises:
+            Mxfp4Error: its kernels cannot compute these weights, or compute them wrong, or there was too
+                little memory.
+        """
+        with _memory_for(prefix):
+            self._refill(layer, weights, prefix)
+
+    def _refill(self, layer: backends.Layer, weights: MoeWeights, prefix: str) -> None:
+        checked = self._is_checked(prefix)
+        given = weights.clone() if checked else weights
+        fresh = self.selection.backend.prepare(given, self.shape, self.wanted.tables)
+        fix = "Start the server anew: what it has captured runs through the kernels of the old weights"
+        if isinstance(layer, backends.TiledLayer) and isinstance(fresh, backends.TiledLayer):
+            lost = {*layer.plans.rungs} - {*fresh.offered(1)}
+            if lost:
+                names = " and ".join(sorted(PLAN_NAMES[plan] for plan in lost))
+                raise Mxfp4Error(prefix, "weights for the kernels of those before", f"none for {names}", fix)
+        for held, other in zip(layer.tensors(), fresh.tensors(), strict=True):
+            held.copy_(other)
+        if checked:
+            outcome = self_check.check(layer, weights, self.shape)
+            _report(prefix, self.selection.backend.NAME, outcome)
+            if outcome.miss:
+                raise Mxfp4Error(prefix, "computed right with its new weights", outcome.miss, fix)
+
+
+@contextlib.contextmanager
+def _memory_for(prefix: str) -> Iterator[None]:
+    """Say what to do where there is too little memory for a layer."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        name, rule = "the GPU's free memory", f"enough to prepare {prefix}"
+        fix = "Stop what else uses this GPU, or serve with a larger --tensor-parallel-size"
+        raise Mxfp4Error(name, rule, brief(error).rstrip("."), fix) from error
+
+
+def _report(prefix: str, name: str, outcome: self_check.Outcome) -> None:
+    """Log what a check of a layer has found of a backend."""
+    log = logger.warning if outcome.miss else logger.info
+    log("Self-check of %s through %s: %s.", prefix, name, outcome)
 
 
 @functools.cache

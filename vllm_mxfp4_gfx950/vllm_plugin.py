@@ -150,7 +150,9 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         self.shape = moe_shape(config.model_config.hf_text_config, moe)
         arch = backends.arch_of(torch.device(moe.device))
         serving.check_activation_dtype(moe.in_dtype, arch)
-        largest = config.scheduler_config.max_num_batched_tokens
+        # Data-parallel ranks bring their tokens together.
+        ranks = config.parallel_config.data_parallel_size
+        largest = ranks * config.scheduler_config.max_num_batched_tokens
         self.layers = serving.model_layers(self.shape, arch, settings.from_environment(), largest)
         check_capture(config, self.layers.selection)
         self.prepared: backends.Layer | None = None
@@ -197,7 +199,7 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
 
     def load_weight(
         self,
-        parameter: torch.nn.Parameter,
+        param: torch.nn.Parameter,
         loaded: torch.Tensor,
         weight_name: str,
         shard_id: str | None = None,
@@ -206,8 +208,11 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
     ) -> bool | None:
         """Copy a tensor of the checkpoint into a parameter.
 
+        Where weights are loaded again, vLLM calls this twice: for a parameter on the meta device, to count
+        what comes, and for one in memory that was never written.
+
         Args:
-            parameter: one of the six.
+            param: one of the six, by the name under which vLLM hands over the second.
             loaded: all of this rank's experts, which vLLM's GPT-OSS model has sliced for this rank;
                 or, with `expert_id`, one whole expert of the model.
             weight_name: ends in the parameter's name.
@@ -216,28 +221,33 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
             return_success: whether the caller wants to know if the expert lives here.
 
         Raises:
-            Mxfp4Error: the tensor has the wrong dtype or shape, or the layer is prepared already.
+            Mxfp4Error: the tensor has the wrong dtype or shape.
         """
-        if self.prepared is not None:
-            fix = "Start the server anew: reload_weights and sleep level 2 are not served"
-            raise Mxfp4Error(f"{self.prefix}'s weights", "loaded once", "a second time", fix)
         field = PARAMETERS[weight_name.rpartition(".")[2]]
-        here = self.loader.load(field, parameter.data, loaded, expert_id)
+        here = self.loader.load(field, param.data, loaded, expert_id)
         return here if return_success else None
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Check the layer, hand it to the backend, and let go of the parameters.
 
+        Where weights are loaded again, they go where the first ones lie, as captured graphs read those.
+
         Raises:
             Mxfp4Error: a tensor was missing, a scale is NaN, or no backend computed the layer right.
         """
-        if self.from_checkpoint:
+        if self.prepared is not None:
+            self.loader.check_whole("Give all of a layer's experts together")
+        elif self.from_checkpoint:
             self.loader.check_whole()
         tensors = {field: getattr(layer, name).data for name, field in PARAMETERS.items()}
-        self.prepared = self.layers.prepare(self.loader.weights(tensors), self.prefix)
+        weights = self.loader.weights(tensors)
+        if self.prepared is None:
+            self.prepared = self.layers.prepare(weights, self.prefix)
+            layer.register_state_dict_pre_hook(serving.refuse_state_dict)
+        else:
+            self.layers.refill(self.prepared, weights, self.prefix)
         for name in PARAMETERS:
             delattr(layer, name)
-        layer.register_state_dict_pre_hook(serving.refuse_state_dict)
 
     def apply_monolithic(
         self,

@@ -38,6 +38,7 @@ class Case:
         placement: which of the model's experts are here: "all", or "linear" or "strided" by rank.
         rank, ranks: of expert parallelism.
         tied: all logits are equal.
+        refilled: it was prepared from zeros, and got its weights in the same memory.
         tile: block_m and block_n of both matmuls; None takes the table's.
         broken: what is broken on purpose, so that a test can see itself fail.
     """
@@ -51,6 +52,7 @@ class Case:
     rank: int = 0
     ranks: int = 1
     tied: bool = False
+    refilled: bool = False
     tile: tuple[int, int] | None = None
     broken: str = ""
 
@@ -58,7 +60,9 @@ class Case:
         name = f"E{self.experts}-k{self.topk}-T{self.tokens}-H{self.hidden}-I{self.intermediate}"
         name += "" if self.placement == "all" else f"-{self.placement}{self.rank}of{self.ranks}"
         name += "-{}x{}".format(*self.tile) if self.tile else ""
-        return name + "-tied" * self.tied + f"-{self.broken}" * bool(self.broken)
+        return (
+            name + "-tied" * self.tied + "-refilled" * self.refilled + f"-{self.broken}" * bool(self.broken)
+        )
 
     def inputs(self) -> tuple[MoeWeights, MoeShape, torch.Tensor, torch.Tensor]:
         """This rank's weights and shape, the activations and the logits; nobody chooses expert 1."""
@@ -107,6 +111,7 @@ RANKS = [
     *ranks_of(2, "strided", experts=8, topk=4, tokens=5, tied=True),
     *ranks_of(2, "strided", experts=8, topk=3, tokens=37),
     *ranks_of(2, "linear", experts=8, topk=6, tokens=5),
+    Case(8, 4, 64, 32, 5, "strided", 1, 2, refilled=True),
 ]
 TABLE_TILES = sorted(
     {(tile.block_m, tile.block_n) for rungs in parse(TABLE["rows"]).values() for tile in rungs.rungs}
@@ -217,6 +222,13 @@ def _outcome(entry: backends.Entry, case: Case) -> dict[str, Any]:
     scales = {"w13": weights.w13_scale.clone(), "w2": weights.w2_scale.clone()}
     try:
         prepared: Any = entry.load().prepare(weights, shape)
+        if case.refilled:
+            blank = case.inputs()[0]
+            for tensor in (tensor for tensor in vars(blank).values() if tensor is not None):
+                tensor.zero_()
+            fresh, prepared = prepared, entry.load().prepare(blank, shape)
+            for tensor, content in zip(prepared.tensors(), fresh.tensors(), strict=True):
+                tensor.copy_(content)
         if case.tile:
             tile = TileConfig(*case.tile, 256, 1, 4, 2, 0)
             prepared = prepared.with_tiles(tile, tile)

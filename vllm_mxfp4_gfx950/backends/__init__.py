@@ -36,6 +36,9 @@ class Layer(Protocol):
         Without waiting for the GPU, so that graphs capture it; the reference alone does wait.
         """
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What its kernels read, each once and always in the same order: other weights are written there."""
+
 
 class Backend(Protocol):
     """A module that computes the experts of MoE layers."""

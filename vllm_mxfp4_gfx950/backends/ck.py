@@ -79,6 +79,11 @@ class Prepared:
         out = self.fused_moe(x, self.w13, self.w2, topk_weights.float(), topk_ids.int(), **self.options)
         return out[:, :hidden].contiguous()
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What the kernels read."""
+        options = [option for option in self.options.values() if isinstance(option, torch.Tensor)]
+        return [self.w13.view(torch.uint8), self.w2.view(torch.uint8), *options]
+
 
 def why_not(shape: MoeShape, arch: str) -> str | None:
     """The reason why this shape cannot run on this arch with the aiter at hand."""

@@ -53,6 +53,10 @@ class Prepared:
         )  # fmt: skip
         return out
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What `run` reads."""
+        return [tensor for tensor in vars(self.weights).values() if tensor is not None]
+
 
 def route(router_logits: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose experts and weigh them: top-k, ties to the lower index, then softmax over the chosen.

@@ -163,6 +163,11 @@ class Prepared(ABC):
         flags = (rungs.at(tokens) if plan == "table" else None for rungs in self.flags)
         return self.matmuls(x, self.route(router_logits), *flags)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What the package's matmuls and our own read, which is the same memory."""
+        order = [] if self.order is None else [self.order]
+        return [part for w in (self.w13, self.w2) for part in (w.values, w.scales, w.bias)] + order
+
     def route(self, router_logits: torch.Tensor) -> routing.Routing:
         """Choose experts, and sort the choices that live on this rank."""
         return routing.route(router_logits, self.shape.topk, self.shape.experts, self.order, self.sizes)
