@@ -20,6 +20,7 @@ from tiny_checkpoint import TinyGptOss
 
 from vllm_mxfp4_gfx950 import cli, tiles
 from vllm_mxfp4_gfx950.backends.triton import package
+from vllm_mxfp4_gfx950.diagnosis import interface
 from vllm_mxfp4_gfx950.diagnosis.environment import (
     check_dependencies,
     check_other_plugins,
@@ -83,7 +84,11 @@ def ours(**metadata: str) -> dict[str, str]:
 
 HOST = {
     "vllm/__init__.py": "raise RuntimeError('doctor must not import vllm')",
-    "vllm/model_executor/layers/fused_moe/routed_experts.py": "",
+    **{
+        f"{module.replace('.', '/')}/{name}.py": ""
+        for module, names in interface.needed().items()
+        for name in names
+    },
     **distribution("vllm", "0.33.0", "vllm"),
     "aiter.py": "raise ModuleNotFoundError(\"No module named 'aiter'\", name='aiter')",
 }
@@ -326,11 +331,12 @@ def test_settings(tmp_path: Path) -> None:
 
 def test_vllm_before_0_24(tmp_path: Path) -> None:
     """A vLLM that our plugin does not import in."""
-    old = {name: text for name, text in HOST.items() if "routed_experts" not in name}
+    old = {name: text for name, text in HOST.items() if "RoutedExperts" not in name}
     exit_code, checks = doctor(write(tmp_path, old | ours()))
     assert exit_code == 1
     assert failed(checks) == ["vllm"]
-    assert checks["vllm"]["found"] == f"vllm 0.33.0 in {tmp_path / 'vllm'}"
+    lacks = "without vllm.model_executor.layers.fused_moe.RoutedExperts"
+    assert checks["vllm"]["found"] == f"vllm 0.33.0 in {tmp_path / 'vllm'}, {lacks}"
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def check_registry() -> None:
 def check_servable(config: VllmConfig, moe: FusedMoEConfig) -> None:
     """Raise Mxfp4Error for a checkpoint or a way of running that this package does not serve."""
     ranks = moe.moe_parallel_config.ep_size
+    # vLLM's GPT-OSS rounds each rank's share down as it loads, and loses what is left.
     if moe.num_experts % ranks:
         raise Mxfp4Error(
             "the number of expert-parallel ranks", f"a divisor of {moe.num_experts}", ranks, "Change it"

@@ -9,7 +9,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from vllm_mxfp4_gfx950 import plugins, settings
-from vllm_mxfp4_gfx950.diagnosis import Check, refusal
+from vllm_mxfp4_gfx950.diagnosis import Check, interface, refusal
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.settings import SGLANG_VAR
 
@@ -18,9 +18,6 @@ SGLANG_GROUP = "sglang.srt.plugins"
 PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "mxfp4_triton"
 NEVER_REQUIRED = ("torch", "triton", "triton-kernels", "vllm")
 """What an install of ours must not replace."""
-
-ROUTED_EXPERTS = Path("model_executor", "layers", "fused_moe", "routed_experts.py")
-"""The file of vLLM that our plugin's layer came with, in 0.24."""
 
 HOOKS = Path("srt", "plugins", "hook_registry.py")
 """The file of SGLang by which a plugin takes part in what it builds; 0.5.16 has it."""
@@ -65,11 +62,14 @@ def check_dependencies() -> list[Check]:
 
 def check_vllm() -> list[Check]:
     """The host, looked at without importing it, which takes seconds."""
-    directory = directory_of("vllm")
-    ok = directory is not None and (directory / ROUTED_EXPERTS).is_file()
-    needless = directory is None and os.environ.get(SGLANG_VAR) == "1"
-    rule = f"0.24 or later, or none with {SGLANG_VAR}=1"
-    return [Check(ok or needless, "vllm", installed("vllm"), rule, "Install vLLM 0.24 or later")]
+    directory, found = directory_of("vllm"), installed("vllm")
+    missing = interface.missing(directory) if directory else []
+    if missing:
+        found += f", without {', '.join(missing)}"
+    ok = not missing if directory else os.environ.get(SGLANG_VAR) == "1"
+    rule = f"all that the plugin imports, or none with {SGLANG_VAR}=1"
+    fix = "Install a vLLM from 0.24 to 0.33, or a later version of this package"
+    return [Check(ok, "vllm", found, rule, fix)]
 
 
 def check_sglang() -> list[Check]:
