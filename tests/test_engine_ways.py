@@ -11,6 +11,7 @@ import engine
 import pytest
 import tiny_checkpoint
 from engine import FLAG, OUR_METHOD, Served, Turn
+from safetensors.torch import load_file, save_file
 from test_engine import PROMPTS, SHAPES, TOKENS, UNEVEN, assert_equals_transformers
 from tiny_checkpoint import TinyGptOss
 
@@ -20,7 +21,7 @@ OURS: dict[str, Any] = {"quantization": FLAG, "dtype": "float32"}
 DRAFTED = TinyGptOss(experts=4, topk=1, kv_heads=4, vocab=320, seed=3)
 """A model whose keys have as many values as it is wide, as `additions.write_draft` wants it."""
 
-OTHER = TinyGptOss(experts=4, topk=1, hidden=96, intermediate=160, vocab=320, seed=5)
+OTHER = TinyGptOss(experts=4, topk=1, hidden=96, intermediate=160, vocab=320, seed=6)
 """A model of the same shape as UNEVEN's."""
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -103,12 +104,20 @@ def test_lora_on_attention(folder: Path) -> None:
     assert all(one != other for one, other in zip(before.token_ids, adapted.token_ids, strict=True))
 
 
+def keep_sinks(one: Path, other: Path) -> None:
+    """Give the other model the attention sinks of the one, which vLLM 0.32 does not load a second time."""
+    file = other / "model.safetensors"
+    sinks = {name: sink for name, sink in load_file(one / file.name).items() if name.endswith(".sinks")}
+    save_file(load_file(file) | sinks, file, metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize(
     "tensor_parallel_size", [1, pytest.param(2, marks=pytest.mark.load)], ids=["TP1", "TP2"]
 )
 def test_reload(tensor_parallel_size: int, folder: Path) -> None:
     """`reload_weights` by a path: the tokens become those of the other checkpoint, and back."""
     one, other = write(SHAPES[UNEVEN], folder), write(OTHER, folder)
+    keep_sinks(one, other)
     turns = [
         Turn((("collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}),))
         for path in (other, one)

@@ -9,6 +9,7 @@ import load_model
 import pytest
 import tiny_checkpoint
 import torch
+from safetensors.torch import load_file
 from tiny_checkpoint import TinyGptOss
 
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
@@ -87,3 +88,14 @@ def test_reload_in_part(checkpoints: list[Path]) -> None:
         "model.layers.1.mlp.experts.down_proj_bias must be in the checkpoint; "
         "got nothing for 8 of this rank's 8 experts. Give all of a layer's experts together."
     )
+
+
+def test_sinks_stay(checkpoints: list[Path]) -> None:
+    """As docs/faults.md says of vLLM before 0.33, its reloading leaves the attention sinks as they were."""
+    model = load_model.load(checkpoints[0])
+    reload(model, checkpoints[1], load_model.read(checkpoints[1]))
+    first, other = (load_file(folder / "model.safetensors") for folder in checkpoints)
+    name = "model.layers.0.self_attn.sinks"
+    sinks = model.model.layers[0].attn.sinks.bfloat16()
+    assert torch.equal(sinks, first[name])
+    assert not torch.equal(first[name], other[name])
