@@ -39,8 +39,10 @@ STAND_INS: dict[str, dict[str, object]] = {
 def install() -> None:
     """Put them where imports look first, and have transformers take what SGLang registers with it.
 
-    SGLang 0.5.16 registers configs that transformers has had since.
+    SGLang 0.5.16 registers configs that transformers has had since. And there is no vLLM: SGLang would import
+    its kernels where it finds it, and does not need it.
     """
+    sys.modules["vllm"] = None  # type: ignore[assignment]
     # It looks for torchvision, which is not there.
     importlib.import_module("transformers.models.llama.modeling_llama")
     register = CONFIG_MAPPING.register
