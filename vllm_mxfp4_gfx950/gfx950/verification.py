@@ -29,8 +29,8 @@ from vllm_mxfp4_gfx950.tolerance import compare
 MAX_FROBENIUS = 4e-3
 """Relative error of a matmul as a whole, beside the rule for its rows."""
 
-UNTOUCHED = 0x7FA5
-"""Bits of a bf16 that no kernel writes: a NaN of its own."""
+UNTOUCHED = {2: (torch.int16, 0x7FA5), 4: (torch.int32, 0x7FA57FA5)}
+"""Bits of a bf16 and of an fp32, by their size in bytes, that no kernel writes: a NaN of its own."""
 
 
 @dataclass(frozen=True)
@@ -171,10 +171,11 @@ class EmulatedLayer:
         chosen = None
         if sample is not None and sample < total:
             chosen = np.unique(np.linspace(0, total - 1, sample).astype(int)).tolist()
-        y.view(torch.int16).fill_(UNTOUCHED)
+        bits, untouched = UNTOUCHED[y.element_size()]
+        y.view(bits).fill_(untouched)
         if index == 1 and sample is not None:
             # What the sampled workgroups of w13 did not compute, those of w2 may read.
-            missing = rows.view(torch.int16) == UNTOUCHED
+            missing = ~touched(rows)
             generator = torch.Generator().manual_seed(2)
             rows[missing] = torch.randn(int(missing.sum()), generator=generator).to(rows)
         given = x if index == 0 else rows.reshape(-1, rows.shape[-1]).clone()
@@ -191,7 +192,9 @@ class EmulatedLayer:
             return lambda: dataclasses.replace(check, miss=miss, note="in layer")
         if not routed.count.any():
             return lambda: dataclasses.replace(check, note="no rows")
-        tile = named["BLOCK_M"], named["BLOCK_N"] * got.shape[1] // named["N"]
+        # Our own matmuls count the tokens of a tile where triton_kernels counts rows.
+        block_m = named["BLOCK_T" if "BLOCK_T" in named else "BLOCK_M"]
+        tile = block_m, named["BLOCK_N"] * got.shape[1] // named["N"]
         busy = counts.workgroups - counts.idle_workgroups
         return lambda: self._compared(check, busy, index, tile, given, got, routed, whole=chosen is None)
 
@@ -208,7 +211,7 @@ class EmulatedLayer:
         whole: bool,
     ) -> Check:
         """Compare what a matmul wrote: all of it, or each tile of it of which any element was written."""
-        touched = got.view(torch.int16) != UNTOUCHED
+        written = touched(got)
         truth = torch.zeros(got.shape, dtype=torch.float64)
         plain = torch.zeros(got.shape, dtype=torch.bfloat16)
         where = torch.zeros(got.shape, dtype=torch.bool)
@@ -219,7 +222,7 @@ class EmulatedLayer:
                 row = torch.arange(first, min(first + tile[0], start + count))
                 target = routed.gather[row].long() if index and self.prepared.SCATTERS else row
                 columns_at = range(0, got.shape[1], tile[1])
-                computed = torch.stack([touched[target, n : n + tile[1]].any() for n in columns_at])
+                computed = torch.stack([written[target, n : n + tile[1]].any() for n in columns_at])
                 tiles += int(computed.sum())
                 columns = (computed | whole).repeat_interleave(tile[1])[: got.shape[1]]
                 where[target] = columns
@@ -230,7 +233,7 @@ class EmulatedLayer:
             return dataclasses.replace(check, miss=f"{busy} workgroups wrote {tiles} tiles")
         if not tiles:
             return dataclasses.replace(check, miss="no workgroup of the sample had anything to do")
-        if (got[touched & ~where] != 0).any():
+        if (got[written & ~where] != 0).any():
             return dataclasses.replace(check, miss="wrote rows that no expert of this rank computes")
         some = where.any(dim=1)
         found = compare(got[some], truth[some], plain[some], where[some])
@@ -269,3 +272,9 @@ class EmulatedLayer:
             weights.w2_scale[expert][w2][None],
             weights.w2_bias[expert][w2][None],
         )
+
+
+def touched(tensor: torch.Tensor) -> torch.Tensor:
+    """Which elements of a tensor that was filled with UNTOUCHED were written."""
+    bits, untouched = UNTOUCHED[tensor.element_size()]
+    return tensor.view(bits) != untouched
