@@ -81,13 +81,14 @@ def write_dequantized(checkpoint: Path, directory: Path) -> Path:
     return directory
 
 
-def transformers_model(checkpoint: Path) -> torch.nn.Module:
+def transformers_model(checkpoint: Path, architecture: str = "GptOssForCausalLM") -> torch.nn.Module:
     """Transformers' GptOss in bf16: a truth that shares no code with this project, dequantizer included."""
-    from transformers import GptOssForCausalLM, Mxfp4Config, logging
+    import transformers
+    from transformers import Mxfp4Config, logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return GptOssForCausalLM.from_pretrained(
+    return getattr(transformers, architecture).from_pretrained(
         checkpoint, quantization_config=Mxfp4Config(dequantize=True), attn_implementation="eager"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from functools import cache
 from pathlib import Path
@@ -238,6 +239,33 @@ def test_mixed_files(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     assert_equals_transformers(served, whole)
     with pytest.raises(AssertionError):  # Negative control: biases rounded to bf16 are seen.
         assert_equals_transformers(served, checkpoints[UNEVEN])
+
+
+def test_classifier(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """A model with a score head in place of lm_head: the labels' scores, before any softmax."""
+    folder = tmp_path / "classifier"
+    shutil.copytree(checkpoints[UNEVEN], folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    tensors["score.weight"] = torch.randn(3, SHAPES[UNEVEN].hidden).bfloat16()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    architecture = "GptOssForSequenceClassification"
+    config |= {"architectures": [architecture], "num_labels": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    moe_methods, scores = engine.classify(folder, PROMPTS, quantization=FLAG, dtype="float32")
+    assert moe_methods == {OUR_METHOD}
+    model = tiny_checkpoint.transformers_model(folder, architecture).float()
+
+    def assert_right() -> None:
+        with torch.inference_mode():
+            truth = torch.cat([model(torch.tensor([prompt])).logits for prompt in PROMPTS])
+        torch.testing.assert_close(torch.from_numpy(scores), truth, rtol=0, atol=LOGPROB_TOLERANCE)
+
+    assert_right()
+    model.get_parameter("model.layers.1.mlp.experts.down_proj_bias").data *= 1 + 2**-6  # Negative control.
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        assert_right()
 
 
 def test_dummy_weights(checkpoints: dict[str, Path], tmp_path: Path) -> None:

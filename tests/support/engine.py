@@ -148,6 +148,15 @@ def score(checkpoint: Path, sequences: list[list[int]], cpu: str, **arguments: A
     return _in_engine_process(cpu, _score, checkpoint, sequences, arguments)
 
 
+def classify(checkpoint: Path, sequences: list[list[int]], **arguments: Any) -> tuple[set[str], np.ndarray]:
+    """The labels' scores of sequences, before any softmax, by a model whose head is a classifier.
+
+    Returns:
+        The classes that computed its MoE layers; and fp32[sequences, labels].
+    """
+    return _in_engine_process("this-cpu", _classify, checkpoint, sequences, arguments)
+
+
 def fuse(
     checkpoint: Path, prompts: list[list[int]], tokens: int, **arguments: Any
 ) -> tuple[Served, list[list[int]]]:
@@ -319,6 +328,22 @@ def _score(checkpoint: Path, sequences: list[list[int]], arguments: dict[str, An
             row[flat.token_ids[begin:end]] = flat.logprobs[begin:end]
         found.append(scores)
     return np.array(found)
+
+
+def _classify(
+    checkpoint: Path, sequences: list[list[int]], arguments: dict[str, Any]
+) -> tuple[set[str], np.ndarray]:
+    from vllm import PoolingParams
+
+    with _llm(checkpoint, {"runner": "pooling"} | arguments) as llm:
+        methods = llm.apply_model(_moe_methods)
+        requests = llm.encode(
+            [{"prompt_token_ids": sequence} for sequence in sequences],
+            PoolingParams(use_activation=False),
+            pooling_task="classify",
+            use_tqdm=False,
+        )
+    return set().union(*methods), np.array([request.outputs.data.float().numpy() for request in requests])
 
 
 def _fuse(
