@@ -428,6 +428,12 @@ NEEDS_VLLM = pytest.mark.skipif(not VLLM.is_dir(), reason=f"needs {VLLM.relative
             {"GPU": ("0: gfx1036, 1: gfx950", "CUDA_VISIBLE_DEVICES=2, as")},
         ),
         (
+            "gfx1036,gfx950",
+            {"HIP_VISIBLE_DEVICES": "0"},
+            ["GPU"],
+            {"GPU": ("0: gfx1036, 1: gfx950", "HIP_VISIBLE_DEVICES=1, as")},
+        ),
+        (
             "",
             {"HIP_VISIBLE_DEVICES": "1", "ROCR_VISIBLE_DEVICES": "1"},
             ["masks", "GPU"],
@@ -453,7 +459,7 @@ NEEDS_VLLM = pytest.mark.skipif(not VLLM.is_dir(), reason=f"needs {VLLM.relative
         ),
         ("gfx950,gfx950", {"HIP_VISIBLE_DEVICES": "0,1"}, [], {"GPU": ("2 x gfx950", "")}),
     ],
-    ids=["both", "other-first", "masked", "hidden", "blank", "none", "contradict", "two"],
+    ids=["both", "other-first", "masked", "other-count", "hidden", "blank", "none", "contradict", "two"],
 )
 def test_gpus_and_what_hides_them(
     gpus: str,

@@ -104,8 +104,10 @@ def check_gpus(arches: list[str], asked: str | None, tp: int, served: bool) -> C
     elif right:
         default = "HIP_VISIBLE_DEVICES" if platform() == "hip" else "CUDA_VISIBLE_DEVICES"
         mask = next((name for name in masks_set() if name != "ROCR_VISIBLE_DEVICES"), default)
-        numbers = os.environ.get(mask) or ",".join(map(str, range(len(arches))))
-        shown = ",".join(numbers.split(",")[index] for index in right)
+        numbers = os.environ.get(mask, "").split(",")
+        if len(numbers) != len(arches):  # It is not set, or another one hides more.
+            numbers = [str(index) for index in range(len(arches))]
+        shown = ",".join(numbers[index] for index in right)
         fix = f"{mask}={shown}, as a server takes the first GPUs that it sees"
     return Check(ok, "GPU", found, f"one of {', '.join(ARCHES)}", "" if ok else fix)
 
