@@ -186,7 +186,7 @@ def test_an_expert_did_not_come() -> None:
     loader.load("w13_bias", target, whole["w13_bias"][3], 3)
     text = (
         "layer.gate_up_proj_bias must be in the checkpoint; got nothing for 7 of this rank's 8 experts. "
-        "Download the checkpoint again."
+        "Put the whole checkpoint where it is loaded from."
     )
     loader.missing = {"w13_bias": loader.missing["w13_bias"]}
     with pytest.raises(Mxfp4Error, match=f"^{re.escape(text)}$"):

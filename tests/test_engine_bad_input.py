@@ -167,20 +167,19 @@ def test_config(change: Callable[[Config], object], text: str, tmp_path: Path) -
         ),
         pytest.param(
             put_nan,
-            f"{EXPERTS}.w2_scale must be free of NaN scales (0xFF); got 1 of them. "
-            "Download the checkpoint again.",
+            f"{EXPERTS}.w2_scale must be free of NaN scales (0xFF); got 1 of them. Run `hf cache verify`, ",
             id="nan-scale",
         ),
         pytest.param(
             lambda tensors: tensors.pop(f"{EXPERTS}.down_proj_scales"),
             f"must be the whole checkpoint; got 40 tensors without {EXPERTS}.down_proj_scales. "
-            "Download the checkpoint again.",
+            "Download the files that are missing, ",
             id="no-scales",
         ),
         pytest.param(
             lambda tensors: tensors.pop(f"{LAYER}.self_attn.sinks"),
             f"must be the whole checkpoint; got 40 tensors without {LAYER}.self_attn.sinks. "
-            "Download the checkpoint again.",
+            "Download the files that are missing, ",
             id="no-sinks",
         ),
     ],
@@ -197,7 +196,7 @@ def test_file_cut_off(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
     outcome = engine.outcome(tmp_path, quantization=FLAG, dtype="bfloat16")
     assert re.search(
-        r"model\.safetensors must be a whole safetensors file; got .*\. Download .* again\.", outcome
+        r"model\.safetensors must be a whole safetensors file; got .*\. Download it anew: .*", outcome
     )
 
 

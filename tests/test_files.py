@@ -298,13 +298,9 @@ def no_file(folder: Path, name: str) -> None:
     """No weights at all."""
 
 
-WITHOUT = (
-    r".*/\*\.safetensors must be the whole checkpoint; got 4\d tensors without {name}\. Download .* again\."
-)
-CUT_OFF = r".*/model.*\.safetensors must be a whole safetensors file; got .*\. Download the file again\."
-POINTER = (
-    r".*/model.*\.safetensors must be a safetensors file; got a git-lfs pointer to it\. Run `git lfs pull` .*"
-)
+WITHOUT = r".*/\*\.safetensors must be the whole checkpoint; got 4\d tensors without {name}\. Download the .*"
+CUT_OFF = r".*/model.*\.safetensors must be a whole safetensors file; got .*\. Download it anew: .*"
+POINTER = r".*/model.*\.safetensors must be a safetensors file; got a git-lfs pointer to it\. Run `git lfs .*"
 LISTED = r"which model\.safetensors\.index\.json does not list\. Add them to weight_map in .*"
 BESIDE = r"which is not read beside {file}\. Move these away, or put into them what .* has\."
 ONLY_IN = r"{name} must be in a file that is read; got "
@@ -323,7 +319,7 @@ LAYOUTS: dict[Layout, str | None] = {
     indexed_pointer: POINTER,
     indexed_links: None,
     indexed_dangling_link: r".*/model-0000\d-of-00003\.safetensors must be a safetensors file; "
-    r"got a link to \.\./model-0000\d-of-00003\.safetensors, which is not there\. Download the file again\.",
+    r"got a link to \.\./model-0000\d-of-00003\.safetensors, which is not there\. Put that back, .*",
     unlisted: ONLY_IN + rf"extra\.safetensors, {LISTED}",
     unlisted_stale: None,
     unlisted_in_part: None,

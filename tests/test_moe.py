@@ -10,7 +10,14 @@ import torch
 
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
-from vllm_mxfp4_gfx950.moe import MoeShape, check_tensor, check_weights, pad_intermediate, tensor_shapes
+from vllm_mxfp4_gfx950.moe import (
+    VERIFY,
+    MoeShape,
+    check_tensor,
+    check_weights,
+    pad_intermediate,
+    tensor_shapes,
+)
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 
 GPT_OSS_20B: dict[str, Any] = {
@@ -127,7 +134,7 @@ def test_check_weights_refuses_nan_scales(name: str) -> None:
     """0xFF is NaN in E8M0; a layer with one would answer NaN for every token that meets it."""
     weights = random_weights(SMALL, seed=0)
     getattr(weights, name)[1, 3:6, 0] = 0xFF
-    text = f"{name} must be free of NaN scales (0xFF); got 3 of them. Download the checkpoint again."
+    text = f"{name} must be free of NaN scales (0xFF); got 3 of them. {VERIFY}."
     with refusal(text):
         check_weights(weights, SMALL)
 
@@ -138,7 +145,7 @@ def test_check_weights_refuses_biases_that_are_not_finite(name: str, value: str)
     """The self-check would put them down to the backend."""
     weights = random_weights(SMALL, seed=0)
     getattr(weights, name)[1, 3:5] = float(value)
-    with refusal(f"{name} must be free of NaN and Inf; got 2 of them. Download the checkpoint again."):
+    with refusal(f"{name} must be free of NaN and Inf; got 2 of them. {VERIFY}."):
         check_weights(weights, SMALL)
 
 

@@ -112,7 +112,7 @@ def test_refused_checkpoint(seen: dict[str, Any]) -> None:
     )
     assert seen["a tensor is missing"] == (
         f"Mxfp4Error: {EXPERTS}.down_proj_scales must be in the checkpoint; got nothing for 8 of this rank's "
-        "8 experts. Download the checkpoint again."
+        "8 experts. Put the whole checkpoint where it is loaded from."
     )
     assert seen["state"].startswith(f"Mxfp4Error: {EXPERTS}.* must be left out of any saved state")
 

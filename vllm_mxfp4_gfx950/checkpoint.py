@@ -184,7 +184,7 @@ class LayerLoader:
             self.missing[field] -= {*experts}
         return True
 
-    def check_whole(self, fix: str = "Download the checkpoint again") -> None:
+    def check_whole(self, fix: str = "Put the whole checkpoint where it is loaded from") -> None:
         """Raise Mxfp4Error where an expert of this rank did not come; wait for all of them anew."""
         missing = self.missing
         self._await_all()

@@ -27,6 +27,8 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 METHODS = ("mxfp4", "gpt_oss_mxfp4")
 """What GPT-OSS calls its format, and what vLLM renames it to while it reads the config."""
 
+ANEW = "Download it anew: without --force-download, `hf download` keeps a file that is there"
+
 Header = dict[str, tuple[str, list[int]]]
 """Dtype and shape of a file's tensors by their names, as safetensors names them."""
 
@@ -72,20 +74,19 @@ def read_header(file: Path) -> Header:
     """
     if file.is_symlink() and not file.exists():
         got = f"a link to {file.readlink()}, which is not there"
-        raise Mxfp4Error(str(file), "a safetensors file", got, "Download the file again")
+        fix = "Put that back, or download the file again"
+        raise Mxfp4Error(str(file), "a safetensors file", got, fix)
     try:
         with file.open("rb") as content:
             pointer = content.read(len(POINTER)) == POINTER
         if pointer:
-            fix = f"Run `git lfs pull` in {file.parent}, or download the file another way"
+            fix = f"Run `git lfs install` and `git lfs pull` in {file.parent}, or download it another way"
             raise Mxfp4Error(str(file), "a safetensors file", "a git-lfs pointer to it", fix)
         with safe_open(file, framework="pt") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
             return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
     except SafetensorError as error:
-        raise Mxfp4Error(
-            str(file), "a whole safetensors file", str(error), "Download the file again"
-        ) from error
+        raise Mxfp4Error(str(file), "a whole safetensors file", str(error), ANEW) from error
     except OSError as error:
         raise Mxfp4Error(str(file), "a file that can be read", brief(error), "Correct that") from error
 
@@ -104,8 +105,7 @@ def check_index(folder: Path) -> None:
         try:
             listed = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            fix = "Download it again"
-            raise Mxfp4Error(str(index), "an index of safetensors files", brief(error), fix) from error
+            raise Mxfp4Error(str(index), "an index of safetensors files", brief(error), ANEW) from error
         absent = sorted(name for name in listed if not (folder / name).is_file())
         if absent:
             fix = f"Download what is absent into {folder}"
@@ -318,7 +318,7 @@ def refuse_absent(headers: Mapping[Path, Header], absent: list[str], tied: bool)
         f"{folder}/*.safetensors",
         "the whole checkpoint",
         f"{sum(map(len, headers.values()))} tensors without {listing(absent)}",
-        "Download the checkpoint again",
+        "Download the files that are missing, the index too; if none is, config.json is another model's",
     )
 
 

@@ -15,6 +15,12 @@ MAX_EXPERTS = 2**12
 MAX_WIDTH = 2**16
 """Larger is a mistake in a config.json, and no reason to ask for that much memory."""
 
+VERIFY = (
+    "Run `hf cache verify`, and download anew, with --force-download, what differs; "
+    "if nothing does, take another checkpoint"
+)
+"""What to do about values that no sound checkpoint has, in files that are whole."""
+
 
 @dataclass(frozen=True)
 class MoeShape:
@@ -217,18 +223,11 @@ def check_weights(weights: MoeWeights, shape: MoeShape, prefix: str = "") -> Non
     for name in ("w13_scale", "w2_scale"):
         nans = int((getattr(weights, name) == SCALE_NAN).sum())
         if nans:
-            raise Mxfp4Error(
-                f"{prefix}{name}",
-                "free of NaN scales (0xFF)",
-                f"{nans} of them",
-                "Download the checkpoint again",
-            )
+            raise Mxfp4Error(f"{prefix}{name}", "free of NaN scales (0xFF)", f"{nans} of them", VERIFY)
     for name in ("w13_bias", "w2_bias"):
         wrong = int((~getattr(weights, name).isfinite()).sum())
         if wrong:
-            raise Mxfp4Error(
-                f"{prefix}{name}", "free of NaN and Inf", f"{wrong} of them", "Download the checkpoint again"
-            )
+            raise Mxfp4Error(f"{prefix}{name}", "free of NaN and Inf", f"{wrong} of them", VERIFY)
 
 
 def check_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype, size: tuple[int, ...]) -> None:
