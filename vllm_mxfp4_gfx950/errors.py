@@ -18,6 +18,10 @@ class Mxfp4Error(ValueError):
         self.name, self.rule, self.value, self.fix = name, rule, value, fix
         super().__init__(f"{name} must be {rule}; got {value}. {fix}.")
 
+    def __reduce__(self) -> tuple[type[Mxfp4Error], tuple[str, str, str, str]]:
+        """What it is made of again in another process, to which a rank's error is sent."""
+        return type(self), (self.name, self.rule, str(self.value), self.fix)
+
 
 def brief(error: Exception) -> str:
     """What was raised, in a line: a compiler says first where it was, and last what it met."""
