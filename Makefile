@@ -84,7 +84,7 @@ test-load: .venv/.plugin
 	$(BIN)/pytest --no-skips -m load -s
 
 fuzz: .venv/.plugin
-	FUZZ_TIMES=150 $(BIN)/pytest --no-skips tests/test_fuzz.py -o cpu_s=36000
+	FUZZ_TIMES=150 $(BIN)/pytest --no-skips tests/test_fuzz.py -m '' -o cpu_s=36000
 
 compile-matrix tune: .venv/.plugin $(TRITONS:%=.venv/triton/%)
 	@$(BIN)/python environments/fetch_packages.py .venv/packages

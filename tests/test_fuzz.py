@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import engine
 import load_model
 import pytest
 import tiny_checkpoint
@@ -69,10 +70,14 @@ EXPERTS = "model.layers.0.mlp.experts"
 Load = Callable[[], object]
 
 
-def fuzz(examples: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Any], Any]:
-    """Call a test with examples of its arguments."""
+SERVED = 1 if TIMES == 1 else 20
+"""Examples that are served, and answered by transformers, too: seconds each."""
+
+
+def fuzz(examples: int, times: int = TIMES, **strategies: st.SearchStrategy[Any]) -> Callable[[Any], Any]:
+    """Call a test with so many times so many examples of its arguments."""
     options = settings(
-        max_examples=examples * TIMES,
+        max_examples=examples * times,
         derandomize=TIMES == 1,
         database=None,
         deadline=None,
@@ -477,51 +482,48 @@ def sound_in_vllm(folder: Path) -> bool:
     )
 
 
-@pytest.mark.engine
-@fuzz(
-    IN_VLLM,
-    start=st.sampled_from(LAYOUTS),
-    indexed=st.booleans(),
-    changes=st.lists(
-        st.tuples(
-            st.sampled_from(
-                [
-                    "copy",
-                    "move",
-                    "stale",
-                    "drop",
-                    "delete",
-                    "cut",
-                    "pointer",
-                    "dangling",
-                    "link",
-                    "list",
-                    "unlist",
-                ]
-            ),
-            st.sampled_from(FILES),
-            st.sampled_from(WHOLE),
-        ),
-        max_size=3,
-    ),
-    renamed=st.sampled_from(["none", "none", "none", *RENAMED]),
+CHANGED = (
+    "copy",
+    "move",
+    "stale",
+    "drop",
+    "delete",
+    "cut",
+    "pointer",
+    "dangling",
+    "link",
+    "list",
+    "unlist",
 )
-def test_layout(
-    load: Load,
-    checkpoint: Path,
-    start: dict[str, list[str]],
-    indexed: bool,
-    changes: list[tuple[str, str, str]],
-    renamed: str,
-) -> None:
-    """Files and names: accepted exactly if vLLM's loader fills the model, as transformers' does."""
-    layout = Layout(dict(start), set(start) - {FILES[0]} if indexed else None, {})
-    for change in changes:
-        layout.change(*change)
-    with TemporaryDirectory(dir=checkpoint.parent) as name:  # vLLM remembers what is in a directory.
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    """One of LAYOUTS after some changes."""
+    start = draw(st.sampled_from(LAYOUTS))
+    layout = Layout(dict(start), set(start) - {FILES[0]} if draw(st.booleans()) else None, {})
+    change = st.tuples(st.sampled_from(CHANGED), st.sampled_from(FILES), st.sampled_from(WHOLE))
+    for how, file, name in draw(st.lists(change, max_size=3)):
+        layout.change(how, file, name)
+    return layout
+
+
+@contextmanager
+def written(checkpoint: Path, layout: Layout, renamed: str) -> Iterator[Path]:
+    """A new folder each time, as vLLM remembers what is in one."""
+    with TemporaryDirectory(dir=checkpoint.parent) as name:
         folder = Path(name) / "checkpoint"
         shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
         layout.write(folder, renamed)
+        yield folder
+
+
+@pytest.mark.engine
+@fuzz(IN_VLLM, layout=layouts(), renamed=st.sampled_from(["none", "none", "none", *RENAMED]))
+def test_layout(load: Load, checkpoint: Path, layout: Layout, renamed: str) -> None:
+    """Files and names: accepted exactly if vLLM's loader fills the model, as transformers' does."""
+    write_sound(checkpoint)
+    with written(checkpoint, layout, renamed) as folder:
         try:
             load_model.check(folder)
         except ValueError as error:
@@ -531,20 +533,51 @@ def test_layout(
             return
         assert sound_in_vllm(folder)
         event("served")
-        of_transformers = {FILES[0]} if (folder / FILES[0]).exists() else layout.index
-        if renamed == "none" and load_model.files(folder) == of_transformers:
-            compare_with_transformers(folder)
+        if renamed == "none":
+            compare_with_transformers(folder, layout)
 
 
-def compare_with_transformers(folder: Path) -> None:
-    """Transformers must read from a checkpoint what vLLM does."""
+@pytest.mark.load
+@pytest.mark.engine
+@fuzz(SERVED, times=1, layout=layouts())
+def test_layout_served(load: Load, checkpoint: Path, layout: Layout) -> None:
+    """The same through an engine: its tokens are those of transformers, or none."""
+    write_sound(checkpoint)
+    prompts = [[5, 17, 100], [*range(2, 40)]]
+    with written(checkpoint, layout, "none") as folder:
+        try:
+            served = engine.serve(folder, prompts, 16, quantization=engine.FLAG, dtype="float32")
+        except ValueError as error:
+            if not OUR_WORDS.search(str(error)) or sound_in_vllm(folder):
+                raise
+            event("refused")
+            return
+        event("served")
+        read = compare_with_transformers(folder, layout)
+        sequences = [[*prompt, *answer] for prompt, answer in zip(prompts, served.token_ids, strict=True)]
+        truth = tiny_checkpoint.transformers_logprobs(read, sequences)
+        for prompt, answer, logprobs in zip(prompts, served.token_ids, truth, strict=True):
+            steps = logprobs[len(prompt) - 1 : -1]
+            chosen = steps[range(len(answer)), answer]
+            torch.testing.assert_close(chosen, steps.amax(1), rtol=0, atol=1e-3)
+
+
+def compare_with_transformers(folder: Path, layout: Layout) -> Path:
+    """Transformers must read from a checkpoint what vLLM does, where both take the same files.
+
+    Returns:
+        What vLLM reads, in one file.
+    """
     read = folder.with_name("read")
     shutil.copytree(folder, read, ignore=shutil.ignore_patterns("*.safetensors*"))
     save_file(dict(load_model.read(folder)), read / "model.safetensors", metadata={"format": "pt"})
+    if load_model.files(folder) != ({FILES[0]} if (folder / FILES[0]).exists() else layout.index):
+        return read
     found, expected = (tiny_checkpoint.transformers_model(path).state_dict() for path in (folder, read))
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
     event("as transformers reads it")
+    return read
 
 
 def write_sound(checkpoint: Path) -> None:
