@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import random
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,7 @@ CURVES: dict[str, Times] = {
         "own": math.inf, "table": steps(n, 1024, 500), "package": steps(n, 256, 130),
     }[plan],
     "steps": lambda plan, n: {
-        "own": steps(n, 16, 20), "table": steps(n, 64, 60), "package": steps(n, 48, 50),
+        "own": steps(n, 128, 20), "table": steps(n, 512, 60), "package": steps(n, 384, 50),
     }[plan],
     "slow table": lambda plan, n: {"own": 1000 + n, "table": 3000 + n, "package": 50 + n}[plan],
 }  # fmt: skip
@@ -61,18 +62,22 @@ def timed(curve: Times, asked: list[tuple[Plan, int]] | None = None) -> choice.C
     return cost
 
 
+def behind(plans: Ladder[Plan], curve: Times, but: set[int]) -> float:
+    """By what factor such plans are slower than the best ones, on average over batches drawn at random."""
+    draw = random.Random(0)
+    ratios = []
+    for tokens in {int(2 ** draw.uniform(0, 13)) for _ in range(400)} - but:
+        times = {plan: curve(plan, tokens) for plan in layer().offered(tokens)}
+        ratios.append(times[plans.at(tokens)] / min(times.values()))
+    return statistics.mean(ratios)
+
+
 @pytest.mark.parametrize("curve", CURVES)
 def test_best_at_batches_that_were_not_timed(curve: str) -> None:
-    """Within 3% of the best of what can serve, at nine of ten batches drawn at random."""
+    """Within 2% of the best of what can serve; what serves without a choice is not, but where it is the best."""
     found = choice.choose(layer(), LARGEST, timed(CURVES[curve]))
-    draw = random.Random(0)
-    sizes = {int(2 ** draw.uniform(0, 13)) for _ in range(400)} - {*found.us}
-    ratios = []
-    for tokens in sizes:
-        times = {plan: CURVES[curve](plan, tokens) for plan in layer().offered(tokens)}
-        ratios.append(times[found.plans.at(tokens)] / min(times.values()))
-    assert len(ratios) > 100
-    assert sum(ratio <= 1.03 for ratio in ratios) >= 0.9 * len(ratios)
+    assert behind(found.plans, CURVES[curve], {*found.us}) < 1.02
+    assert (behind(layer().plans, CURVES[curve], {*found.us}) > 1.04) == (curve != "own first")
 
 
 def test_table_that_is_slow_serves_nothing() -> None:
@@ -94,7 +99,9 @@ def test_what_is_timed(largest: int) -> None:
     asked: list[tuple[Plan, int]] = []
     found = choice.choose(layer(), largest, timed(CURVES["steps"], asked))
     assert len({*asked}) == len(asked)
-    assert {*asked} == {(plan, tokens) for tokens in found.us for plan in layer().offered(tokens)}
+    assert {*asked} == {(plan, tokens) for tokens, us in found.us.items() for plan in us}
+    assert all({*us} <= {*layer().offered(tokens)} for tokens, us in found.us.items())
+    assert {*found.us[largest]} == {*layer().offered(largest)}
     assert max(found.us) == largest == found.plans.bounds[-1]
     assert min(found.us) == 1
     assert len(found.us) <= choice.BATCHES

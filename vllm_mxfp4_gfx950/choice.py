@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +22,14 @@ TIE = 1.02
 CLOSE = 1.15
 """Where the best plan leads by less than this factor, another may lead at a number of tokens nearby."""
 
-APART, CLOSE_APART = 1.1, 1.25
+SLOW = 1.25
+"""A plan that takes longer than so many times the fastest, at both neighbours, is not timed between them."""
+
+APART, CLOSE_APART = 1.03, 1.15
 """Two neighbours that were timed are close enough when no more than this factor lies between them: where
 different plans serve them, and where one does that does not lead clearly."""
 
-BATCHES = 30
+BATCHES = 40
 """The most numbers of tokens that are timed."""
 
 CALLS = Ladder((8, 128, 1024, 2**30), (8, 4, 2, 1))
@@ -77,35 +80,43 @@ def choose(layer: TiledLayer, largest: int, cost: Cost) -> Choice:
     began = time.perf_counter()
     us: dict[int, dict[Plan, float]] = {}
     best: dict[int, Plan] = {}
-    todo = {4**power for power in range(largest.bit_length()) if 4**power <= largest} | {largest}
-    while todo:
-        for tokens in todo:
-            us[tokens] = {
-                plan: cost(layer.with_plans(Ladder((1,), (plan,))), tokens) for plan in layer.offered(tokens)
-            }
-            served, least = layer.plans.at(tokens), min(us[tokens].values())
-            fastest = min(us[tokens], key=us[tokens].__getitem__)
-            best[tokens] = served if us[tokens][served] <= TIE * least else fastest
-        todo = {between(us, best)} - {0} if len(us) < BATCHES else set()
+
+    def timed(tokens: int, plans: Iterable[Plan]) -> None:
+        us[tokens] = {plan: cost(layer.with_plans(Ladder((1,), (plan,))), tokens) for plan in plans}
+        served, fastest = layer.plans.at(tokens), min(us[tokens], key=us[tokens].__getitem__)
+        tied = us[tokens].get(served, math.inf) <= TIE * us[tokens][fastest]
+        best[tokens] = served if tied else fastest
+
+    powers = [4**power for power in range(largest.bit_length()) if 4**power <= largest]
+    for tokens in {*powers, largest}:
+        timed(tokens, layer.offered(tokens))
+    while len(us) < BATCHES and (pair := furthest(us, best)):
+        tokens = math.isqrt(math.prod(pair) - 1) + 1
+        timed(tokens, [plan for plan in layer.offered(tokens) if any(near(us[n], plan) for n in pair)])
     sizes = sorted(us)
     plans = Ladder(tuple(sizes), tuple(best[tokens] for tokens in sizes)).merged()
     return Choice(plans, us, time.perf_counter() - began)
 
 
-def between(us: dict[int, dict[Plan, float]], best: dict[int, Plan]) -> int:
-    """The number of tokens to time next, where neighbours are furthest apart; 0 where all are close enough.
+def furthest(us: dict[int, dict[Plan, float]], best: dict[int, Plan]) -> tuple[int, int] | None:
+    """The neighbours that are furthest apart where they should be closer; None where all are close enough.
 
     Args:
         us: microseconds of each plan, by number of tokens.
         best: the plan that serves them.
     """
-    found, widest = 0, 1.0
+    found, widest = None, 1.0
     for low, high in itertools.pairwise(sorted(us)):
         close = min(lead(us[low]), lead(us[high])) < CLOSE
         enough = APART if best[low] != best[high] else CLOSE_APART if close else math.inf
         if high > max(enough * low, low + 1) and high / low > widest:
-            found, widest = math.isqrt(low * high - 1) + 1, high / low
+            found, widest = (low, high), high / low
     return found
+
+
+def near(us: dict[Plan, float], plan: Plan) -> bool:
+    """Whether a plan is not far behind the fastest."""
+    return us.get(plan, math.inf) <= SLOW * min(us.values())
 
 
 def lead(us: dict[Plan, float]) -> float:
@@ -126,8 +137,8 @@ def clock(shape: MoeShape, device: torch.device) -> Cost:
         count = CALLS.at(tokens)
         inputs = [random_tokens(shape, tokens, seed, str(device)) for seed in range(count)]
         try:
-            calls = Calls(lambda i: layer.run(*inputs[i]), count, device)
-            return min(calls.microseconds(REPLAYS))
+            calls = Calls(lambda i: layer.run(*inputs[i]), count, device, alike=True)
+            return min(calls.seconds() for _ in range(REPLAYS)) * 1e6 / count
         except torch.OutOfMemoryError:
             raise
         except Exception:  # A compiler or a driver may raise anything: that plan does not serve.

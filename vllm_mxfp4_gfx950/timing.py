@@ -20,12 +20,15 @@ class Calls:
         call: takes the call's number and returns its result.
         count: how many.
         device: where they run.
+        alike: whether one call compiles what all of them need.
     """
 
-    def __init__(self, call: Callable[[int], Any], count: int, device: torch.device) -> None:
+    def __init__(
+        self, call: Callable[[int], Any], count: int, device: torch.device, *, alike: bool = False
+    ) -> None:
         self.call, self.count = call, count
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.first = self.calls()  # Compiles what there is to compile.
+        self.first = call(0) if alike else self.calls()
         if device.type == "cuda":
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
