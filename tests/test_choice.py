@@ -63,7 +63,7 @@ def timed(curve: Times, asked: list[tuple[Plan, int]] | None = None) -> choice.C
 
 
 def behind(plans: Ladder[Plan], curve: Times, but: set[int]) -> float:
-    """By what factor such plans are slower than the best ones, on average over batches drawn at random."""
+    """By what factor such plans are slower than the best, on average over batches drawn at random."""
     draw = random.Random(0)
     ratios = []
     for tokens in {int(2 ** draw.uniform(0, 13)) for _ in range(400)} - but:
@@ -74,7 +74,7 @@ def behind(plans: Ladder[Plan], curve: Times, but: set[int]) -> float:
 
 @pytest.mark.parametrize("curve", CURVES)
 def test_best_at_batches_that_were_not_timed(curve: str) -> None:
-    """Within 2% of the best of what can serve; what serves without a choice is not, but where it is the best."""
+    """Within 2% of the best; what serves without a choice is not, but where it is the best."""
     found = choice.choose(layer(), LARGEST, timed(CURVES[curve]))
     assert behind(found.plans, CURVES[curve], {*found.us}) < 1.02
     assert (behind(layer().plans, CURVES[curve], {*found.us}) > 1.04) == (curve != "own first")
