@@ -133,9 +133,16 @@ def test_reload(tensor_parallel_size: int, folder: Path) -> None:
 def test_way(way: str, folder: Path) -> None:
     """The tokens of the plain engine; where drafts are made, some are accepted."""
     checkpoint = write(SHAPES[UNEVEN], folder)
-    served = engine.serve(checkpoint, PROMPTS, TOKENS, **OURS | WAYS[way])
+    expected = plain(checkpoint)
+    try:
+        served = engine.serve(checkpoint, PROMPTS, TOKENS, **OURS | WAYS[way])
+    finally:
+        if (
+            way == "n-gram"
+        ):  # What it compiles on the CPU, vLLM 0.32 trips over when it starts another engine.
+            engine.renew()
     assert served.moe_methods == {OUR_METHOD}
-    assert served.token_ids == plain(checkpoint).token_ids
+    assert served.token_ids == expected.token_ids
     assert (served.accepted > 0) == ("speculative_config" in WAYS[way])
 
 

@@ -211,6 +211,12 @@ def _in_engine_process(cpu: str, function: Callable[P, R], *args: P.args, **kwar
         raise
 
 
+def renew() -> None:
+    """End the engines' processes: the next engine gets another."""
+    _engine_process("this-cpu").shutdown()
+    _engine_process.cache_clear()
+
+
 @functools.cache
 def _engine_process(cpu: str, rank: int = 0) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=start, initargs=(cpu,))
