@@ -222,7 +222,6 @@ VECTOR = "reads vector register {}, which nothing has written"
         pytest.param("global_store_dword v2, v0, s[2:3]", 0, id="stored"),
         pytest.param("global_load_dword v1, v0, s[2:3]", 0, id="address"),
         pytest.param("buffer_load_dword v1, v0, s[4:7], 0 offen", 0, id="buffer-index"),
-        pytest.param("scratch_store_dword off, v0, off", 0, id="stored-to-scratch"),
         pytest.param("ds_bpermute_b32 v1, v2, v0", 0, id="permuted"),
         pytest.param("v_mov_b32_dpp v1, v0 row_shr:1 row_mask:0xf bank_mask:0xf", 0, id="other-lanes"),
         pytest.param("v_readfirstlane_b32 s8, v0", 0, id="first-lane"),
@@ -365,6 +364,24 @@ def test_unwritten_scratch() -> None:
         v={0: 0},
         scratch_bytes=8,
     )
+
+
+def test_unwritten_register_through_scratch() -> None:
+    """A pair is spilled of which one half, or some lanes, were written: its use is refused, not its way."""
+    code = """
+        scratch_store_dwordx2 off, v[0:1], off
+        scratch_load_dwordx2 v[2:3], off, off
+        s_waitcnt vmcnt(0)
+        v_mov_b32_e32 v4, v3 ; !
+    """
+    check(code, VECTOR.format(3), {"v4, v3": "v4, v2"}, v={0: 0, 3: 0}, scratch_bytes=8)
+    through = "scratch_store_dword off, v0, off\nscratch_load_dword v1, off, off\ns_waitcnt vmcnt(0)"
+    code = PARTLY.format(
+        write=f"v_mov_b32_e32 v0, 1\ns_mov_b64 exec, -1\n{through}",
+        read="v_mov_b32_e32 v4, v1",
+        reading="0x1ff",
+    )
+    check(code, VECTOR.format(1), {"0x1ff": "0xff"}, v={1: 0}, scratch_bytes=8)
 
 
 def test_outside_of_scratch() -> None:

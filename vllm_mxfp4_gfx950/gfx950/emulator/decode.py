@@ -29,6 +29,7 @@ class Step:
         instruction: where it came from.
         effect: what it does.
         vector, scalar: registers that it reads.
+        checked: those of `vector` that must have been written.
         touched: registers that it reads or writes; see SCALAR_KEY.
         all_lanes: whether it reads lanes that are off, too.
         kind: its class, for counting.
@@ -38,6 +39,7 @@ class Step:
     effect: Effect
     vector: tuple[int, ...]
     scalar: tuple[int, ...]
+    checked: tuple[int, ...]
     touched: frozenset[int]
     all_lanes: bool
     kind: str
@@ -46,9 +48,9 @@ class Step:
         """Check what it reads, and execute it."""
         if waves.pending and not waves.pending.isdisjoint(self.touched) and self._too_early(waves):
             raise Fault("touches a register that a load is still to write: an s_waitcnt is missing")
-        for register in self.vector:
+        for register in self.checked:
             if not waves.v_all[register]:
-                waves.check_known(self.vector, (), all_lanes=self.all_lanes)
+                waves.check_known(self.checked, (), all_lanes=self.all_lanes)
                 break
         for register in self.scalar:
             if not waves.s_all[register]:
@@ -95,11 +97,13 @@ def decode(instruction: Instruction, registers: Registers) -> Step:
     if left:
         raise Unknown(f"{mnemonic} with {', '.join(left)} is not something the emulator knows")
     touched = {*form.reads["v"], *form.writes, *(SCALAR_KEY + register for register in form.reads["s"])}
+    vector = tuple(dict.fromkeys(form.reads["v"]))
     return Step(
         form.instruction,
         effect,
-        tuple(dict.fromkeys(form.reads["v"])),
+        vector,
         tuple(dict.fromkeys(form.reads["s"])),
+        () if form.carries_unknown else vector,
         frozenset(touched),
         form.all_lanes,
         kind,

@@ -113,6 +113,7 @@ class Form:
         self.reads: dict[str, list[int]] = {"v": [], "s": []}
         self.writes: set[int] = set()
         self.all_lanes = False
+        self.carries_unknown = False
 
     def parse(self, text: str) -> Operand:
         """An operand as written, with its modifiers."""

@@ -64,7 +64,7 @@ class Outstanding:
         return (self.kind, self.registers, self.size) == (other.kind, other.registers, other.size)
 
 
-AXES = {"v": 1, "s": 1, "scratch": 1, "v_known": 1, "s_known": 1, "scratch_known": 1}
+AXES = {"v": 1, "s": 1, "scratch": 1, "v_known": 1, "s_known": 1, "scratch_known": 1, "scratch_sound": 1}
 FIRST_AXES = ("scc", "scc_known", "workgroup", "wave")
 """The arrays of Waves with their wave axis, and those that have no other."""
 
@@ -81,7 +81,8 @@ class Waves:
     Attributes:
         v: uint32[vector, W, 64]. v_known: uint64[vector, W], the lanes that were written.
         s: uint32[128, W]. s_known: bool[128, W].
-        scratch: uint32[scratch, W, 64]. scratch_known: uint64[scratch, W].
+        scratch: uint32[scratch, W, 64]. scratch_known: uint64[scratch, W]. scratch_sound: likewise, the lanes
+            that were written from a register that was.
         scc: bool[W]. scc_known: bool[W].
         exec: uint64[W]. lanes: bool[W, 64], the same. whole: whether all lanes are on.
         block: index of the block that they are about to execute.
@@ -98,6 +99,7 @@ class Waves:
         self.s_known = np.zeros((SGPRS, count), np.bool_)
         self.scratch = np.zeros((scratch, count, WAVE), np.uint32)
         self.scratch_known = np.zeros((scratch, count), np.uint64)
+        self.scratch_sound = np.zeros((scratch, count), np.uint64)
         self.scc = np.zeros(count, np.bool_)
         self.scc_known = np.zeros(count, np.bool_)
         self.workgroup = workgroup
@@ -139,6 +141,12 @@ class Waves:
             if not self.v_all[register]:
                 self.v_known[register] |= self.exec
                 self.v_all[register] = bool((self.v_known[register] == ALL).all())
+
+    def forget_v(self, register: int, lanes: NDArray[np.uint64]) -> None:
+        """Take a vector register for one that nothing has written in some lanes."""
+        if lanes.any():
+            self.v_known[register] &= ~lanes
+            self.v_all[register] = False
 
     def write_lanes(self, register: int, value: Array, lanes: NDArray[np.bool_]) -> None:
         """Write a vector register where `lanes` says."""

@@ -211,7 +211,10 @@ def transfer(
 
 
 def scratch(form: Form, verb: str, words: str) -> Effect:
-    """scratch_load and scratch_store, at a constant address."""
+    """scratch_load and scratch_store, at a constant address.
+
+    LLVM spills pairs of which it has written one half: what is unknown stays so on its way through scratch.
+    """
     count = int(words.removeprefix("x") or 1)
     data = form.target() if verb == "load" else None
     places = [form.texts.pop(0)]
@@ -223,6 +226,7 @@ def scratch(form: Form, verb: str, words: str) -> Effect:
         raise Unknown(f"{form.instruction.text} is not something the emulator knows")
     at, first = offset // 4, data.register
     registers = frozenset(data.registers) if verb == "load" else frozenset()
+    form.carries_unknown = True
 
     def effect(waves: Waves, machine: Machine) -> None:
         if at + count > len(waves.scratch):
@@ -232,7 +236,10 @@ def scratch(form: Form, verb: str, words: str) -> Effect:
                 if (~waves.scratch_known[at + i] & waves.exec).any():
                     raise Fault("reads scratch memory that nothing has written")
                 waves.write_v(first + i, waves.scratch[at + i])
+                waves.forget_v(first + i, ~waves.scratch_sound[at + i] & waves.exec)
             else:
+                sound = waves.v_known[first + i] & waves.exec
+                waves.scratch_sound[at + i] = waves.scratch_sound[at + i] & ~waves.exec | sound
                 np.copyto(waves.scratch[at + i], waves.v[first + i], where=waves.lanes)
                 waves.scratch_known[at + i] |= waves.exec
         issue(waves, waves.memory, Outstanding(verb, registers))
