@@ -2,7 +2,8 @@
 # make demo    serves a tiny GPT-OSS through the plugin
 # make test    style, types and the test suite
 # make gfx950  compiles a layer of GPT-OSS-20B for gfx950 and executes it in the emulator: a minute
-# make test-emulated  executes layers on the emulated gfx950 with every supported Triton, and serves from it
+# make test-emulated  executes layers on the emulated gfx950 with every supported Triton, and serves from it;
+#              AITER=<a directory with aiter/> executes aiter's Triton kernel as well
 # make compile-matrix   compiles every matmul for gfx950 with every supported Triton: a third of an hour
 # make test-load  ten thousand requests against a server on the CPU, some of them cut off, and other servers: minutes
 # make fuzz    random configs, environments and checkpoint headers: ten minutes
@@ -77,7 +78,7 @@ test: .venv/.plugin .venv/triton/$(CI_TRITON)
 
 test-emulated: .venv/.plugin $(TRITONS:%=.venv/triton/%)
 	@$(BIN)/python environments/fetch_packages.py .venv/packages
-	$(BIN)/pytest --no-skips -m emulate
+	$(BIN)/pytest --no-skips -m emulate $(addprefix --aiter=,$(AITER))
 
 test-load: .venv/.plugin
 	@$(BIN)/python environments/fetch_packages.py .venv/packages

@@ -51,7 +51,8 @@ def nan_in_new_memory(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the switch that `make test` sets."""
+    """Add the switches that the Makefile sets."""
+    parser.addoption("--aiter", type=Path, help="a directory with aiter/, for the tests of its own source")
     parser.addoption("--no-skips", action="store_true", help="a skip fails, but for `gpu` tests")
     parser.addini("idle_s", "seconds for which a test and its processes may do nothing")
     parser.addini("cpu_s", "seconds of CPU time for them; ten times as many if marked `emulate` or `load`")
@@ -64,8 +65,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[FAILED] = {}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, so that two workers, which take a file each, end together."""
+@pytest.fixture(scope="session")
+def aiter_source(request: pytest.FixtureRequest) -> Path:
+    """The directory with aiter/."""
+    source: Path = request.config.getoption("aiter").resolve()
+    return source
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs aiter's source where there is none, and begin with the files that take longest.
+
+    So two workers, which take a file each, end together.
+    """
+    if config.getoption("aiter") is None:
+        left_out = [item for item in items if item.get_closest_marker("aiter")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     long = {item.path for item in items if any(map(item.get_closest_marker, ("compile", "engine")))}
     items.sort(key=lambda item: item.path not in long)
 

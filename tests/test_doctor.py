@@ -50,6 +50,7 @@ EVERYTHING = [
     "two_fp8_ogs",
     "two_fp8_matmul",
     "ck",
+    "aiter_triton",
     "reference",
     "gpt-oss-20b",
     "gpt-oss-120b",

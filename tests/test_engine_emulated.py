@@ -51,6 +51,55 @@ def margin(alternatives: dict[int, float]) -> float:
     return best - second
 
 
+def serve_emulated(
+    checkpoint: Path,
+    prompts: list[list[int]],
+    directory: Path,
+    path: list[Path],
+    kernel: str,
+    backend: str,
+    environment: dict[str, str],
+) -> Emulated:
+    """Serve the prompts from the emulated gfx950.
+
+    Args:
+        checkpoint: the model.
+        prompts: to serve.
+        directory: an empty one.
+        path: what comes first on sys.path.
+        kernel: as serve_emulated.py takes it.
+        backend: how vLLM's log goes on where it names the backend.
+        environment: variables to set, that of the self-check among them.
+    """
+    answers = directory / "answers.json"
+    script = str(SUPPORT / "serve_emulated.py")
+    command = [script, str(checkpoint), json.dumps(prompts), str(TOKENS), kernel, str(answers)]
+    result = run_python(command, path=path, **environment)
+    log = result.stdout + result.stderr
+    if result.returncode:
+        raise RuntimeError(log)
+    self_check = environment["VLLM_MXFP4_SELF_CHECK"]
+    assert ("Self-check of model.layers.0.mlp.experts" in log) == (self_check == "first")
+    assert ("Layers are not checked: VLLM_MXFP4_SELF_CHECK=off." in log) == (self_check == "off")
+    assert f"MoE layers run through {backend}" in log
+    served: Emulated = json.loads(answers.read_text())
+    return served
+
+
+def check_answers(reference: Served, emulated: Emulated) -> None:
+    """Every token, and by less than half of its lead the log-probabilities that decide it."""
+    leads, errors = [], []
+    for expected, found in zip(reference.logprobs, emulated["logprobs"], strict=True):
+        for step, alternatives in zip(expected, found, strict=True):
+            leads.append(margin(step))
+            # The two report 20 alternatives each, and may differ in the last.
+            errors += [abs(step[int(i)] - p) for i, p in alternatives.items() if int(i) in step]
+    print(f"smallest lead {min(leads):.3f}, largest difference of {len(errors)} logprobs {max(errors):.3f}")
+    assert emulated["token_ids"] == reference.token_ids
+    assert len(errors) > 15 * len(leads)
+    assert max(errors) < min(leads) / 2
+
+
 @pytest.fixture(scope="module", name="checkpoint")
 def fixture_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny GPT-OSS."""
@@ -96,22 +145,14 @@ def fixture_serve(
     """Serve the prompts with a generation's packages, and see which backend vLLM says it took."""
     triton, kernels = OF_BACKEND[backend]
     path = paths_of(triton, kernels)
+    source = f"triton_kernels in {path[-1] / 'triton_kernels'}, triton {triton})"
 
     def run(kernel: str, self_check: str = "first", name: str = backend, **environment: str) -> Emulated:
-        answers = tmp_path_factory.mktemp("emulated") / "answers.json"
-        script = str(SUPPORT / "serve_emulated.py")
-        command = [script, str(checkpoint), json.dumps(prompts), str(TOKENS), kernel, str(answers)]
+        directory = tmp_path_factory.mktemp("emulated")
         environment["VLLM_MXFP4_SELF_CHECK"] = self_check
-        result = run_python(command, path=path, **environment)
-        log = result.stdout + result.stderr
-        if result.returncode:
-            raise RuntimeError(log)
-        assert ("Self-check of model.layers.0.mlp.experts" in log) == (self_check == "first")
-        assert ("Layers are not checked: VLLM_MXFP4_SELF_CHECK=off." in log) == (self_check == "off")
-        source = f"triton_kernels in {path[-1] / 'triton_kernels'}, triton {triton}"
-        assert f"MoE layers run through {name} on gfx950 ({source})" in log
-        served: Emulated = json.loads(answers.read_text())
-        return served
+        return serve_emulated(
+            checkpoint, prompts, directory, path, kernel, f"{name} on gfx950 ({source}", environment
+        )
 
     return run
 
@@ -123,17 +164,8 @@ def fixture_emulated(serve: Serve) -> Emulated:
 
 
 def test_same_tokens_as_the_reference(reference: Served, emulated: Emulated) -> None:
-    """Every token, and by less than half of its lead the log-probabilities that decide it."""
-    leads, errors = [], []
-    for expected, found in zip(reference.logprobs, emulated["logprobs"], strict=True):
-        for step, alternatives in zip(expected, found, strict=True):
-            leads.append(margin(step))
-            # The two report 20 alternatives each, and may differ in the last.
-            errors += [abs(step[int(i)] - p) for i, p in alternatives.items() if int(i) in step]
-    print(f"smallest lead {min(leads):.3f}, largest difference of {len(errors)} logprobs {max(errors):.3f}")
-    assert emulated["token_ids"] == reference.token_ids
-    assert len(errors) > 15 * len(leads)
-    assert max(errors) < min(leads) / 2
+    """With each generation of triton_kernels."""
+    check_answers(reference, emulated)
 
 
 def test_every_layer_ran_on_the_emulator(prompts: list[list[int]], emulated: Emulated) -> None:
@@ -162,6 +194,30 @@ def test_two_fp8(serve: Serve, backend: str, reference: Served, prompts: list[li
         split, w13, w2, combine = call["kernels"]
         assert split[0] == ("place_and_split" if call["tokens"] > len(prompts) else "few_and_split")
         assert (w13[0], w2[0], combine[0]) == ("two_fp8_matmul", "two_fp8_matmul", "combine")
+        assert min(w13[1], w2[1]) > 0
+
+
+@pytest.mark.aiter
+def test_aiter_triton(
+    checkpoint: Path, prompts: list[list[int]], reference: Served, aiter_source: Path, tmp_path: Path
+) -> None:
+    """aiter's Triton kernel, asked for by name, without any triton_kernels: the same tokens.
+
+    What the self-check says of it is test_aiter_triton's.
+    """
+    environment = {
+        "AITER_TRITON_ONLY": "1",
+        "VLLM_MXFP4_BACKEND": "aiter_triton",
+        "VLLM_MXFP4_SELF_CHECK": "off",
+    }
+    backend = "aiter_triton on gfx950 (aiter "
+    served = serve_emulated(checkpoint, prompts, tmp_path, [aiter_source], "sound", backend, environment)
+    check_answers(reference, served)
+    assert len(served["calls"]) == MODEL.layers * TOKENS
+    for call in served["calls"]:
+        *_, route, w13, w2, combine = call["kernels"]
+        assert route[0] == ("place" if call["tokens"] > len(prompts) else "few")
+        assert (w13[0], w2[0], combine[0]) == ("_moe_gemm_a16w4", "_moe_gemm_a16w4", "combine")
         assert min(w13[1], w2[1]) > 0
 
 

@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, str] = {
 
 ONLY_IN = {
     "triton_kernels": "backends/triton/*.py",
-    "aiter": "backends/ck.py",
+    "aiter": "backends/ck.py backends/aiter_triton.py",
     "vllm": "vllm_plugin.py vllm_checks.py bench/vllm_*.py",
     "sglang": "sglang_layer.py",
     "matplotlib": "bench/report.py evaluation/report.py",
@@ -62,6 +62,7 @@ INSIDE = {
     "sglang_plugin.py": "SGLang, where it is asked for",
     "backends/triton/package.py": "triton_kernels, and our file for it: the registry's",
     "backends/ck.py": "aiter: likewise",
+    "backends/aiter_triton.py": "aiter, and our routing and sum, which need Triton: likewise",
     "diagnosis/*.py": "all that may be broken",
     "commands/bench.py": "vLLM's layers, which need vLLM",
     "bench/vllm_*.py": "one of vLLM's layers, and not the other's package",

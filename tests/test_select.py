@@ -29,7 +29,7 @@ class Case:
 
 
 GPUS = ("gfx950", "gfx942", "sm90", "sm100", "gfx1100", "cpu")
-BACKENDS = ("auto", "triton", "two_fp8", "ck", "reference")
+BACKENDS = ("auto", "triton", "two_fp8", "ck", "aiter_triton", "reference")
 ASK = """
 import json, sys
 from vllm_mxfp4_gfx950.backends import select
@@ -90,6 +90,8 @@ SITUATIONS: dict[str, tuple[dict[str, str], str]] = {
 
 NEED_TRITON = ("old-layouts", "ogs", "ogs-aiter", "matmul")
 ALL = tuple(SITUATIONS)
+WITHOUT_AITER = tuple(name for name, (files, _) in SITUATIONS.items() if NO_AITER.items() <= files.items())
+WITH_AITER = tuple(name for name in ALL if name not in WITHOUT_AITER)
 NO_KERNELS = ("nothing", "aiter", "old-aiter")
 
 
@@ -132,6 +134,10 @@ def rows() -> dict[tuple[tuple[str, ...], tuple[str, ...], str, str], str]:
     old_aiter = (
         "ck: fused_moe of aiter 0.1.20 in {aiter} takes no bias1, bias2; install amd-aiter 0.1.14 or later"
     )
+    no_gemm, later = (
+        "aiter_triton: aiter's moe_gemm_a16w4 does not import here: No module named",
+        "0.1.14 or later",
+    )
     second_choice = "ck: a second choice, and VLLM_MXFP4_STRICT=1 forbids falling back"
     uses_ogs = f"triton_ogs on {{arch}} ({kernels}, triton {{triton}})"
     uses_matmul = f"triton_matmul on {{arch}} ({kernels}, triton {{triton}}); not {no_matmul_ogs}"
@@ -148,12 +154,17 @@ def rows() -> dict[tuple[tuple[str, ...], tuple[str, ...], str, str], str]:
         (ALL, ("sm100", "gfx1100", "cpu"), "triton", "01"): refused(
             f"triton_ogs: {wrong_gpu}", f"triton_matmul: {wrong_gpu}"
         ),
+        (ALL, GPUS[1:], "aiter_triton", "01"): refused("aiter_triton: it runs on gfx950, not on {arch}"),
+        (WITH_AITER, gfx950, "aiter_triton", "01"): refused(
+            f"{no_gemm} 'aiter.ops'; install amd-aiter {later}"
+        ),
+        (WITHOUT_AITER, gfx950, "aiter_triton", "01"): refused(
+            f"{no_gemm} 'aiter'; install amd-aiter {later}"
+        ),
         (ALL, GPUS[1:], "ck", "01"): refused("ck: it runs on gfx950, not on {arch}"),
         (("aiter", "ogs-aiter"), gfx950, "ck", "01"): uses_ck,
         (("old-aiter",), gfx950, "ck", "01"): refused(old_aiter),
-        (tuple(s for s in ALL if NO_AITER.items() <= SITUATIONS[s][0].items()), gfx950, "ck", "01"): refused(
-            no_aiter
-        ),
+        (WITHOUT_AITER, gfx950, "ck", "01"): refused(no_aiter),
         (("old-layouts",), others, "auto", "01"): uses_ogs,
         (("old-layouts",), others, "triton", "01"): uses_ogs,
         (("old-layouts",), gfx950, "triton", "01"): refused(no_ogs_layout, no_matmul_layout),

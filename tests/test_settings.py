@@ -9,7 +9,7 @@ from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.settings import Settings, for_sglang, from_environment, misspelt
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton", "ck", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "triton", "ck", "aiter_triton", "reference"])
 @pytest.mark.parametrize("strict", ["0", "1"])
 @pytest.mark.parametrize("check", ["first", "all", "off"])
 @pytest.mark.parametrize("timed", ["0", "1"])
@@ -40,13 +40,13 @@ def test_from_environment_reads_the_process(monkeypatch: pytest.MonkeyPatch) -> 
     [
         (
             {"VLLM_MXFP4_BACKEND": "Triton"},
-            "VLLM_MXFP4_BACKEND must be one of auto, triton, two_fp8, ck, reference; got 'Triton'. "
-            "Set VLLM_MXFP4_BACKEND to one of these or unset it.",
+            "VLLM_MXFP4_BACKEND must be one of auto, triton, two_fp8, ck, aiter_triton, reference; "
+            "got 'Triton'. Set VLLM_MXFP4_BACKEND to one of these or unset it.",
         ),
         (
             {"VLLM_MXFP4_BACKEND": ""},
-            "VLLM_MXFP4_BACKEND must be one of auto, triton, two_fp8, ck, reference; got ''. "
-            "Set VLLM_MXFP4_BACKEND to one of these or unset it.",
+            "VLLM_MXFP4_BACKEND must be one of auto, triton, two_fp8, ck, aiter_triton, reference; "
+            "got ''. Set VLLM_MXFP4_BACKEND to one of these or unset it.",
         ),
         (
             {"VLLM_MXFP4_STRICT": "true"},

@@ -118,8 +118,16 @@ def tiles_of(triton: str, kernels: str) -> list[Case]:
 
 def paths_of(triton: str, kernels: str) -> list[Path]:
     """What comes first on sys.path for a Triton and its kernels; the installed Triton needs nothing."""
-    paths = [TRITONS / triton] if triton != version("triton") else []
-    paths.append(KERNELS[kernels])
+    return present([*triton_path(triton), KERNELS[kernels]])
+
+
+def triton_path(triton: str) -> list[Path]:
+    """What comes first on sys.path for a Triton."""
+    return present([TRITONS / triton] if triton != version("triton") else [])
+
+
+def present(paths: list[Path]) -> list[Path]:
+    """The same, where all of them are there."""
     for path in paths:
         if not path.is_dir():
             pytest.skip(f"needs {path.relative_to(ROOT)}: make test-emulated")

@@ -117,8 +117,8 @@ def nan_lost(layer: backends.Layer, x: torch.Tensor, logits: torch.Tensor) -> st
 
 
 def sizes(layer: backends.Layer) -> tuple[int, ...]:
-    """TOKENS, and the smallest batch of each tile that the layer has, so that each kernel runs."""
-    more = layer.first_batches() if isinstance(layer, backends.TiledLayer) else set()
+    """TOKENS, and the smallest batch of each kernel that the layer has, so that each runs."""
+    more = layer.first_batches() if isinstance(layer, backends.SteppedLayer) else set()
     return tuple(sorted({*TOKENS, *more}))
 
 

@@ -20,7 +20,7 @@ TABLES_VAR = "VLLM_MXFP4_TABLES"
 TIME_AT_LOAD_VAR = "VLLM_MXFP4_TIME_AT_LOAD"
 SGLANG_VAR = "VLLM_MXFP4_SGLANG"
 VARIABLES = (BACKEND_VAR, STRICT_VAR, SELF_CHECK_VAR, TABLES_VAR, TIME_AT_LOAD_VAR, SGLANG_VAR)
-BACKENDS = ("auto", "triton", "two_fp8", "ck", "reference")
+BACKENDS = ("auto", "triton", "two_fp8", "ck", "aiter_triton", "reference")
 SELF_CHECKS = ("first", "all", "off")
 ALIKE = 0.9
 """Names that are alike by so much, as difflib measures it, are one name and its misspelling. vLLM's own names

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 import torch
 
 from vllm_mxfp4_gfx950.arch import ARCHES, arch_named
-from vllm_mxfp4_gfx950.backends import ck, reference
+from vllm_mxfp4_gfx950.backends import aiter_triton, ck, reference
 from vllm_mxfp4_gfx950.backends.triton import package
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
@@ -56,7 +56,15 @@ class Backend(Protocol):
 
 
 @runtime_checkable
-class TiledLayer(Layer, Protocol):
+class SteppedLayer(Layer, Protocol):
+    """A prepared layer whose kernels differ from batch to batch."""
+
+    def first_batches(self) -> set[int]:
+        """The smallest batch of each kernel, but for those of one token."""
+
+
+@runtime_checkable
+class TiledLayer(SteppedLayer, Protocol):
     """A prepared layer with several plans for a batch, whose tiles can be chosen.
 
     A tile that is None leaves a matmul's to its package.
@@ -78,9 +86,6 @@ class TiledLayer(Layer, Protocol):
 
     def keeps_nan(self, tokens: int) -> bool:
         """Whether a NaN among so many tokens comes out as one, and not as what a minimum made of it."""
-
-    def first_batches(self) -> set[int]:
-        """The smallest batch that each of its plans' tiles serves, but those of one token."""
 
     def tiles_at(self, tokens: int) -> tuple[TileConfig | None, TileConfig | None]:
         """The tiles of w13 and of w2 with which it serves so many tokens."""
@@ -137,6 +142,7 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
         for name, kernels in (("two_fp8_ogs", "matmul_ogs"), ("two_fp8_matmul", "matmul"))
     ),
     "ck": (Entry(ck.NAME, ck.why_not, lambda: ck),),
+    "aiter_triton": (Entry(aiter_triton.NAME, aiter_triton.why_not, lambda: aiter_triton),),
     "reference": (Entry(reference.NAME, reference.why_not, lambda: reference),),
 }
 """The backends behind each value of VLLM_MXFP4_BACKEND."""

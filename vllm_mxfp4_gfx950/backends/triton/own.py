@@ -81,12 +81,7 @@ class Own:
         self.multiply(w13_tile, x, routing, self.w13, rows, gated=True)
         parts = x.new_empty(w2_tile.split_k, tokens * topk, hidden, dtype=torch.float32)
         self.multiply(w2_tile, rows, routing, self.w2, parts, gated=False)
-        out = torch.empty_like(x)
-        kernels.combine[(tokens, triton.cdiv(hidden, COMBINE_BLOCK))](
-            parts, routing.scatter, out, tokens * topk * hidden, hidden, TOPK=topk, SPLITS=w2_tile.split_k,
-            BLOCK=COMBINE_BLOCK, **self.launch(4),
-        )  # fmt: skip
-        return out
+        return combine(parts, routing.scatter, topk, overlaps=self.arch.overlaps)
 
     def multiply(
         self,
@@ -128,6 +123,27 @@ class Own:
             TOPK=self.shape.topk, GATED=gated, VARIANT=variant, SPLIT_K=tile.split_k,
             BLOCK_T=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=block_k, **options,
         )  # fmt: skip
+
+
+def combine(parts: torch.Tensor, scatter: torch.Tensor, topk: int, *, overlaps: bool) -> torch.Tensor:
+    """Add up the parts of each token's experts, in the order of its slots.
+
+    Args:
+        parts: float[splits, T * topk, H], contiguous, in the order of the rows.
+        scatter: as in Routing.
+        topk: experts per token.
+        overlaps: as in `package.launch_options`.
+
+    Returns:
+        bf16[T, H]
+    """
+    splits, rows, hidden = parts.shape
+    out = parts.new_empty(rows // topk, hidden, dtype=torch.bfloat16)
+    kernels.combine[(len(out), triton.cdiv(hidden, COMBINE_BLOCK))](
+        parts, scatter, out, rows * hidden, hidden, TOPK=topk, SPLITS=splits, BLOCK=COMBINE_BLOCK,
+        **launch_options(4, overlaps),
+    )  # fmt: skip
+    return out
 
 
 def own_for(

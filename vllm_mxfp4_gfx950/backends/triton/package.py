@@ -133,12 +133,7 @@ def why_not_layer(kernels: str, shape: MoeShape, arch: str) -> str | None:
     if "triton" not in known.families:
         there = (name for name, each in ARCHES.items() if "triton" in each.families)
         return f"it runs on {', '.join(there)}, not on {arch}"
-    if shape.global_experts > MAX_EXPERTS or shape.topk > MAX_TOPK:
-        return (
-            f"routing takes up to {MAX_EXPERTS} experts and a topk of up to {MAX_TOPK}, "
-            f"not {shape.global_experts} and {shape.topk}"
-        )
-    reason = known.why_not(shape) or why_not(kernels, NEEDS[kernels])
+    reason = why_not_routing(shape) or known.why_not(shape) or why_not(kernels, NEEDS[kernels])
     if reason is None and known.needs_layout:
         layout = load("tensor_details.layout")
         if not any(hasattr(layout, name) for name in known.needs_layout):
@@ -148,6 +143,16 @@ def why_not_layer(kernels: str, shape: MoeShape, arch: str) -> str | None:
         except TypeError as error:
             return f"triton_kernels in {locate()} does not take our tiles: {error}"
     return reason
+
+
+def why_not_routing(shape: MoeShape) -> str | None:
+    """The reason why our routing cannot take a shape."""
+    if shape.global_experts <= MAX_EXPERTS and shape.topk <= MAX_TOPK:
+        return None
+    return (
+        f"routing takes up to {MAX_EXPERTS} experts and a topk of up to {MAX_TOPK}, "
+        f"not {shape.global_experts} and {shape.topk}"
+    )
 
 
 def why_not_two_fp8(kernels: str, shape: MoeShape, arch: str) -> str | None:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import triton
 
-from vllm_mxfp4_gfx950.backends.triton import own_kernels
 from vllm_mxfp4_gfx950.backends.triton import two_fp8_kernels as kernels
-from vllm_mxfp4_gfx950.backends.triton.package import Weight, launch_options
+from vllm_mxfp4_gfx950.backends.triton.own import combine
+from vllm_mxfp4_gfx950.backends.triton.package import Weight
 from vllm_mxfp4_gfx950.backends.triton.routing import Beside, Routing, route
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig, release_of
@@ -36,9 +36,6 @@ WIDE = 2**31
 
 BLOCK_GROUPS = 64
 """Groups of 32 values that a workgroup splits."""
-
-COMBINE_BLOCK = 512
-"""Columns that a workgroup sums."""
 
 FP32_TOKENS = 64
 """Tokens up to which what each expert adds is kept in fp32 until it is summed. Above, its bytes cost time."""
@@ -145,12 +142,7 @@ class TwoFp8:
         kept = torch.float32 if tokens <= FP32_TOKENS else torch.bfloat16
         parts = x.new_empty(w2_tile.split_k, rows, hidden, dtype=kept)
         self.multiply(w2_tile, between, routing, self.w2, parts, gated=False)
-        out = torch.empty_like(x)
-        own_kernels.combine[(tokens, triton.cdiv(hidden, COMBINE_BLOCK))](
-            parts, routing.scatter, out, rows * hidden, hidden, TOPK=topk, SPLITS=w2_tile.split_k,
-            BLOCK=COMBINE_BLOCK, **launch_options(4, overlaps=False),
-        )  # fmt: skip
-        return out
+        return combine(parts, routing.scatter, topk, overlaps=False)
 
     def multiply(
         self,
