@@ -53,8 +53,8 @@ TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
 
 OUR_WORDS = re.compile(r"(?s).*\S must be \S.*; got .*\. \S.*\.")
 
-IN_VLLM = 15 if TIMES == 1 else 60
-"""Examples that load a model through vLLM: a tenth of a second each."""
+IN_VLLM = 15 if TIMES == 1 else 6 * TIMES
+"""Examples that load a model through vLLM: a tenth of a second each, or nearly one with transformers."""
 
 TABLES = {
     arch: store.read(ROOT / f"vllm_mxfp4_gfx950/tables/{arch}.json", arch) for arch in ("gfx950", "sm90")
@@ -74,10 +74,10 @@ SERVED = 1 if TIMES == 1 else 20
 """Examples that are served, and answered by transformers, too: seconds each."""
 
 
-def fuzz(examples: int, times: int = TIMES, **strategies: st.SearchStrategy[Any]) -> Callable[[Any], Any]:
-    """Call a test with so many times so many examples of its arguments."""
+def fuzz(examples: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Any], Any]:
+    """Call a test with so many examples of its arguments."""
     options = settings(
-        max_examples=examples * times,
+        max_examples=examples,
         derandomize=TIMES == 1,
         database=None,
         deadline=None,
@@ -133,7 +133,7 @@ VALUES = (*BACKENDS, *SELF_CHECKS, "0", "1", "", "AUTO", " auto", "auto\n", "tru
 
 
 @fuzz(
-    200,
+    200 * TIMES,
     environment=st.dictionaries(
         st.sampled_from(VARIABLES) | st.text(), st.sampled_from(VALUES) | st.text(), max_size=4
     ),
@@ -164,7 +164,7 @@ FIELDS = (*SOUND, "num_experts", "text_config")
 
 
 @fuzz(
-    300,
+    300 * TIMES,
     content=st.binary(max_size=99)
     | JSON.map(lambda value: json.dumps(value).encode())
     | st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3).map(
@@ -189,7 +189,7 @@ CELLS = st.tuples(st.integers(0, 9), st.integers(0, len(HOPPER_ROW)), SCALARS | 
 
 
 @fuzz(
-    300,
+    300 * TIMES,
     arch=st.sampled_from(sorted(TABLES)),
     content=st.binary(max_size=99) | JSON.map(lambda value: json.dumps(value).encode()) | st.none(),
     cells=st.lists(CELLS, max_size=3),
@@ -539,7 +539,7 @@ def test_layout(load: Load, checkpoint: Path, layout: Layout, renamed: str) -> N
 
 @pytest.mark.load
 @pytest.mark.engine
-@fuzz(SERVED, times=1, layout=layouts())
+@fuzz(SERVED, layout=layouts())
 def test_layout_served(load: Load, checkpoint: Path, layout: Layout) -> None:
     """The same through an engine: its tokens are those of transformers, or none."""
     write_sound(checkpoint)
