@@ -57,7 +57,8 @@ def reload(model: torch.nn.Module, folder: Path, weights: list[tuple[str, torch.
     with set_current_vllm_config(config):
         initialize_layerwise_reload(model)
         model.load_weights(weights)
-        finalize_layerwise_reload(model, config.model_config)
+    # As vLLM 0.26 does: there is no current config then.
+    finalize_layerwise_reload(model, config.model_config)
 
 
 def test_reload(checkpoints: list[Path]) -> None:

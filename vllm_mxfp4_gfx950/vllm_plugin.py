@@ -111,17 +111,19 @@ class Mxfp4TritonConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Our method for the experts; vLLM's unquantized one for linear layers, its default for others."""
-        if get_current_vllm_config().model_config.using_transformers_backend():
+        if not isinstance(layer, (RoutedExperts, LinearBase)):
+            return None  # vLLM asks for attention while it reloads too, where it has no current config.
+        config = get_current_vllm_config()
+        if config.model_config.using_transformers_backend():
             fix = "Leave out --model-impl, and have GptOssForCausalLM among config.json's architectures"
             raise Mxfp4Error("the model", f"vLLM's own for --quantization {FLAG}", "transformers'", fix)
-        if isinstance(layer, RoutedExperts):
-            if not self.checked:  # With a model's first layer.
-                config = get_current_vllm_config()
-                check_servable(config, layer.moe_config)
-                check_checkpoint(config)
-                self.checked = True
-            return self.moe_method(layer.moe_config, prefix)
-        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        if isinstance(layer, LinearBase):
+            return UnquantizedLinearMethod()
+        if not self.checked:  # With a model's first layer.
+            check_servable(config, layer.moe_config)
+            check_checkpoint(config)
+            self.checked = True
+        return self.moe_method(layer.moe_config, prefix)
 
     def moe_method(self, moe: FusedMoEConfig, prefix: str) -> Mxfp4TritonMoEMethod:
         """A layer's method."""
