@@ -14,7 +14,8 @@ import pytest
 import torch
 from test_self_check import SHAPE, SeveralPlans, backend, choose_from
 
-from vllm_mxfp4_gfx950 import choice, self_check
+from vllm_mxfp4_gfx950 import backends, choice, self_check
+from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.moe import MoeWeights
 from vllm_mxfp4_gfx950.random_layer import random_weights
 from vllm_mxfp4_gfx950.settings import Settings
@@ -189,3 +190,56 @@ def test_clock_on_a_cpu() -> None:
     assert 0 < cost(layer(), 3) < math.inf
     assert cost(backend("bad", lambda *_: 1 / 0).prepare(random_weights(SHAPE, seed=0)), 3) == math.inf
     assert self_check.PLAN_NAMES.keys() == {*choice.Plan.__args__}
+
+
+class OneWay:
+    """A layer of a backend with one plan for all batches, which takes so many times what `timed` says."""
+
+    def __init__(self, weights: MoeWeights, us: float, factor: float = 1.0) -> None:
+        self.layer, self.us, self.factor = reference.prepare(weights, SHAPE), us, factor
+
+    def run(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The reference's, times a factor."""
+        return self.layer.run(x, logits) * self.factor
+
+
+@pytest.mark.parametrize(
+    ("us", "factors", "served"),
+    [
+        ({"a": 100, "b": 90, "c": 95}, {}, "b"),
+        ({"a": 100, "b": 99, "c": 120}, {}, "a"),  # Tied: the first one stays.
+        ({"a": 100, "b": 50, "c": 95}, {"b": 1.1}, "c"),
+        ({"a": 100, "b": 50, "c": 20}, {"b": 1.1, "c": 1.1}, "a"),
+    ],
+)
+def test_fastest_backend(
+    monkeypatch: pytest.MonkeyPatch,
+    weights: MoeWeights,
+    caplog: pytest.LogCaptureFixture,
+    us: dict[str, float],
+    factors: dict[str, float],
+    served: str,
+) -> None:
+    """Of those that are right; the log has the times of each."""
+
+    def prepare(name: str) -> Any:
+        return lambda weights, *_: OneWay(weights, us[name], factors.get(name, 1.0))
+
+    choose_from(monkeypatch, *(backend(name, prepare=prepare(name)) for name in us))
+    monkeypatch.setattr(backends, "TIMED", tuple(us))
+    monkeypatch.setattr(choice, "clock", lambda *_: lambda layer, tokens: layer.us)
+    layers = serving.ModelLayers(SHAPE, "gfx950", Settings("fastest"), 64)
+    with caplog.at_level(logging.INFO, logger="vllm.mxfp4_triton"):
+        chosen = [layers.prepare(weights, f"layers.{i}").us for i in range(2)]
+    assert chosen == [us[served]] * 2
+    assert served == layers.selection.backend.NAME
+    lines = [line.split()[1] for line in caplog.messages if line.startswith("Timed: ")]
+    assert lines == [name for name in us if name not in factors]
+    assert f"Timed: a takes (us by tokens) 1: {us['a']:.1f}, 4: {us['a']:.1f}, 16: " in caplog.text
+
+
+def test_fastest_without_any(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
+    """Where none can be timed, as on a CPU, it is what auto takes."""
+    layers = serving.ModelLayers(SHAPE, "cpu", Settings("fastest"), 64)
+    assert layers.selection.backend is reference
+    assert layers.prepare(weights, "layers.0").run(*self_check.batch(weights, SHAPE, 3)).isfinite().all()

@@ -29,7 +29,7 @@ class Case:
 
 
 GPUS = ("gfx950", "gfx942", "sm90", "sm100", "gfx1100", "cpu")
-BACKENDS = ("auto", "triton", "two_fp8", "ck", "aiter_triton", "reference")
+BACKENDS = ("auto", "fastest", "triton", "two_fp8", "ck", "aiter_triton", "reference")
 ASK = """
 import json, sys
 from vllm_mxfp4_gfx950.backends import select

@@ -40,12 +40,12 @@ def test_from_environment_reads_the_process(monkeypatch: pytest.MonkeyPatch) -> 
     [
         (
             {"VLLM_MXFP4_BACKEND": "Triton"},
-            "VLLM_MXFP4_BACKEND must be one of auto, triton, two_fp8, ck, aiter_triton, reference; "
+            "VLLM_MXFP4_BACKEND must be one of auto, fastest, triton, two_fp8, ck, aiter_triton, reference; "
             "got 'Triton'. Set VLLM_MXFP4_BACKEND to one of these or unset it.",
         ),
         (
             {"VLLM_MXFP4_BACKEND": ""},
-            "VLLM_MXFP4_BACKEND must be one of auto, triton, two_fp8, ck, aiter_triton, reference; "
+            "VLLM_MXFP4_BACKEND must be one of auto, fastest, triton, two_fp8, ck, aiter_triton, reference; "
             "got ''. Set VLLM_MXFP4_BACKEND to one of these or unset it.",
         ),
         (

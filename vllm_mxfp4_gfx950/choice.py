@@ -1,16 +1,20 @@
-"""The choice at load: which of a layer's plans is the fastest for how many tokens, timed on this GPU."""
+"""The choice at load: which of a layer's plans is the fastest for how many tokens, timed on this GPU.
+
+And, where the user wants that, which backend.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
-from vllm_mxfp4_gfx950.backends import TiledLayer
+from vllm_mxfp4_gfx950.backends import Layer, TiledLayer
 from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.random_layer import random_tokens
 from vllm_mxfp4_gfx950.tiles import Ladder, Plan
@@ -38,7 +42,7 @@ experts, so that no call finds its weights in a cache."""
 
 REPLAYS = 2
 
-Cost = Callable[[TiledLayer, int], float]
+Cost = Callable[[Layer, int], float]
 """Microseconds that a layer takes for so many tokens; infinite where it does not run."""
 
 
@@ -87,8 +91,7 @@ def choose(layer: TiledLayer, largest: int, cost: Cost) -> Choice:
         tied = us[tokens].get(served, math.inf) <= TIE * us[tokens][fastest]
         best[tokens] = served if tied else fastest
 
-    powers = [4**power for power in range(largest.bit_length()) if 4**power <= largest]
-    for tokens in {*powers, largest}:
+    for tokens in first_batches(largest):
         timed(tokens, layer.offered(tokens))
     while len(us) < BATCHES and (pair := furthest(us, best)):
         tokens = math.isqrt(math.prod(pair) - 1) + 1
@@ -119,6 +122,22 @@ def near(us: dict[Plan, float], plan: Plan) -> bool:
     return us.get(plan, math.inf) <= SLOW * min(us.values())
 
 
+def times(layer: Layer, largest: int, cost: Cost) -> dict[int, float]:
+    """Microseconds of a layer as it serves, at the batches that are timed first."""
+    return {tokens: cost(layer, tokens) for tokens in first_batches(largest)}
+
+
+def ratio(us: dict[int, float], others: dict[int, float]) -> float:
+    """By what factor a layer is slower than another, on average over the same batches."""
+    return math.exp(statistics.mean(math.log(us[tokens] / others[tokens]) for tokens in us))
+
+
+def first_batches(largest: int) -> list[int]:
+    """Powers of four, and the largest batch."""
+    powers = [4**power for power in range(largest.bit_length()) if 4**power < largest]
+    return [*powers, largest]
+
+
 def lead(us: dict[Plan, float]) -> float:
     """By what factor the fastest plan is faster than the next."""
     fastest, *others = sorted(us.values())
@@ -133,7 +152,7 @@ def clock(shape: MoeShape, device: torch.device) -> Cost:
         device: where it is.
     """
 
-    def cost(layer: TiledLayer, tokens: int) -> float:
+    def cost(layer: Layer, tokens: int) -> float:
         count = CALLS.at(tokens)
         inputs = [random_tokens(shape, tokens, seed, str(device)) for seed in range(count)]
         try:

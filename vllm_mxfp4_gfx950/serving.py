@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Iterator
@@ -64,16 +65,47 @@ class ModelLayers:
         if not self._is_checked(prefix):
             layer = self.selection.backend.prepare(weights, self.shape, self.wanted.tables)
             return self._arranged(layer) if self.checked else layer
-        before, report = self.selection, functools.partial(_report, prefix)
-        self.selection, layer = self_check.prepare(
-            before, weights, self.shape, self.wanted, report, self._arranged
-        )
+        before = self.selection
+        if self.wanted.backend == "fastest" and not self.checked:
+            self.selection, layer = self._fastest(weights, prefix)
+        else:
+            self.selection, layer = self._checked(before, weights, prefix, self.wanted)
         self.checked = self.checked or prefix
         if isinstance(layer, backends.TiledLayer):
             self.plans = layer.plans
         if self.selection is not before:
             logger.warning("MoE layers run through %s.", self.selection)
         return layer
+
+    def _checked(
+        self, selection: backends.Selection, weights: MoeWeights, prefix: str, wanted: settings.Settings
+    ) -> tuple[backends.Selection, backends.Layer]:
+        """The first layer from a selection on that is right."""
+        report = functools.partial(_report, prefix)
+        return self_check.prepare(selection, weights, self.shape, wanted, report, self._arranged)
+
+    def _fastest(self, weights: MoeWeights, prefix: str) -> tuple[backends.Selection, backends.Layer]:
+        """The right layer that takes the least time, of all backends; where none runs, what "auto" takes."""
+        cost, arch = choice.clock(self.shape, weights.w13.device), self.selection.arch
+        best: tuple[dict[int, float], choice.Choice | None] | None = None
+        for family in backends.TIMED:
+            wanted = dataclasses.replace(self.wanted, backend=family)
+            self.choice = None
+            try:
+                selection = backends.select(self.shape, arch, wanted)
+                selection, layer = self._checked(selection, weights, prefix, wanted)
+            except Mxfp4Error as error:
+                logger.info("Not timed: %s: %s", family, error)
+                continue
+            us = choice.times(layer, self.largest, cost)
+            figures = ", ".join(f"{tokens}: {each:.1f}" for tokens, each in us.items())
+            logger.info("Timed: %s takes (us by tokens) %s.", selection.backend.NAME, figures)
+            if best is None or choice.TIE * choice.ratio(us, best[0]) < 1:
+                best, served = (us, self.choice), (selection, layer)
+        if best is None:
+            return self._checked(self.selection, weights, prefix, self.wanted)
+        self.choice = best[1]
+        return served
 
     def _arranged(self, layer: backends.Layer) -> backends.Layer:
         """A layer with the plans that are the fastest on this GPU, timed once for all layers."""

@@ -20,7 +20,7 @@ TABLES_VAR = "VLLM_MXFP4_TABLES"
 TIME_AT_LOAD_VAR = "VLLM_MXFP4_TIME_AT_LOAD"
 SGLANG_VAR = "VLLM_MXFP4_SGLANG"
 VARIABLES = (BACKEND_VAR, STRICT_VAR, SELF_CHECK_VAR, TABLES_VAR, TIME_AT_LOAD_VAR, SGLANG_VAR)
-BACKENDS = ("auto", "triton", "two_fp8", "ck", "aiter_triton", "reference")
+BACKENDS = ("auto", "fastest", "triton", "two_fp8", "ck", "aiter_triton", "reference")
 SELF_CHECKS = ("first", "all", "off")
 ALIKE = 0.9
 """Names that are alike by so much, as difflib measures it, are one name and its misspelling. vLLM's own names
@@ -32,7 +32,8 @@ class Settings:
     """What the user asked for.
 
     Args:
-        backend: one of BACKENDS; "auto" takes the first that works on the GPU at hand.
+        backend: one of BACKENDS; "auto" takes the first that works on the GPU at hand,
+            "fastest" the one whose first layer takes the least time.
         strict: under "auto", fail rather than fall back to a second choice.
         self_check: one of SELF_CHECKS; which layers are compared with float64 before they serve.
         tables: a directory of the user's own tile tables, as `vllm-mxfp4 tune` writes them.

@@ -147,6 +147,9 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
 }
 """The backends behind each value of VLLM_MXFP4_BACKEND."""
 
+TIMED = ("triton", "ck", "aiter_triton")
+"""The families among which the fastest is sought: those that have layouts of their own."""
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -186,7 +189,7 @@ def select(
         shape: one layer of the model.
         arch: what `arch_of` said.
         settings: what the user asked for. A backend asked for by name is taken or refused, never
-            replaced by another.
+            replaced by another. Before anything is timed, "fastest" means "auto".
         failed: reasons why backends that could run must not, by name.
 
     Raises:
@@ -195,7 +198,8 @@ def select(
     """
     if settings.tables is not None:
         users(settings.tables, arch)
-    wanted = arch_named(arch).families if settings.backend == "auto" else (settings.backend,)
+    any_family = settings.backend in ("auto", "fastest")
+    wanted = arch_named(arch).families if any_family else (settings.backend,)
     refused: list[tuple[str, str]] = []
     for family in wanted:
         if refused and settings.strict:
