@@ -36,11 +36,12 @@ REACHED = layer.Speeds(copy=1e9, multiply=1e12)
 SERVED = {"enforce_eager": True, "kv_cache_memory_bytes": 2**26}
 DUMMY = SERVED | {"load_format": "dummy"}
 LOADS = [(1, 8, 4)]
+OURS = layer.ours
 
 
 def without_w2_bias(weights: MoeWeights, shape: MoeShape) -> Layer:
     """Our layer, with a fault that is easily made."""
-    return layer.ours(dataclasses.replace(weights, w2_bias=torch.zeros_like(weights.w2_bias)), shape)
+    return OURS(dataclasses.replace(weights, w2_bias=torch.zeros_like(weights.w2_bias)), shape)
 
 
 def right_at_first(weights: MoeWeights, shape: MoeShape) -> Layer:
@@ -151,9 +152,12 @@ def test_bench_layer(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert {"ours", "floor", str(SHAPE)} <= set(re.findall("<!-- (.+) -->", plot.read_text()))
 
 
-@pytest.mark.parametrize("fault", [without_w2_bias, cannot_be_built])
+@pytest.mark.parametrize(
+    ("fault", "text"), [(without_w2_bias, " is allowed; "), (cannot_be_built, "No module named 'vllm'")]
+)
 def test_bench_layer_refuses_a_wrong_layer(
     fault: layer.Builder,
+    text: str,
     checkpoint: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -162,10 +166,11 @@ def test_bench_layer_refuses_a_wrong_layer(
     monkeypatch.setattr(layer, "ours", fault)
     arguments = ["--model", str(checkpoint / "config.json"), "--tokens", "1", "--peers"]
     assert cli.main(["bench", "layer", *arguments]) == 1
-    *_, row, reason = capsys.readouterr().out.splitlines()
+    *_, row, reason, _ = capsys.readouterr().out.splitlines()
     assert row.endswith("  FAIL")
     assert "±" not in row
     assert reason.startswith("       ours: ")
+    assert text in reason
 
 
 def test_plots_show_the_medians(tmp_path: Path) -> None:
