@@ -110,6 +110,10 @@ class ServerProcess:
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
             self.main.wait()
+            # What was killed ends when it is its turn to run.
+            ended = time.monotonic() + STOP_SECONDS
+            while self.processes() and time.monotonic() < ended:
+                time.sleep(0.01)
         return left
 
 
