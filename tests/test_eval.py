@@ -424,13 +424,15 @@ def test_first_error_of_a_server(tmp_path: Path) -> None:
 
 
 LIKE_VLLM = """\
-import http.server, subprocess, sys
+import http.server, signal, subprocess, sys
 
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200 if self.path == "/health" else 404)
         self.end_headers()
 
+# As vLLM does: a shell's background jobs, and what they start, ignore it otherwise.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 child, host, port = sys.argv[1], sys.argv[3], int(sys.argv[5])
 if child == "child":
     code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
@@ -458,7 +460,7 @@ def test_processes_of_a_server(child: str, tmp_path: Path) -> None:
         assert url == server.url
         found = {*server.processes()} - {server.main.pid}
         assert len(found) == (child == "child")
-        assert {*server.stop(seconds=1)} == found
+        assert {*server.stop(seconds=3)} == found
         assert server.main.returncode == 7
         assert server.processes() == []
     assert server.stop() == []

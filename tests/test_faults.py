@@ -190,11 +190,15 @@ def test_planted_fault_in_ck(aiter: None) -> None:
     ],
 )
 def test_first_launch(planted: dict[str, dict[str, Any]], name: str, fault: str, text: str) -> None:
-    """A table's tile that does not compile or fit, for few tokens or for more: another backend serves."""
+    """A table's tile that does not compile or fit, for few tokens or for more: the package's own tiles serve.
+
+    With triton_matmul these fail here, too, and another backend serves.
+    """
     for place, tokens in (("first", 1), ("last", 65)):
         found = planted[name]["launches"][f"{fault}-{place}"]
         assert re.match(f"{tokens} tokens: {text}", found["miss"])
-        assert (found["serves"], found["left"]) == ("reference", "")
+        serves = {"triton_ogs": "triton_ogs", "triton_matmul": "reference"}[name]
+        assert (found["serves"], found["left"]) == (serves, "")
 
 
 @pytest.mark.emulate
