@@ -186,7 +186,7 @@ def test_layer(pair: tuple[str, str], case: Case) -> None:
 @pytest.mark.parametrize("pair", IN_CI, ids=ids)
 def test_weights_are_read_once(pair: tuple[str, str]) -> None:
     """One token of GPT-OSS-20B: its four experts' blocks exactly, and their scales up to K's whole tiles."""
-    checks = emulated(*pair, tuple(FEW))[FEW.index(FULL)]["checks"]
+    checks = emulated("emulate_layers.py", *pair, tuple(FEW))[FEW.index(FULL)]["checks"]
     for check, rows in zip(checks[1:3], (5760, 2880), strict=True):
         read = check["counts"]["bytes_read"]
         assert read["W+WPtr"] == 4 * rows * 2880 // 2
