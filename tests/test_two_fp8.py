@@ -128,7 +128,7 @@ def test_planted_fault(pair: tuple[str, str], fault: str, place: str) -> None:
     """The self-check finds each, and triton_kernels serves instead; it lets a sound layer pass."""
     got = found(pair, every=False)["faults"][place][fault]
     assert got["backend"].startswith("two_fp8_")
-    assert [*got["refused"]] == (["our matmuls with two FP8 addends"] if fault else [])
+    assert ("our matmuls with two FP8 addends" in got["refused"]) == (fault != "")
     words = {"": "", "lose_nan": "a NaN is lost"}.get(fault, "errs by")
     assert words in got["misses"][0]
     assert got["misses"][1:] == [""] * (fault != "")
@@ -141,14 +141,15 @@ def test_planted_fault(pair: tuple[str, str], fault: str, place: str) -> None:
 def test_choice_at_load(pair: tuple[str, str], fault: str) -> None:
     """By times that a stand-in gives: the fastest serves, and where it comes out wrong, a table's tiles."""
     got = found(pair, every=False)["choices"][fault]
-    assert all({*us} == {"two_fp8", "table", "package"} for us in got["us"].values())
+    assert {*got["us"]["1"]} == {*got["us"]["4"]} == {"two_fp8", "table", "package"}
+    assert {*got["us"]["2"]} == {"two_fp8", "table"}  # The package's own tiles are far behind.
     assert got["chosen"] == ["two_fp8", "table"]
     assert got["served"] == (["table", "table"] if fault else ["two_fp8", "table"])
     assert ("; not our matmuls with two FP8 addends: the self-check: 1 tokens: " in got["line"]) == bool(
         fault
     )
     assert (
-        "; by time, two_fp8 for 1 to 2 tokens (us at 2: two_fp8 20.0, table 27.0, package 90.0)"
+        "; by time, two_fp8 for 1 to 2 tokens (us at 2: two_fp8 20.0, table 27.0); table for 3 to 4 tokens"
         in got["line"]
     )
 
