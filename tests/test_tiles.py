@@ -112,11 +112,13 @@ def test_ranking_keeps_what_was_measured(tmp_path: Path) -> None:
     file = own_table(tmp_path) / "gfx950.json"
     content = store.read(file, "gfx950")
     measured = [[*row, 9.5] for row in content["rows"]]
-    store.write(file, "gfx950", content["provenance"], content["rows"], measured)
+    plans = [["3.6", 32, 64, 1, 1, 8, "table"]]
+    store.write(file, "gfx950", content["provenance"], content["rows"], measured, plans)
     ranked = encode("matmul_ogs", "3.6", W2, Ladder((64,), (TILE,)))
     ranking.update(file, store.read(file, "gfx950"), "matmul_ogs", ranked, "3.6.0", 1, 1)
     found = store.read(file, "gfx950")
     assert found["measured"] == measured
+    assert found["plans"] == plans
     assert found["rows"] == [*content["rows"][:2], *ranked]
 
 

@@ -20,7 +20,7 @@ from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault
 from vllm_mxfp4_gfx950.gfx950.layer import CompiledLayer
 from vllm_mxfp4_gfx950.gfx950.time_model import CARDS, Card, Prediction, Profile, Work, along, launch, work
 from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, TOKENS, layer_shape
-from vllm_mxfp4_gfx950.tables.store import read, write
+from vllm_mxfp4_gfx950.tables.store import read_any, write
 from vllm_mxfp4_gfx950.tiles import Gemm, Ladder, TileConfig, encode, gemms
 
 WEIGHT_BOUND_TOKENS = 64
@@ -51,7 +51,7 @@ def rank(table: Path, progress: Callable[[int, int], None]) -> None:
         Mxfp4Error: the file is not a table.
     """
     table.parent.mkdir(parents=True, exist_ok=True)
-    content = read(table, "gfx950") if table.exists() else {"provenance": {}, "rows": [], "measured": []}
+    content = read_any(table, "gfx950")
     installed = Installed()
     kernels = installed.layer.backend.KERNELS
     tiles = GFX950.candidates[kernels]
@@ -266,4 +266,4 @@ def update(
         }
     }
     kept = [row for row in content["rows"] if row[:2] != [kernels, release]]
-    write(table, "gfx950", provenance, kept + rows, content["measured"])
+    write(table, "gfx950", provenance, kept + rows, content["measured"], content["plans"])

@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm_mxfp4_gfx950.arch import arch_named
 from vllm_mxfp4_gfx950.moe import MoeShape
-from vllm_mxfp4_gfx950.tables.store import read
+from vllm_mxfp4_gfx950.tables.store import read, read_any
 from vllm_mxfp4_gfx950.tiles import (
     Gemm,
     Key,
@@ -142,8 +142,7 @@ def users(tables: Path, arch: str) -> dict[Key, Ladder[TileConfig]]:
 
 @functools.cache
 def _users_file(tables: Path, arch: str) -> dict[str, Any]:
-    file = tables / f"{arch}.json"
-    return read(file, arch) if file.exists() else {"rows": [], "plans": []}
+    return read_any(tables / f"{arch}.json", arch)
 
 
 def _number(release: str) -> int:

@@ -43,6 +43,13 @@ TILE = 8
 """Where a row's tile begins."""
 
 
+def read_any(file: Path, arch: str) -> dict[str, Any]:
+    """As `read`; where there is no such file, a table that has nothing."""
+    if file.exists():
+        return read(file, arch)
+    return {"provenance": {}, "rows": [], "measured": [], "plans": []}
+
+
 def read(file: Path, arch: str) -> dict[str, Any]:
     """A table as data: "provenance", "rows", and "measured" and "plans", which only `vllm-mxfp4 tune` writes.
 
@@ -95,10 +102,12 @@ def read(file: Path, arch: str) -> dict[str, Any]:
     _check_ladders(content["rows"], f"{file}")
     plans = content.setdefault("plans", [])
     _require(isinstance(plans, list), f"{file}: plans", "a list", plans)
+    seen = set()
     for index, row in enumerate(plans):
         _check_plan(row, f"{file}: plans[{index}]")
-        others = [each[:-1] for each in plans[:index]]
-        _require(row[:-1] not in others, f"{file}: plans[{index}]", "the only one for its tokens", row)
+        key = tuple(row[:-1])
+        _require(key not in seen, f"{file}: plans[{index}]", "the only one for its tokens", row)
+        seen.add(key)
     return content
 
 

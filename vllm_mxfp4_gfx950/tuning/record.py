@@ -71,9 +71,9 @@ class Table:
 
     def read(self) -> None:
         """Take in what the file says, which another process may be writing to as well."""
-        empty: dict[str, Any] = {"provenance": {}, "rows": [], "measured": [], "plans": []}
-        content = store.read(self.file, self.arch) if self.file.exists() else empty
-        self.provenance, self.rows, self.measured, self.plans = (content[name] for name in empty)
+        content = store.read_any(self.file, self.arch)
+        self.provenance, self.rows = content["provenance"], content["rows"]
+        self.measured, self.plans = content["measured"], content["plans"]
         for name in (self.kernels, "own", "plans"):
             other = self.provenance.get(self.source(name), {}).get("evidence", self.evidence)
             if other != self.evidence:
