@@ -27,6 +27,7 @@ from test_ck import rank_of
 from test_faults import check_planted
 from test_verification import EVERY, LayerCase, ids, triton_path
 
+from vllm_mxfp4_gfx950 import backends
 from vllm_mxfp4_gfx950.backends import aiter_triton, reference
 from vllm_mxfp4_gfx950.backends.triton import cdna4_kernels, own, routing
 from vllm_mxfp4_gfx950.gfx950.verification import MAX_FROBENIUS
@@ -113,8 +114,7 @@ def test_other_weights_in_place(aiter: object) -> None:
         rank_of(random_weights(SMALL, seed), SMALL, mine) for seed, mine in ((5, [6, 1, 3]), (6, [3, 0, 5]))
     )
     layer, other = (aiter_triton.prepare(part.clone(), shape) for part, shape in (held, fresh))
-    for tensor, content in zip(layer.tensors(), other.tensors(), strict=True):
-        tensor.copy_(content)
+    backends.overwrite(layer, other)
     check(layer, *fresh, 37)
     with pytest.raises(AssertionError):
         check(layer, *held, 37)

@@ -12,6 +12,7 @@ import torch
 from aiter_stand_in import TREE, Rejected
 from run_python import run_python
 
+from vllm_mxfp4_gfx950 import backends
 from vllm_mxfp4_gfx950.backends import ck, reference
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
@@ -133,8 +134,7 @@ def test_other_weights_in_place() -> None:
     """`tensors` lists all that differs between two layers: written over, one is the other."""
     held, fresh = (rank_of(random_weights(SMALL, seed=seed), SMALL, [6, 1, 3]) for seed in (5, 6))
     prepared, other = (ck.prepare(part.clone(), shape) for part, shape in (held, fresh))
-    for tensor, content in zip(prepared.tensors(), other.tensors(), strict=True):
-        tensor.copy_(content)
+    backends.overwrite(prepared, other)
     check(prepared, *fresh, 37)
     with pytest.raises(AssertionError):
         check(prepared, *held, 37)

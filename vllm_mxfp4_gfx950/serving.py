@@ -153,8 +153,7 @@ class ModelLayers:
             if lost:
                 names = " and ".join(sorted(PLAN_NAMES[plan] for plan in lost))
                 raise Mxfp4Error(prefix, "weights for the kernels of those before", f"none for {names}", fix)
-        for held, other in zip(layer.tensors(), fresh.tensors(), strict=True):
-            held.copy_(other)
+        backends.overwrite(layer, fresh)
         if checked:
             outcome = self_check.check(layer, weights, self.shape)
             _report(prefix, self.selection.backend.NAME, outcome)

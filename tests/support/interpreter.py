@@ -227,8 +227,7 @@ def _outcome(entry: backends.Entry, case: Case) -> dict[str, Any]:
             for tensor in (tensor for tensor in vars(blank).values() if tensor is not None):
                 tensor.zero_()
             fresh, prepared = prepared, entry.load().prepare(blank, shape)
-            for tensor, content in zip(prepared.tensors(), fresh.tensors(), strict=True):
-                tensor.copy_(content)
+            backends.overwrite(prepared, fresh)
         if case.tile:
             tile = TileConfig(*case.tile, 256, 1, 4, 2, 0)
             prepared = prepared.with_tiles(tile, tile)

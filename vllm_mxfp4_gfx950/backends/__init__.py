@@ -40,6 +40,12 @@ class Layer(Protocol):
         """What its kernels read, each once and always in the same order: other weights are written there."""
 
 
+def overwrite(layer: Layer, other: Layer) -> None:
+    """Give a layer the weights of another one of its shape and backend, where its own lie."""
+    for held, given in zip(layer.tensors(), other.tensors(), strict=True):
+        held.copy_(given)
+
+
 class Backend(Protocol):
     """A module that computes the experts of MoE layers."""
 
