@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -127,6 +128,29 @@ def slice_expert(field: str, tensor: torch.Tensor, columns: range) -> torch.Tens
     if field == "w2":
         return tensor[:, start // 2 : stop // 2]
     return tensor[:, start // BLOCK : stop // BLOCK] if field == "w2_scale" else tensor
+
+
+def register_parameters(
+    layer: torch.nn.Module,
+    names: Mapping[str, str],
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    weight_loader: Callable[..., object],
+) -> None:
+    """Give a framework's layer the six parameters that its loader fills.
+
+    They are zeroed: zero blocks and biases add nothing where a rank is short.
+
+    Args:
+        layer: the framework's.
+        names: what the framework calls each, and its field in MoeWeights.
+        tensors: dtype and shape by field, as `moe.tensor_shapes` returns them.
+        weight_loader: what the framework calls for each tensor of the checkpoint.
+    """
+    for name, field in names.items():
+        dtype, size = tensors[field]
+        parameter = torch.nn.Parameter(torch.zeros(size, dtype=dtype), requires_grad=False)
+        parameter.weight_loader = weight_loader  # type: ignore[attr-defined]
+        layer.register_parameter(name, parameter)
 
 
 class LayerLoader:

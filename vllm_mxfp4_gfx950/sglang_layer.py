@@ -179,13 +179,9 @@ class ExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register the six parameters, zeroed: zero blocks and biases add nothing where a rank is short."""
+        """Register the six parameters."""
         tensors = tensor_shapes(self.shape.experts, self.shape.hidden, self.shape.intermediate)
-        for name, field in PARAMETERS.items():
-            dtype, size = tensors[field]
-            parameter = torch.nn.Parameter(torch.zeros(size, dtype=dtype), requires_grad=False)
-            parameter.weight_loader = self.load_weight  # type: ignore[attr-defined]
-            layer.register_parameter(name, parameter)
+        checkpoint.register_parameters(layer, PARAMETERS, tensors, self.load_weight)
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:
         """None: `apply` does it all."""

@@ -190,14 +190,10 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register the six parameters, zeroed: zero blocks and biases add nothing where a rank is short."""
+        """Register the six parameters."""
         self.loader = LayerLoader(self.prefix, self.shape, self.columns, layer.expert_map_manager.expert_map)
         tensors = tensor_shapes(num_experts, hidden_size, intermediate_size_per_partition)
-        for name, field in PARAMETERS.items():
-            dtype, size = tensors[field]
-            parameter = torch.nn.Parameter(torch.zeros(size, dtype=dtype), requires_grad=False)
-            parameter.weight_loader = self.load_weight  # type: ignore[attr-defined]
-            layer.register_parameter(name, parameter)
+        checkpoint.register_parameters(layer, PARAMETERS, tensors, self.load_weight)
 
     def load_weight(
         self,
