@@ -357,6 +357,9 @@ class Tiled(SeveralPlans):
     def _served_by(self, tokens: int) -> Any:
         return self.prepared._served_by(self, tokens)
 
+    def _own_kernels(self, plan: Any) -> Any:
+        return self.prepared._own_kernels(self, plan)
+
     def first_batches(self) -> set[int]:
         """Those of the real layer."""
         found: set[int] = self.prepared.first_batches(self)

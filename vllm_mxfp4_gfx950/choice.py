@@ -91,7 +91,7 @@ def choose(layer: TiledLayer, largest: int, cost: Cost) -> Choice:
         tied = us[tokens].get(served, math.inf) <= TIE * us[tokens][fastest]
         best[tokens] = served if tied else fastest
 
-    for tokens in first_batches(largest):
+    for tokens in coarse_batches(largest):
         timed(tokens, layer.offered(tokens))
     while len(us) < BATCHES and (pair := furthest(us, best)):
         tokens = math.isqrt(math.prod(pair) - 1) + 1
@@ -124,7 +124,7 @@ def near(us: dict[Plan, float], plan: Plan) -> bool:
 
 def times(layer: Layer, largest: int, cost: Cost) -> dict[int, float]:
     """Microseconds of a layer as it serves, at the batches that are timed first."""
-    return {tokens: cost(layer, tokens) for tokens in first_batches(largest)}
+    return {tokens: cost(layer, tokens) for tokens in coarse_batches(largest)}
 
 
 def ratio(us: dict[int, float], others: dict[int, float]) -> float:
@@ -132,7 +132,7 @@ def ratio(us: dict[int, float], others: dict[int, float]) -> float:
     return math.exp(statistics.mean(math.log(us[tokens] / others[tokens]) for tokens in us))
 
 
-def first_batches(largest: int) -> list[int]:
+def coarse_batches(largest: int) -> list[int]:
     """Powers of four, and the largest batch."""
     powers = [4**power for power in range(largest.bit_length()) if 4**power < largest]
     return [*powers, largest]

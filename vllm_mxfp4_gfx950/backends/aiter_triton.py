@@ -25,7 +25,6 @@ from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 
 NAME = "aiter_triton"
 ARCH = "gfx950"
-GET = "install amd-aiter 0.1.14 or later"
 
 LEAST_ROWS, MOST_ROWS = 16, 128
 """Rows of a tile. Source: `routing` in moe_routing/routing.py, which chooses as `tile_rows` does."""
@@ -127,8 +126,7 @@ class Prepared:
 
     def tensors(self) -> list[torch.Tensor]:
         """What the kernels read."""
-        order = [] if self.order is None else [self.order]
-        return [part for w in (self.w13, self.w2) for part in (w.values, w.scales, w.bias)] + order
+        return package.tensors_of(self.w13, self.w2, self.order)
 
     def first_batches(self) -> set[int]:
         """The smallest batch of each size of tiles, and FEW."""
@@ -154,15 +152,13 @@ def why_not(shape: MoeShape, arch: str) -> str | None:
         gemm, types = _gemm(), _types()
         for name in ("routing", "own"):
             _ours(name)
-    except (
-        Exception
-    ) as error:  # An import of aiter looks for ROCm and a GPU, and meets whatever Triton there is.
-        return f"aiter's moe_gemm_a16w4 does not import here: {error}; {GET}"
+    except Exception as error:  # An import of aiter looks for ROCm, a GPU and Triton.
+        return f"aiter's moe_gemm_a16w4 does not import here: {error}; {ck.GET}"
     for function, given in ((gemm, CALL), (types.RoutingData, ROUTING_DATA), (types.ExptData, EXPT_DATA)):
         try:
             inspect.signature(function).bind(**dict.fromkeys(given))
         except TypeError as error:
-            return f"{function.__name__} of {source()} does not take our call: {error}; {GET}"
+            return f"{function.__name__} of {source()} does not take our call: {error}; {ck.GET}"
     return None
 
 

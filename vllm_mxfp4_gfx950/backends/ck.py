@@ -27,6 +27,7 @@ from vllm_mxfp4_gfx950.mxfp4 import BLOCK
 
 NAME = "ck"
 ARCH = "gfx950"
+GET = "install amd-aiter 0.1.14 or later"
 ALPHA, LIMIT = 1.702, 7.0
 """The SwiGLU that the kernels are compiled with."""
 
@@ -97,7 +98,7 @@ def why_not(shape: MoeShape, arch: str) -> str | None:
         return f"aiter does not import here: {error}"
     missing = [name for name in NEEDS if name not in parameters]
     if missing:
-        return f"fused_moe of {source()} takes no {', '.join(missing)}; install amd-aiter 0.1.14 or later"
+        return f"fused_moe of {source()} takes no {', '.join(missing)}; {GET}"
     return _why_not_bf16(parameters)
 
 
@@ -173,10 +174,7 @@ def _why_not_bf16(parameters: Mapping[str, inspect.Parameter]) -> str | None:
             f"export {BOUND_VAR}={EVERY_BATCH}"
         )
     if "splitk" in parameters:
-        return (
-            f"{source()} makes activations fp8 in large batches and cannot be told not to; "
-            "install amd-aiter 0.1.14 or later"
-        )
+        return f"{source()} makes activations fp8 in large batches and cannot be told not to; {GET}"
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import triton
@@ -16,6 +16,8 @@ from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, pad_intermediate
 from vllm_mxfp4_gfx950.tables import has_layer, ladder
 from vllm_mxfp4_gfx950.tables import plans as users_plans
 from vllm_mxfp4_gfx950.tiles import Ladder, Plan, TileConfig, gemms
+
+OwnKernels: TypeAlias = own.Own | two_fp8.TwoFp8
 
 
 @dataclass(frozen=True)
@@ -156,17 +158,15 @@ class Prepared(ABC):
         if not tokens:
             return torch.empty_like(x)
         plan = self.plans.at(tokens)
-        if plan == "own" and self.own is not None:
-            return self.own.run(x, router_logits)
-        if plan == "two_fp8" and self.two_fp8 is not None:
-            return self.two_fp8.run(x, router_logits)
+        kernels = self._own_kernels(plan)
+        if kernels is not None:
+            return kernels.run(x, router_logits)
         flags = (rungs.at(tokens) if plan == "table" else None for rungs in self.flags)
         return self.matmuls(x, self.route(router_logits), *flags)
 
     def tensors(self) -> list[torch.Tensor]:
         """What the package's matmuls and our own read, which is the same memory."""
-        order = [] if self.order is None else [self.order]
-        return [part for w in (self.w13, self.w2) for part in (w.values, w.scales, w.bias)] + order
+        return package.tensors_of(self.w13, self.w2, self.order)
 
     def route(self, router_logits: torch.Tensor) -> routing.Routing:
         """Choose experts, and sort the choices that live on this rank."""
@@ -184,6 +184,10 @@ class Prepared(ABC):
         lasts = {bound for rungs in ladders for bound in rungs.bounds}
         return {last + 1 for last in lasts if last and self._served_by(last) != self._served_by(last + 1)}
 
+    def _own_kernels(self, plan: Plan) -> OwnKernels | None:
+        """Those of ours that a plan runs through; None where it is the package's."""
+        return self.own if plan == "own" else self.two_fp8 if plan == "two_fp8" else None
+
     def _served_by(self, tokens: int) -> tuple[Plan, tuple[TileConfig | None, TileConfig | None]]:
         return self.plans.at(tokens), self.tiles_at(tokens)
 
@@ -192,7 +196,7 @@ class Prepared(ABC):
         plan = self.plans.at(tokens)
         if plan == "package":
             return None, None
-        kernels = {"own": self.own, "two_fp8": self.two_fp8}.get(plan)
+        kernels = self._own_kernels(plan)
         w13, w2 = self.tiles if kernels is None else kernels.tiles
         return w13.at(tokens), w2.at(tokens)
 

@@ -105,6 +105,12 @@ class Weight:
     layouts: tuple[object, object]
 
 
+def tensors_of(w13: Any, w2: Any, order: torch.Tensor | None) -> list[torch.Tensor]:
+    """What a layer's kernels read: each matmul's values, scales and bias, and the experts' order."""
+    parts = [part for weight in (w13, w2) for part in (weight.values, weight.scales, weight.bias)]
+    return parts if order is None else [*parts, order]
+
+
 def locate() -> Path | None:
     """The directory of the installed triton_kernels, else of vLLM's copy, else None.
 
