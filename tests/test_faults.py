@@ -97,7 +97,7 @@ def unprinted(table: str, texts: str) -> list[str]:
         if line.startswith("| ") and not line.endswith("| tests |"):
             seen = line.strip("|").split("|")[1]
             for quoted in re.findall(r"``(.+?)``|`(.+?)`", seen):
-                parts = re.split(r"…| must be |; got |\bgot |: |\.$", "".join(quoted))
+                parts = re.split(r"…| must be |; got |\bgot |: |; |\.$", "".join(quoted))
                 found += [part.strip() for part in parts if part.strip() not in texts]
     return found
 
