@@ -554,9 +554,9 @@ def test_tables(tmp_path: Path) -> None:
     tables.mkdir()
     gemms = tiles.gemms(layer_shape("gpt-oss-20b"))
     tile = tiles.Ladder((64,), (tiles.TileConfig(16, 64, 256, 1, 4, 1, 0),))
-    release = importlib.import_module("triton").__version__
-    rows = [row for gemm in gemms for row in tiles.encode("matmul_ogs", release, gemm, tile)]
-    store.write(tables / "gfx950.json", "gfx950", {}, rows)
+    release = tiles.release_of(importlib.import_module("triton").__version__)
+    table = store.Content(tiles={("matmul_ogs", release, gemm): tile for gemm in gemms})
+    store.write(tables / "gfx950.json", "gfx950", table)
     exit_code, checks = doctor(path, VLLM, arch="gfx950", VLLM_MXFP4_TABLES=str(tables))
     assert exit_code == 0
     assert checks["tables"]["found"] == f"2 matmuls in {tables / 'gfx950.json'}"

@@ -19,7 +19,7 @@ from tiny_checkpoint import TinyGptOss
 from vllm_mxfp4_gfx950.gfx950.layer import MATMULS
 from vllm_mxfp4_gfx950.random_layer import make_shape
 from vllm_mxfp4_gfx950.tables import store
-from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig, encode, gemms
+from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig, gemms, release_of
 
 pytestmark = pytest.mark.emulate
 
@@ -240,7 +240,7 @@ def test_a_kernel_that_does_not_fit(serve: Serve, backend: str, tmp_path: Path) 
     shape = make_shape(MODEL.experts, MODEL.topk, MODEL.hidden, MODEL.intermediate)
     tiles = Ladder((8192,), (TileConfig(256, 256, 256, 1, 8, 2, 0),))
     triton, kernels = OF_BACKEND[backend]
-    rows = [row for gemm in gemms(shape) for row in encode(kernels, triton, gemm, tiles)]
-    store.write(tmp_path / "gfx950.json", "gfx950", {}, rows)
+    table = store.Content(tiles={(kernels, release_of(triton), gemm): tiles for gemm in gemms(shape)})
+    store.write(tmp_path / "gfx950.json", "gfx950", table)
     with pytest.raises(RuntimeError, match="OutOfResources: out of resource: shared memory"):
         serve("sound", self_check="off", VLLM_MXFP4_TABLES=str(tmp_path))

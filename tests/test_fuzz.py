@@ -46,7 +46,6 @@ from vllm_mxfp4_gfx950.settings import (
     from_environment,
 )
 from vllm_mxfp4_gfx950.tables import store
-from vllm_mxfp4_gfx950.tiles import parse
 
 TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
 """So many times the examples of `make test`, and then random ones."""
@@ -57,12 +56,20 @@ IN_VLLM = 15 if TIMES == 1 else 6 * TIMES
 """Examples that load a model through vLLM: a tenth of a second each, or nearly one with transformers."""
 
 TABLES = {
-    arch: store.read(ROOT / f"vllm_mxfp4_gfx950/tables/{arch}.json", arch) for arch in ("gfx950", "sm90")
+    arch: json.loads((ROOT / f"vllm_mxfp4_gfx950/tables/{arch}.json").read_text())
+    for arch in ("gfx950", "sm90")
 }
-FORM = json.loads((ROOT / "vllm_mxfp4_gfx950/tables/sm90.json").read_text())
-OWN_ROWS = [row for row in TABLES["sm90"]["rows"] if row[0] == "own" and row[5] == 32 and row[7] <= 2]
+FORM = TABLES["sm90"]
+TILE = 8
+"""Where a row's tile begins."""
+
+WHOLE = {
+    arch: [[*row[:TILE], *table["tiles"][row[TILE]]] for row in table["rows"]]
+    for arch, table in TABLES.items()
+}
+OWN_ROWS = [row for row in WHOLE["sm90"] if row[0] == "own" and row[5] == 32 and row[7] <= 2]
 HOPPER_ROW = ["matmul_ogs", "3.6", "w13", 2880, 5760, 32, 32, 64, 16, 256, 128, 1, 8, 4, 0]
-ROWS = {"gfx950": [*TABLES["gfx950"]["rows"][:3], *OWN_ROWS], "sm90": [*OWN_ROWS, HOPPER_ROW]}
+ROWS = {"gfx950": [*WHOLE["gfx950"][:3], *OWN_ROWS], "sm90": [*OWN_ROWS, HOPPER_ROW]}
 
 MODEL = TinyGptOss(experts=4, topk=2, hidden=64, intermediate=96, layers=1)
 PACKAGE = ROOT / "vllm_mxfp4_gfx950"
@@ -116,13 +123,13 @@ JSON = st.recursive(
 
 def spoiled_table(arch: str, cells: list[tuple[int, int, Any]], changed: dict[str, Any]) -> bytes:
     """Some rows of ours with other values in some places."""
-    rows = [[*row[: store.TILE], number] for number, row in enumerate(ROWS[arch])]
-    tiles = [list(row[store.TILE :]) for row in ROWS[arch]]
+    rows = [[*row[:TILE], number] for number, row in enumerate(ROWS[arch])]
+    tiles = [list(row[TILE:]) for row in ROWS[arch]]
     for row, column, value in cells:
-        if column <= store.TILE:
+        if column <= TILE:
             rows[row % len(rows)][column] = value
         else:
-            tiles[row % len(rows)][column - store.TILE - 1] = value
+            tiles[row % len(rows)][column - TILE - 1] = value
     return json.dumps(FORM | {"arch": arch, "rows": rows, "tiles": tiles} | changed).encode()
 
 
@@ -201,7 +208,7 @@ def test_table(
     """A user's table: whatever it says, every number of tokens gets a tile that the kernels can take."""
     file.write_bytes(spoiled_table(arch, cells, changed) if content is None else content)
     with served_or_refused():
-        for (kernels, _, gemm), rungs in parse(store.read(file, arch)["rows"]).items():
+        for (kernels, _, gemm), rungs in store.read(file, arch).tiles.items():
             for tokens in (1, 64, 65, 2**20):
                 tile = rungs.at(tokens)
                 for value in dataclasses.astuple(tile)[:3]:

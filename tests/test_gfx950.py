@@ -16,6 +16,7 @@ from vllm_mxfp4_gfx950.gfx950.driver import Launch, presented
 from vllm_mxfp4_gfx950.gfx950.layer import CompiledMatmul
 from vllm_mxfp4_gfx950.gfx950.report import read
 from vllm_mxfp4_gfx950.tables import store
+from vllm_mxfp4_gfx950.tiles import Gemm, TileConfig
 
 pytestmark = pytest.mark.compile
 
@@ -122,12 +123,9 @@ def test_a_bad_row_is_found(compile_layer: Compile, tmp_path: Path, tile: list[i
     shutil.copytree(ROOT / "vllm_mxfp4_gfx950", tmp_path / "vllm_mxfp4_gfx950")
     file = tmp_path / "vllm_mxfp4_gfx950/tables/gfx950.json"
     table = store.read(file, "gfx950")
-    key = ["matmul_ogs", "3.6", "w2", 2880, 2880, 32, 32]
-    edited = [row for row in table["rows"] if row[:7] == key]
-    assert edited
-    for row in edited:
-        row[8:] = tile
-    store.write(file, "gfx950", table["provenance"], table["rows"])
+    key = "matmul_ogs", "3.6", Gemm("w2", 2880, 2880, 32, 32)
+    table.tiles[key] = table.tiles[key].map(lambda _: TileConfig(*tile))
+    store.write(file, "gfx950", table)
     result = compile_layer("matmul_ogs", "--tokens", "64", ours=tmp_path)
     w13, w2 = facts(result)["ours"]
     assert result.returncode == 1

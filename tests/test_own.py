@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from vllm_mxfp4_gfx950.gfx950.verification import MAX_FROBENIUS
 from vllm_mxfp4_gfx950.models import TOKENS
 from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.tables import ladder, store
-from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig, encode, gemms, parse
+from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig, gemms
 from vllm_mxfp4_gfx950.tuning.record import SIZES
 
 Tile = tuple[int, int, int, int, int, int, int]
@@ -100,20 +100,19 @@ def test_table() -> None:
     """
     table = store.read(ROOT / "vllm_mxfp4_gfx950/tables/sm90.json", "sm90")
     kinds = ("matmul_ogs", "own")
-    assert [name.split() for name in sorted(table["provenance"])] == [[kind, "3.6"] for kind in kinds]
-    for provenance in table["provenance"].values():
+    assert [name.split() for name in sorted(table.provenance)] == [[kind, "3.6"] for kind in kinds]
+    for provenance in table.provenance.values():
         assert "timed on one NVIDIA H200" in provenance["evidence"]
-    found = parse(table["rows"])
-    assert {(kernels, gemm.name, gemm.experts) for kernels, _, gemm in found} == {
+    assert {(kernels, gemm.name, gemm.experts) for kernels, _, gemm in table.tiles} == {
         (kind, name, experts) for kind in kinds for name in ("w13", "w2") for experts in (32, 128)
     }
-    for (kernels, triton, gemm), rungs in found.items():
+    for (kernels, triton, gemm), rungs in table.tiles.items():
         if kernels != "own":
             assert rungs.bounds[-1] == TOKENS[-1]
             continue
         (other,) = (
             each
-            for (kind, _, g), each in found.items()
+            for (kind, _, g), each in table.tiles.items()
             if kind == kernels and g.experts == gemm.experts and g.name != gemm.name
         )
         assert rungs.bounds == other.bounds == SIZES[: SIZES.index({32: 448, 128: 896}[gemm.experts]) + 1]
@@ -143,7 +142,14 @@ def test_tiles_of_the_table() -> None:
     if not triton.is_dir():
         pytest.skip("needs .venv/triton/3.6.0: make .venv/triton/3.6.0")
     table = store.read(ROOT / "vllm_mxfp4_gfx950/tables/sm90.json", "sm90")
-    tiles = sorted({(tuple(row[8:]), row[2] == "w13") for row in table["rows"] if row[0] == "own"})
+    tiles = sorted(
+        {
+            (astuple(tile), gemm.name == "w13")
+            for (kernels, _, gemm), rungs in table.tiles.items()
+            for tile in rungs.rungs
+            if kernels == "own"
+        }
+    )
     result = run_python([str(SUPPORT / "compile_own.py")], path=[triton], stdin=json.dumps(tiles))
     assert result.returncode == 0, result.stderr
     made = json.loads(result.stdout)
@@ -185,10 +191,9 @@ def test_other_tritons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton: 
     # A user's table: for up to so many tokens, with the Triton that it was timed with; or for none.
     tile = TileConfig(8, 64, 256, 1, 4, 3, 6)
     for bound in (16, 0):
-        rungs = Ladder((bound,), (tile,))
-        rows = [row for gemm in gemms(shape) for row in encode("own", "3.8", gemm, rungs)]
+        tiles = {("own", "3.8", gemm): Ladder((bound,), (tile,)) for gemm in gemms(shape)}
         (tmp_path / str(bound)).mkdir()
-        store.write(tmp_path / str(bound) / "sm90.json", "sm90", {}, rows)
+        store.write(tmp_path / str(bound) / "sm90.json", "sm90", store.Content(tiles=tiles))
     found = own_for("sm90", 124, tmp_path / "16")
     assert (found and found.tiles[0].bounds) == {
         "3.6.0": SIZES[: SIZES.index(448) + 1],

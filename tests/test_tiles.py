@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from vllm_mxfp4_gfx950.gfx950 import ranking
 from vllm_mxfp4_gfx950.gfx950.ranking import MAX_OVERREAD, WEIGHT_BOUND_TOKENS, expected_tiles
 from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, layer_shape
 from vllm_mxfp4_gfx950.settings import Settings
-from vllm_mxfp4_gfx950.tables import ladder, store, users
-from vllm_mxfp4_gfx950.tiles import Gemm, Ladder, TileConfig, columns, encode, gemms, parse
+from vllm_mxfp4_gfx950.tables import content, ladder, store
+from vllm_mxfp4_gfx950.tiles import Gemm, Ladder, TileConfig, gemms
 
 TABLE = store.read(ROOT / "vllm_mxfp4_gfx950/tables/gfx950.json", "gfx950")
 RELEASES = {
@@ -46,7 +47,7 @@ def test_ladder_exact(caplog: pytest.LogCaptureFixture) -> None:
     """A matmul of GPT-OSS is found without a word, whatever Triton's last number is."""
     found = ladder("gfx950", "matmul_ogs", "3.6.1+rocm", W13)
     assert found is not None
-    assert found == parse(TABLE["rows"])["matmul_ogs", "3.6", W13]
+    assert found == TABLE.tiles["matmul_ogs", "3.6", W13]
     assert not caplog.records
 
 
@@ -67,7 +68,7 @@ def test_ladder_nearest(caplog: pytest.LogCaptureFixture) -> None:
     odd = Gemm("w13", 2880, 5728, 32, 32)
     with caplog.at_level(logging.WARNING):
         found = [ladder("gfx950", "matmul", "3.12.0", odd) for _ in range(2)]
-    assert found[0] == found[1] == parse(TABLE["rows"])["matmul", "3.9", W13]
+    assert found[0] == found[1] == TABLE.tiles["matmul", "3.9", W13]
     assert len(caplog.records) == 1
     text = caplog.records[0].getMessage()
     assert "n=5728" in text
@@ -75,21 +76,25 @@ def test_ladder_nearest(caplog: pytest.LogCaptureFixture) -> None:
     assert "n=5760" in text
 
 
-def test_encode_is_read_back() -> None:
-    """In the order of `columns`, ladders in the order of their bounds."""
-    rungs = Ladder((4, 64), (TILE, TileConfig(64, 128, 256, 1, 8, 2, 2)))
-    rows = encode("matmul", "3.8.0", W13, rungs)
-    assert all(len(row) == len(columns()) for row in rows)
-    assert parse(rows[::-1]) == {("matmul", "3.8", W13): rungs}
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    """In the order of the columns; ladders in the order of their bounds, whatever that of the rows is."""
+    file = tmp_path / "gfx950.json"
+    written = store.Content(tiles={("matmul", "3.8", W13): Ladder((4, 64), (TILE, OTHER))})
+    store.write(file, "gfx950", written)
+    table = json.loads(file.read_text())
+    assert all(len(row) == len(table["columns"]) for row in table["rows"])
+    table["rows"].reverse()
+    file.write_text(json.dumps(table))
+    assert store.read(file, "gfx950") == written
 
 
 def test_table_is_whole() -> None:
     """Each Triton has every matmul of GPT-OSS in every division, and says where its rows come from."""
-    found = parse(TABLE["rows"])
+    found = TABLE.tiles
     wanted = {gemm for model in GPT_OSS for d in DIVISIONS for gemm in gemms(layer_shape(model, *d))}
     assert set(found) == {(*release, gemm) for release in RELEASES for gemm in wanted}
-    assert set(TABLE["provenance"]) == {" ".join(release) for release in RELEASES}
-    for provenance in TABLE["provenance"].values():
+    assert set(TABLE.provenance) == {" ".join(release) for release in RELEASES}
+    for provenance in TABLE.provenance.values():
         assert (
             provenance["evidence"]
             == "compiled for gfx950, executed on the emulator and counted; not run on a gfx950"
@@ -98,7 +103,7 @@ def test_table_is_whole() -> None:
 
 def test_table_reads_no_more_weights_than_there_are() -> None:
     """Where reading the weights is the work, at most 2% more than the checkpoint's bytes are read."""
-    for (_, _, gemm), rungs in parse(TABLE["rows"]).items():
+    for (_, _, gemm), rungs in TABLE.tiles.items():
         for tokens in (1, 2, 4, 8, 16, 32, WEIGHT_BOUND_TOKENS):
             tile = rungs.at(tokens)
             block_bytes = -(-gemm.n // tile.block_n) * tile.block_n * gemm.k // 2
@@ -110,16 +115,20 @@ def test_table_reads_no_more_weights_than_there_are() -> None:
 def test_ranking_keeps_what_was_measured(tmp_path: Path) -> None:
     """A user's table that is brought up to date by compiling keeps its times and rows of our own."""
     file = own_table(tmp_path) / "gfx950.json"
-    content = store.read(file, "gfx950")
-    measured = [[*row, 9.5] for row in content["rows"]]
-    plans = [["3.6", 32, 64, 1, 1, 8, "table"]]
-    store.write(file, "gfx950", content["provenance"], content["rows"], measured, plans)
-    ranked = encode("matmul_ogs", "3.6", W2, Ladder((64,), (TILE,)))
-    ranking.update(file, store.read(file, "gfx950"), "matmul_ogs", ranked, "3.6.0", 1, 1)
+    before = store.read(file, "gfx950")
+    own = {key: rungs for key, rungs in before.tiles.items() if key[0] == "own"}
+    before.measured = {
+        key: {n: (tile, 9.5) for n, tile in rungs.pairs()} for key, rungs in before.tiles.items()
+    }
+    before.plans = {("3.6", Gemm("w13", 32, 64, 1, 1)): Ladder((8,), ("table",))}
+    store.write(file, "gfx950", before)
+    ranked = Ladder((64,), (TILE,))
+    ranking.update(file, store.read(file, "gfx950"), "matmul_ogs", {W2: ranked}, "3.6.0", 1, 1)
     found = store.read(file, "gfx950")
-    assert found["measured"] == measured
-    assert found["plans"] == plans
-    assert found["rows"] == [*content["rows"][:2], *ranked]
+    assert found.measured == before.measured
+    assert found.plans == before.plans
+    assert found.tiles == own | {("matmul_ogs", "3.6", W2): ranked}
+    assert len(own) == 2
 
 
 def test_ranking_reads_its_table_first(tmp_path: Path) -> None:
@@ -151,19 +160,19 @@ SMALL = TileConfig(16, 64, 256, 1, 4, 1, 0)
 W2 = gemms(layer_shape("gpt-oss-20b"))[1]
 
 
-def own_table(directory: Path, arch: str = "gfx950", triton: str = "3.6") -> Path:
+def own_table(directory: Path) -> Path:
     """A user's table for GPT-OSS-20B."""
-    rows = encode("matmul_ogs", triton, W13, Ladder((64, 8192), (TILE, OTHER)))
-    rows += encode("own", triton, W13, Ladder((8,), (SMALL,)))
-    rows += encode("own", triton, W2, Ladder((8,), (SMALL,)))
-    store.write(directory / f"{arch}.json", arch, {"matmul_ogs 3.6": {"evidence": "here"}}, rows)
+    tiles = {("matmul_ogs", "3.6", W13): Ladder((64, 8192), (TILE, OTHER))}
+    tiles |= {("own", "3.6", gemm): Ladder((8,), (SMALL,)) for gemm in (W13, W2)}
+    provenance = {"matmul_ogs 3.6": {"evidence": "here"}}
+    store.write(directory / "gfx950.json", "gfx950", store.Content(provenance, tiles))
     return directory
 
 
 def test_own_table_serves_what_it_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The user's rows for their matmul and their Triton; ours for every other; the log says whose, once."""
     own = own_table(tmp_path)
-    ours = parse(TABLE["rows"])
+    ours = TABLE.tiles
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             found = ladder("gfx950", "matmul_ogs", "3.6.1", W13, own)
@@ -220,11 +229,12 @@ def tile(row: int, column: int, value: Any) -> Callable[[Any], None]:
     """Set a value of a row's tile."""
 
     def edit(content: Any) -> None:
-        content["tiles"][content["rows"][row][store.TILE]][column] = value
+        content["tiles"][content["rows"][row][-1]][column] = value
 
     return edit
 
 
+TIMED = ["own", "3.6", "w2", 32, 32, 1, 1, 1, 0]
 PLAN = ["3.6", 32, 64, 1, 1, 1, "table"]
 POWERS = "one of 8, 16, 32, 64, 128, 256"
 BAD = {
@@ -264,14 +274,14 @@ BAD = {
     "tile": (put("tile", ["rows"]), ": tile must be block_m, block_n, block_k, split_k, num_warps, "),
     "tiles": (put("tiles", {"0": []}), ": tiles must be a list; got {'0': []}"),
     "short tile": (lambda c: c["tiles"][1].pop(), ": tiles[1] must be 7 values; got [16, 64, 256, 1, 4, 2]"),
-    "no tile": (put("rows", 1, store.TILE, 3), ": rows[1].tile must be a place in tiles; got 3"),
-    "tile behind": (put("rows", 1, store.TILE, -1), ": rows[1].tile must be a place in tiles; got -1"),
-    "tile bool": (put("rows", 1, store.TILE, True), ": rows[1].tile must be a place in tiles; got True"),
+    "no tile": (put("rows", 1, 8, 3), ": rows[1].tile must be a place in tiles; got 3"),
+    "tile behind": (put("rows", 1, 8, -1), ": rows[1].tile must be a place in tiles; got -1"),
+    "tile bool": (put("rows", 1, 8, True), ": rows[1].tile must be a place in tiles; got True"),
     "twice": (lambda c: c["rows"].append(c["rows"][2]), ": rows[4] must be the only one for its tokens"),
-    "block_m differs": (put("rows", 0, store.TILE, 2), ": the rows of own must be of w13 and w2 alike in "),
+    "block_m differs": (put("rows", 0, 8, 2), ": the rows of own must be of w13 and w2 alike in "),
     "half of own": (lambda c: c["rows"].pop(0), ": the rows of own must be of w13 and w2 alike in "),
-    "us": (put("measured", [["own", "3.6", "w2", 32, 32, 1, 1, 1, 0, math.nan]]),
-           ": measured[0].us must be a time above 0.0; got nan"),
+    "us": (put("measured", [[*TIMED, math.nan]]), ": measured[0].us must be a time above 0.0; got nan"),
+    "timed twice": (put("measured", [[*TIMED, 1.5]] * 2), ": measured[1] must be the only one for its to"),
     "plans": (put("plans", {}), ": plans must be a list; got {}"),
     "short plan": (put("plans", [PLAN[:-1]]), ": plans[0] must be of triton, k, n, experts, global_exper"),
     "plan": (put("plans", [[*PLAN[:-1], "ours"]]), ": plans[0].plan must be one of own, two_fp8, table, pac"),
@@ -336,14 +346,14 @@ def test_read_refuses_what_cannot_be_read(tmp_path: Path) -> None:
     """In words: its first bytes are no memory of this process."""
     (tmp_path / "gfx950.json").symlink_to("/proc/self/mem")
     with pytest.raises(Mxfp4Error, match=r"gfx950\.json must be readable; got \[Errno 5\] .*\. Let "):
-        users(tmp_path, "gfx950")
+        content(tmp_path, "gfx950")
 
 
 def test_read_refuses_a_directory(tmp_path: Path) -> None:
     """What has a table's name and is none."""
     (tmp_path / "gfx950.json").mkdir()
     with pytest.raises(Mxfp4Error, match=r"gfx950\.json must be a file; got 'something else'"):
-        users(tmp_path, "gfx950")
+        content(tmp_path, "gfx950")
 
 
 @pytest.mark.parametrize(
@@ -358,11 +368,14 @@ def test_read_refuses_a_directory(tmp_path: Path) -> None:
 def test_read_knows_hopper(tmp_path: Path, column: str, value: int, rule: str) -> None:
     """With such tiles matmul_ogs would take each scale for another's, or not start."""
     file = tmp_path / "sm90.json"
-    rows = encode("matmul_ogs", "3.6", W13, Ladder((64,), (TileConfig(16, 256, 128, 1, 8, 4, 0),)))
-    store.write(file, "sm90", {}, rows)
-    assert store.read(file, "sm90")["rows"] == rows
-    rows[0][columns().index(column)] = value
-    store.write(file, "sm90", {}, rows)
+
+    def table(tile: TileConfig) -> store.Content:
+        return store.Content(tiles={("matmul_ogs", "3.6", W13): Ladder((64,), (tile,))})
+
+    right = TileConfig(16, 256, 128, 1, 8, 4, 0)
+    store.write(file, "sm90", table(right))
+    assert store.read(file, "sm90") == table(right)
+    store.write(file, "sm90", table(replace(right, **{column: value})))
     with pytest.raises(Mxfp4Error, match=re.escape(f"rows[0].{column} must be {rule}; got {value}. ")):
         store.read(file, "sm90")
 
@@ -382,12 +395,12 @@ def test_read_knows_our_own_kernels(tmp_path: Path, tile: TileConfig, rule: str)
     """What does not run on Hopper, or not right, may on gfx950."""
 
     def table(arch: str, tile: TileConfig) -> Path:
-        rows = [row for gemm in (W13, W2) for row in encode("own", "3.6", gemm, Ladder((64,), (tile,)))]
-        store.write(tmp_path / f"{arch}.json", arch, {}, rows)
+        tiles = {("own", "3.6", gemm): Ladder((64,), (tile,)) for gemm in (W13, W2)}
+        store.write(tmp_path / f"{arch}.json", arch, store.Content(tiles=tiles))
         return tmp_path / f"{arch}.json"
 
     for arch, some in (("sm90", TileConfig(16, 128, 128, 1, 4, 4, 0)), ("gfx950", tile)):
-        assert len(store.read(table(arch, some), arch)["rows"]) == 2
+        assert len(store.read(table(arch, some), arch).tiles) == 2
     with pytest.raises(Mxfp4Error, match=re.escape(f"rows[0].{rule}")):
         store.read(table("sm90", tile), "sm90")
 
@@ -396,8 +409,8 @@ def test_read_knows_our_own_kernels(tmp_path: Path, tile: TileConfig, rule: str)
 def test_our_tables_keep_to_the_rules(tmp_path: Path, arch: str) -> None:
     """And are written as `write` writes them."""
     file = ROOT / f"vllm_mxfp4_gfx950/tables/{arch}.json"
-    content = store.read(file, arch)
-    store.write(tmp_path / "again.json", arch, content["provenance"], content["rows"])
+    table = store.read(file, arch)
+    store.write(tmp_path / "again.json", arch, table)
     assert (tmp_path / "again.json").read_text() == file.read_text()
-    assert store.read(tmp_path / "again.json", arch) == content
+    assert store.read(tmp_path / "again.json", arch) == table
     assert not (tmp_path / "again.part").exists()

@@ -27,7 +27,7 @@ from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, layer_shape
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens
 from vllm_mxfp4_gfx950.tables import ladder, store
-from vllm_mxfp4_gfx950.tiles import Gemm, Ladder, TileConfig, encode, gemms, parse_plans
+from vllm_mxfp4_gfx950.tiles import Gemm, Ladder, TileConfig, gemms
 from vllm_mxfp4_gfx950.tolerance import assert_rows_close
 from vllm_mxfp4_gfx950.tuning import record
 from vllm_mxfp4_gfx950.tuning import search as tune
@@ -51,18 +51,19 @@ def assert_tuned(found: dict[str, Any], kernels: str) -> None:
     assert found["kernels"] == ([kernels, "own"] if kernels == "matmul_ogs" else [kernels])
     # Half of it does not serve yet; the rest takes no second look at what was measured, nor a third run any.
     assert found["interrupted"]["rows"] == []
-    assert {row[7] for row in found["interrupted"]["measured"]} == {1}
+    assert {row["tokens"] for row in found["interrupted"]["measured"]} == {1}
     assert found["whole"]["measured"][0] in found["interrupted"]["measured"]
     assert len(found["lines"]) == 1
     assert found["again"] == []
     assert 0 < found["asked"][1] <= 2 * found["asked"][0]
-    assert (
-        found["whole"]["provenance"][f"{kernels} {found['whole']['rows'][-1][1]}"]["evidence"] == "emulated"
-    )
+    release = found["whole"]["rows"][-1]["triton"]
+    assert found["whole"]["provenance"][f"{kernels} {release}"]["evidence"] == "emulated"
     # What serves is what was measured as the best, and right.
-    best = {(row[0], row[1], row[2], row[7]): row[9] for row in found["whole"]["measured"]}
+    best = {
+        (row["kernels"], row["triton"], row["name"], row["tokens"]): row["tile"][1]
+        for row in found["whole"]["measured"]
+    }
     for served, name in zip(found["served"], ("w13", "w2"), strict=True):
-        release = found["whole"]["rows"][0][1]
         assert served == [best[kernels, release, name, tokens] for tokens in (1, 3)]
     assert found["miss"] == ""
 
@@ -72,15 +73,15 @@ def test_tune_emulated(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Our own matmuls take more instructions for one token and for three: they never serve."""
     found = emulated(tmp_path_factory.mktemp("tune"), "3.6.0", "matmul_ogs")
     assert_tuned(found, "matmul_ogs")
-    us = {(row[0], row[7]): row[-1] for row in found["whole"]["measured"]}
+    us = {(row["kernels"], row["tokens"]): row["us"] for row in found["whole"]["measured"]}
     assert us["own", 1] > us["matmul_ogs", 1]
-    assert {row[7] for row in found["whole"]["rows"] if row[0] == "own"} == {0}
+    assert {row["tokens"] for row in found["whole"]["rows"] if row["kernels"] == "own"} == {0}
     assert found["own"] is None
     # Negative control: the best tile of w13 computes wrongly. It is named, and is in no row.
     (line,) = found["spoilt_lines"]
     assert f"refused; matmul_ogs {tuple(found['wrong'])}" in line
     assert "row 0 errs by" in line
-    tiles = [row[8:15] for row in found["spoilt"]["measured"] if row[2] == "w13"]
+    tiles = [row["tile"] for row in found["spoilt"]["measured"] if row["name"] == "w13"]
     assert tiles
     assert found["wrong"] not in tiles
 
@@ -116,13 +117,11 @@ def test_candidates_keep_to_the_bounds(tmp_path: Path, arch: str, kernels: str) 
     assert {replace(tile, split_k=1) for tile in every} == set(ARCHES[arch].candidates[kernels])
     assert {tile.split_k for tile in every} == ({*tune.OWN_SPLITS} if kernels == "own" else {1})
     w13, w2 = gemms(shape)
-    rows = []
-    for tokens, tile in enumerate(sorted(every, key=astuple), start=1):
-        up = replace(tile, split_k=1)  # As in a pair.
-        rows += encode(kernels, "3.6.0", w13, Ladder((tokens,), (up,)))
-        rows += encode(kernels, "3.6.0", w2, Ladder((tokens,), (tile,)))
-    store.write(tmp_path / f"{arch}.json", arch, {}, rows)
-    assert len(store.read(tmp_path / f"{arch}.json", arch)["rows"]) == len(rows)
+    downs = Ladder.of(dict(enumerate(sorted(every, key=astuple), start=1)))
+    ups = downs.map(lambda tile: replace(tile, split_k=1))  # As in a pair.
+    table = store.Content(tiles={(kernels, "3.6", w13): ups, (kernels, "3.6", w2): downs})
+    store.write(tmp_path / f"{arch}.json", arch, table)
+    assert store.read(tmp_path / f"{arch}.json", arch) == table
 
 
 def compiled_for_hopper(tiles: list[TileConfig]) -> dict[str, Any]:
@@ -251,12 +250,12 @@ def test_pin(tmp_path: Path) -> None:
     table = table_in(tmp_path)
     for few in ("own", "two_fp8"):
         table.pin(Ladder((64, 8192), (few, "package")))
-        assert parse_plans(table.plans, "3.6.1", SHAPE) == Ladder((64, 8192), (few, "package"))
+        assert table.content.plans == {("3.6", gemms(SHAPE)[0]): Ladder((64, 8192), (few, "package"))}
     content = store.read(table.file, "sm90")
-    assert content["plans"] == table.plans
-    assert content["provenance"]["plans 3.6"]["commands"] == ["tune"]
+    assert content == table.content
+    assert content.provenance["plans 3.6"]["commands"] == ["tune"]
     for release, shape in (("3.7.1", SHAPE), ("3.6.1", layer_shape("gpt-oss-120b"))):
-        assert parse_plans(content["plans"], release, shape) is None
+        assert tables.plans("sm90", release, shape, tmp_path) is None
     assert tables.plans("sm90", "3.6.0", SHAPE, tmp_path) == Ladder((64, 8192), ("two_fp8", "package"))
     assert tables.has_layer("sm90", "matmul_ogs", "3.6.0", SHAPE, tmp_path)
     assert not tables.has_layer("sm90", "matmul_ogs", "3.6.0", layer_shape("gpt-oss-120b"), tmp_path)
@@ -265,7 +264,7 @@ def test_pin(tmp_path: Path) -> None:
     fill(tmp_path / "whole", {})
     assert tables.has_layer("sm90", "matmul_ogs", "3.6.0", SHAPE, tmp_path / "whole")
     table.add(1, {"matmul_ogs": ((A, A), 100.0)})
-    assert store.read(table.file, "sm90")["plans"] == []
+    assert store.read(table.file, "sm90").plans == {}
 
 
 def test_two_tune_at_once(tmp_path: Path) -> None:
@@ -279,9 +278,14 @@ def test_two_tune_at_once(tmp_path: Path) -> None:
     again.add(1, {"matmul_ogs": ((B, B), 80.0)})
     first.add(2, {"matmul_ogs": ((A, A), 70.0)})
     content = store.read(first.file, "sm90")
-    found = sorted((row[5], row[7], row[8], row[-1]) for row in content["measured"] if row[2] == "w13")
+    found = sorted(
+        (gemm.experts, tokens, tile.block_m, us)
+        for (_, _, gemm), times in content.measured.items()
+        for tokens, (tile, us) in times.items()
+        if gemm.name == "w13"
+    )
     assert found == [(32, 1, 32, 80.0), (32, 2, 16, 70.0), (128, 1, 16, 90.0)]
-    assert content["provenance"]["matmul_ogs 3.6"]["commands"] == ["tune", "other"]
+    assert content.provenance["matmul_ogs 3.6"]["commands"] == ["tune", "other"]
     # One that began before there was a file, on something else.
     late = table_in(tmp_path / "none", "timed on one Y, torch 2")
     late.file = first.file
@@ -330,13 +334,15 @@ def test_table_where_own_are_never_faster(tmp_path: Path) -> None:
 def test_table_keeps_other_rows(tmp_path: Path) -> None:
     """Those of another layer, and of another Triton."""
     other = Gemm("w13", 2880, 5760, 128, 128)
-    rows = encode("matmul_ogs", "3.6", other, Ladder((1,), (B,)))
-    rows += encode("matmul_ogs", "3.5", gemms(SHAPE)[0], Ladder((1,), (B,)))
-    store.write(tmp_path / "sm90.json", "sm90", {}, rows)
+    older = "matmul_ogs", "3.5", gemms(SHAPE)[0]
+    one = Ladder((1,), (B,))
+    store.write(
+        tmp_path / "sm90.json", "sm90", store.Content(tiles={("matmul_ogs", "3.6", other): one, older: one})
+    )
     fill(tmp_path, {})
-    assert ladders(tmp_path, other)[0] == Ladder((1,), (B,))
+    assert ladders(tmp_path, other)[0] == one
     assert ladders(tmp_path, gemms(SHAPE)[0])[0] == Ladder((64, 8192), (A, B))
-    assert rows[1] in store.read(tmp_path / "sm90.json", "sm90")["rows"]
+    assert store.read(tmp_path / "sm90.json", "sm90").tiles[older] == one
 
 
 @pytest.mark.parametrize(
@@ -377,7 +383,7 @@ def test_run_on_a_gpu(
     )  # fmt: skip
     assert tune_command.run(args) == 0
     arch = backends.arch_of(torch.device("cuda"))
-    assert store.read(tmp_path / "tables" / f"{arch}.json", arch)["rows"]
+    assert store.read(tmp_path / "tables" / f"{arch}.json", arch).tiles
     capsys.readouterr()
     assert tune_command.run(args) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1

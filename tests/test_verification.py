@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -112,8 +112,9 @@ def tiles_of(triton: str, kernels: str) -> list[Case]:
     """A layer for each tile that the table has for a Triton, with blocks enough for any pipeline."""
     table = store.read(ROOT / "vllm_mxfp4_gfx950/tables/gfx950.json", "gfx950")
     release = triton.rpartition(".")[0]
-    tiles = {tuple(row[8:]) for row in table["rows"] if row[:2] == [kernels, release]}
-    return [Case((4, 4, 2, 832, 576), 64, tile=tile) for tile in sorted(tiles)]
+    ladders = [rungs.rungs for key, rungs in table.tiles.items() if key[:2] == (kernels, release)]
+    tiles = sorted({astuple(tile) for rungs in ladders for tile in rungs})
+    return [Case((4, 4, 2, 832, 576), 64, tile=tile) for tile in tiles]
 
 
 def paths_of(triton: str, kernels: str) -> list[Path]:

@@ -10,8 +10,8 @@ import pytest
 from run_python import ROOT, run_python
 from test_verification import paths_of
 
-from vllm_mxfp4_gfx950.tables.store import write
-from vllm_mxfp4_gfx950.tiles import Gemm, Ladder, TileConfig, encode
+from vllm_mxfp4_gfx950.tables.store import Content, write
+from vllm_mxfp4_gfx950.tiles import Gemm, Ladder, TileConfig
 
 pytestmark = pytest.mark.compile
 
@@ -107,8 +107,8 @@ def test_split_is_not_sampled(tmp_path: Path) -> None:
 def write_table(directory: Path, tile: TileConfig, kernels: str = "matmul_ogs", tokens: int = 64) -> None:
     """A table of the user's own, which has one tile for the small model."""
     w13, w2 = Gemm("w13", 288, 512, 4, 4), Gemm("w2", 256, 288, 4, 4)
-    rows = [row for gemm in (w13, w2) for row in encode(kernels, "3.6", gemm, Ladder((tokens,), (tile,)))]
-    write(directory / "gfx950.json", "gfx950", {}, rows)
+    tiles = {(kernels, "3.6", gemm): Ladder((tokens,), (tile,)) for gemm in (w13, w2)}
+    write(directory / "gfx950.json", "gfx950", Content(tiles=tiles))
 
 
 def test_tables_of_ones_own(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ class Choice:
     def __str__(self) -> str:
         spans = []
         first = 1
-        for last, plan in zip(self.plans.bounds, self.plans.rungs, strict=True):
+        for last, plan in self.plans.pairs():
             times = ", ".join(f"{other} {us:.1f}" for other, us in self.us[last].items())
             spans.append(f"{plan} for {first} to {last} tokens (us at {last}: {times})")
             first = last + 1
@@ -96,9 +96,7 @@ def choose(layer: TiledLayer, largest: int, cost: Cost) -> Choice:
     while len(us) < BATCHES and (pair := furthest(us, best)):
         tokens = math.isqrt(math.prod(pair) - 1) + 1
         timed(tokens, [plan for plan in layer.offered(tokens) if any(near(us[n], plan) for n in pair)])
-    sizes = sorted(us)
-    plans = Ladder(tuple(sizes), tuple(best[tokens] for tokens in sizes)).merged()
-    return Choice(plans, us, time.perf_counter() - began)
+    return Choice(Ladder.of(best).merged(), us, time.perf_counter() - began)
 
 
 def furthest(us: dict[int, dict[Plan, float]], best: dict[int, Plan]) -> tuple[int, int] | None:

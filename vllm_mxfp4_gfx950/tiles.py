@@ -1,11 +1,12 @@
-"""A kernel's tile, and a table's rows: which tile serves a matmul of how many tokens."""
+"""A kernel's tile, and which one serves a matmul of how many tokens."""
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import astuple, dataclass, fields
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeAlias, TypeVar, get_args
 
 from vllm_mxfp4_gfx950.moe import MoeShape
 
@@ -76,15 +77,20 @@ class Ladder(Generic[T_co]):
         """The same ladder with converted values."""
         return Ladder(self.bounds, tuple(convert(rung) for rung in self.rungs))
 
+    @classmethod
+    def of(cls, rungs: Mapping[int, T_co]) -> Ladder[T_co]:
+        """From at least one value, by bound."""
+        bounds = tuple(sorted(rungs))
+        return cls(bounds, tuple(rungs[bound] for bound in bounds))
+
+    def pairs(self) -> Iterator[tuple[int, T_co]]:
+        """Each bound and its value."""
+        return zip(self.bounds, self.rungs, strict=True)
+
     def merged(self) -> Ladder[T_co]:
         """The same ladder with equal neighbours made one: a rung serves up to its bound."""
-        pairs = list(zip(self.bounds, self.rungs, strict=True))
-        last = [
-            pair
-            for pair, later in zip(pairs, [*pairs[1:], None], strict=True)
-            if later is None or pair[1] != later[1]
-        ]
-        return Ladder(tuple(bound for bound, _ in last), tuple(rung for _, rung in last))
+        runs = itertools.groupby(self.pairs(), lambda pair: pair[1])
+        return Ladder.of({max(bound for bound, _ in run): rung for rung, run in runs})
 
 
 Plan: TypeAlias = Literal["own", "two_fp8", "table", "package"]
@@ -103,52 +109,6 @@ def gemms(shape: MoeShape) -> tuple[Gemm, Gemm]:
         Gemm("w13", shape.hidden, 2 * shape.intermediate, shape.experts, shape.global_experts),
         Gemm("w2", shape.intermediate, shape.hidden, shape.experts, shape.global_experts),
     )
-
-
-def encode(kernels: str, triton: str, gemm: Gemm, tiles: Ladder[TileConfig]) -> list[list[Any]]:
-    """Rows of a table's file, in the order of `columns`."""
-    key = [kernels, release_of(triton), *astuple(gemm)]
-    return [[*key, bound, *astuple(tile)] for bound, tile in zip(tiles.bounds, tiles.rungs, strict=True)]
-
-
-def columns() -> list[str]:
-    """What each value of a row is."""
-    names = [field.name for kind in (Gemm, TileConfig) for field in fields(kind)]
-    return ["kernels", "triton", *names[:5], "tokens", *names[5:]]
-
-
-PLAN_COLUMNS = ["triton", "k", "n", "experts", "global_experts", "tokens", "plan"]
-"""What each value of a plan's row is; the sizes are those of the layer's w13."""
-
-
-def encode_plans(triton: str, shape: MoeShape, plans: Ladder[Plan]) -> list[list[Any]]:
-    """Rows of a table's plans, in the order of PLAN_COLUMNS."""
-    key = [release_of(triton), *astuple(gemms(shape)[0])[1:]]
-    return [[*key, bound, plan] for bound, plan in zip(plans.bounds, plans.rungs, strict=True)]
-
-
-def parse_plans(rows: list[list[Any]], triton: str, shape: MoeShape) -> Ladder[Plan] | None:
-    """Which plan serves how many tokens of a layer; None where no row is of it."""
-    others = without_plans(rows, triton, shape)
-    rungs = sorted((row[-2], row[-1]) for row in rows if row not in others)
-    return Ladder(*map(tuple, zip(*rungs, strict=True))) if rungs else None
-
-
-def without_plans(rows: list[list[Any]], triton: str, shape: MoeShape) -> list[list[Any]]:
-    """The rows that are of other layers or releases."""
-    key = encode_plans(triton, shape, Ladder((1,), ("package",)))[0][:-2]
-    return [row for row in rows if row[:-2] != key]
-
-
-def parse(rows: list[list[Any]]) -> dict[Key, Ladder[TileConfig]]:
-    """The ladders of a table's rows."""
-    found: dict[Key, list[tuple[int, TileConfig]]] = {}
-    for kernels, triton, *rest in rows:
-        found.setdefault((kernels, triton, Gemm(*rest[:5])), []).append((rest[5], TileConfig(*rest[6:])))
-    return {
-        key: Ladder(*map(tuple, zip(*sorted(rungs, key=lambda rung: rung[0]), strict=True)))
-        for key, rungs in found.items()
-    }
 
 
 def release_of(triton: str) -> str:

@@ -83,7 +83,22 @@ def tuned(layers: tune.Layers, directory: Path, tokens: tuple[int, ...]) -> tupl
         "this",
     )
     lines = [tune.tune(Counted(layers, n), table) for n in tokens if not table.has(n)]
-    return lines, store.read(table.file, ARCH)
+    return lines, shown(store.read(table.file, ARCH))
+
+
+def shown(content: store.Content) -> dict[str, Any]:
+    """A table's content as JSON, its tiles and times row by row."""
+    rows = [(key, n, tile, None) for key, rungs in content.tiles.items() for n, tile in rungs.pairs()]
+    measured = [(key, n, *found) for key, times in content.measured.items() for n, found in times.items()]
+
+    def named(some: list[Any]) -> list[dict[str, Any]]:
+        return [
+            {"kernels": key[0], "triton": key[1], "name": key[2].name, "tokens": n}
+            | {"tile": dataclasses.astuple(tile), "us": us}
+            for key, n, tile, us in some
+        ]
+
+    return {"provenance": content.provenance, "rows": named(rows), "measured": named(measured)}
 
 
 def main(directory: Path) -> dict[str, Any]:
@@ -109,8 +124,11 @@ def main(directory: Path) -> dict[str, Any]:
         found["miss"] = compare(served.run(x, logits), *truth).miss
 
         if layers.backend.KERNELS == "matmul_ogs":
-            best = [row for row in found["whole"]["measured"] if row[0] == "matmul_ogs" and row[2] == "w13"]
-            found["wrong"] = best[0][8:-1]
+            found["wrong"] = next(
+                row["tile"]
+                for row in found["whole"]["measured"]
+                if (row["kernels"], row["name"]) == ("matmul_ogs", "w13")
+            )
             spoilt = Spoilt(SHAPE, ARCH, "cpu", copies=1)
             spoilt.wrong, spoilt.has_own = TileConfig(*found["wrong"]), False
             (directory / "spoilt").mkdir()

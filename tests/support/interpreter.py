@@ -23,7 +23,7 @@ from vllm_mxfp4_gfx950.backends.triton import package as triton_package
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.tables import store
-from vllm_mxfp4_gfx950.tiles import TileConfig, parse
+from vllm_mxfp4_gfx950.tiles import TileConfig
 
 ROOT = Path(__file__).parents[2]
 TABLE = store.read(ROOT / "vllm_mxfp4_gfx950/tables/gfx950.json", "gfx950")
@@ -113,9 +113,7 @@ RANKS = [
     *ranks_of(2, "linear", experts=8, topk=6, tokens=5),
     Case(8, 4, 64, 32, 5, "strided", 1, 2, refilled=True),
 ]
-TABLE_TILES = sorted(
-    {(tile.block_m, tile.block_n) for rungs in parse(TABLE["rows"]).values() for tile in rungs.rungs}
-)
+TABLE_TILES = sorted({(tile.block_m, tile.block_n) for rungs in TABLE.tiles.values() for tile in rungs.rungs})
 TILED = [Case(4, 2, 288, 160, 37, tile=tile) for tile in TABLE_TILES]
 """Every tile of gfx950's table computes, with tails along K and N."""
 BROKEN = [

@@ -20,7 +20,7 @@ from vllm_mxfp4_gfx950.backends.triton import package
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.settings import BACKEND_VAR, STRICT_VAR, Settings
-from vllm_mxfp4_gfx950.tables import users
+from vllm_mxfp4_gfx950.tables import content
 from vllm_mxfp4_gfx950.tiles import Ladder, Plan, TileConfig
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def select(
             this arch is not a table: now, as later that would look like a fault of the backend.
     """
     if settings.tables is not None:
-        users(settings.tables, arch)
+        content(settings.tables, arch)
     any_family = settings.backend in ("auto", "fastest")
     wanted = arch_named(arch).families if any_family else (settings.backend,)
     refused: list[tuple[str, str]] = []

@@ -74,7 +74,7 @@ def check_settings(arch: str) -> tuple[list[Check], Settings | None]:
     checks = [Check(True, "settings", found, "values that exist")]
     if asked.tables:
         try:
-            matmuls = len(tables.users(asked.tables, arch))
+            matmuls = len(tables.content(asked.tables, arch).tiles)
         except Mxfp4Error as error:
             return [*checks, refusal("tables", error)], None
         found = f"{matmuls} matmuls in {asked.tables / arch}.json" if matmuls else f"none for {arch}"

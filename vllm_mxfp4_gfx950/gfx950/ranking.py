@@ -9,7 +9,6 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import triton
 from triton.runtime.errors import OutOfResources
@@ -20,8 +19,8 @@ from vllm_mxfp4_gfx950.gfx950.emulator.memory import Fault
 from vllm_mxfp4_gfx950.gfx950.layer import CompiledLayer
 from vllm_mxfp4_gfx950.gfx950.time_model import CARDS, Card, Prediction, Profile, Work, along, launch, work
 from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, TOKENS, layer_shape
-from vllm_mxfp4_gfx950.tables.store import read_any, write
-from vllm_mxfp4_gfx950.tiles import Gemm, Ladder, TileConfig, encode, gemms
+from vllm_mxfp4_gfx950.tables.store import Content, read, write
+from vllm_mxfp4_gfx950.tiles import Gemm, Ladder, TileConfig, gemms, release_of
 
 WEIGHT_BOUND_TOKENS = 64
 MAX_OVERREAD = 1.02
@@ -51,7 +50,7 @@ def rank(table: Path, progress: Callable[[int, int], None]) -> None:
         Mxfp4Error: the file is not a table.
     """
     table.parent.mkdir(parents=True, exist_ok=True)
-    content = read_any(table, "gfx950")
+    content = read(table, "gfx950")
     installed = Installed()
     kernels = installed.layer.backend.KERNELS
     tiles = GFX950.candidates[kernels]
@@ -61,7 +60,7 @@ def rank(table: Path, progress: Callable[[int, int], None]) -> None:
         measured |= {(name, tile): each for name, each in installed.measured(tile).items()}
     progress(len(tiles), len(tiles))
 
-    rows: list[list[Any]] = []
+    chosen: dict[Gemm, Ladder[TileConfig]] = {}
     found = {gemm for model in GPT_OSS for tp, ep in DIVISIONS for gemm in gemms(layer_shape(model, tp, ep))}
     for gemm in sorted(found, key=lambda g: (g.name, -g.global_experts, -g.experts, -g.k, -g.n)):
         usable = {tile: each.at(tile, gemm.k) for (name, tile), each in measured.items() if name == gemm.name}
@@ -75,8 +74,8 @@ def rank(table: Path, progress: Callable[[int, int], None]) -> None:
             least = min(cost, key=cost.__getitem__)
             keep = best and cost.get(best[-1], math.inf) * WORTH_A_CHANGE <= cost[least]
             best.append(best[-1] if keep else least)
-        rows += encode(kernels, triton.__version__, gemm, Ladder(TOKENS, tuple(best)).merged())
-    update(table, content, kernels, rows, triton.__version__, len(tiles), len(measured))
+        chosen[gemm] = Ladder(TOKENS, tuple(best)).merged()
+    update(table, content, kernels, chosen, triton.__version__, len(tiles), len(measured))
 
 
 @dataclass(frozen=True)
@@ -238,32 +237,31 @@ def expected_tiles(tokens: int, chance: float, block_m: int) -> tuple[float, flo
 
 def update(
     table: Path,
-    content: dict[str, Any],
+    content: Content,
     kernels: str,
-    rows: list[list[Any]],
+    chosen: dict[Gemm, Ladder[TileConfig]],
     triton: str,
     tried: int,
     usable: int,
 ) -> None:
-    """Replace the rows of this Triton in a table, and say where they come from.
+    """Replace the tiles of this Triton in a table, and say where they come from.
 
     Args:
         table: the file.
-        content: what it has so far, as `read` gives it.
-        kernels: whose rows these are.
-        rows: as `encode` gives them.
+        content: what it has so far.
+        kernels: whose tiles these are.
+        chosen: for each matmul.
         triton: the Triton that compiled them.
         tried, usable: how many tiles were compiled, and how many kernels fit, two to a compute unit.
     """
-    release = rows[0][1]
-    provenance = content["provenance"] | {
-        f"{kernels} {release}": {
-            "commands": ["make tune"],
-            "triton": triton,
-            "evidence": "compiled for gfx950, executed on the emulator and counted; not run on a gfx950",
-            "tiles_tried": tried,
-            "kernels_usable": usable,
-        }
+    release = release_of(triton)
+    content.provenance[f"{kernels} {release}"] = {
+        "commands": ["make tune"],
+        "triton": triton,
+        "evidence": "compiled for gfx950, executed on the emulator and counted; not run on a gfx950",
+        "tiles_tried": tried,
+        "kernels_usable": usable,
     }
-    kept = [row for row in content["rows"] if row[:2] != [kernels, release]]
-    write(table, "gfx950", provenance, kept + rows, content["measured"], content["plans"])
+    kept = {key: rungs for key, rungs in content.tiles.items() if key[:2] != (kernels, release)}
+    content.tiles = kept | {(kernels, release, gemm): rungs for gemm, rungs in chosen.items()}
+    write(table, "gfx950", content)

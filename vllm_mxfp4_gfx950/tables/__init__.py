@@ -12,22 +12,11 @@ import math
 from dataclasses import astuple
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from vllm_mxfp4_gfx950.arch import arch_named
 from vllm_mxfp4_gfx950.moe import MoeShape
-from vllm_mxfp4_gfx950.tables.store import read, read_any
-from vllm_mxfp4_gfx950.tiles import (
-    Gemm,
-    Key,
-    Ladder,
-    Plan,
-    TileConfig,
-    gemms,
-    parse,
-    parse_plans,
-    release_of,
-)
+from vllm_mxfp4_gfx950.tables.store import Content, read
+from vllm_mxfp4_gfx950.tiles import Gemm, Ladder, Plan, TileConfig, gemms, release_of
 
 # Loggers below `vllm` print where vLLM's own do.
 logger = logging.getLogger("vllm.mxfp4_triton.tables")
@@ -52,19 +41,20 @@ def ladder(
         None where there are none.
 
     Raises:
-        Mxfp4Error: as `users`.
+        Mxfp4Error: as `content`.
     """
     release = release_of(triton)
     if tables is not None:
         found = whose(arch, kernels, triton, gemm, tables)
         _log_once(f"{kernels} tiles for triton {release} are those of {found}", logging.INFO)
-        users_own = users(tables, arch).get((kernels, release, gemm))
+        users_own = content(tables, arch).tiles.get((kernels, release, gemm))
         if users_own:
             return users_own
     if not _has_tiles(arch, kernels, release):
         return None
     closest = min(sorted(releases(arch, kernels)), key=lambda r: abs(_number(r) - _number(release)))
-    candidates = {g: rungs for (kind, r, g), rungs in _ours(arch).items() if (kind, r) == (kernels, closest)}
+    ours = content(OURS, arch).tiles
+    candidates = {g: rungs for (kind, r, g), rungs in ours.items() if (kind, r) == (kernels, closest)}
     nearest = min(
         (g for g in candidates if g.name == gemm.name),
         key=lambda g: sum(
@@ -80,20 +70,22 @@ def plans(arch: str, triton: str, shape: MoeShape, tables: Path | None) -> Ladde
     """Which plan serves how many tokens by the user's table; None where it does not say.
 
     Raises:
-        Mxfp4Error: as `users`.
+        Mxfp4Error: as `content`.
     """
-    return None if tables is None else parse_plans(_users_file(tables, arch)["plans"], triton, shape)
+    layer = release_of(triton), gemms(shape)[0]
+    return None if tables is None else content(tables, arch).plans.get(layer)
 
 
 def has_layer(arch: str, kernels: str, triton: str, shape: MoeShape, tables: Path | None) -> bool:
     """Whether the user's table has plans or these kernels' tiles for a layer.
 
     Raises:
-        Mxfp4Error: as `users`.
+        Mxfp4Error: as `content`.
     """
     if tables is None:
         return False
-    of_tiles = all((kernels, release_of(triton), gemm) in users(tables, arch) for gemm in gemms(shape))
+    tiles, release = content(tables, arch).tiles, release_of(triton)
+    of_tiles = all((kernels, release, gemm) in tiles for gemm in gemms(shape))
     return of_tiles or plans(arch, triton, shape, tables) is not None
 
 
@@ -101,13 +93,13 @@ def whose(arch: str, kernels: str, triton: str, gemm: Gemm, tables: Path | None 
     """Who made the tiles that `ladder` finds, in words; it takes the same arguments.
 
     Raises:
-        Mxfp4Error: as `users`.
+        Mxfp4Error: as `content`.
     """
     release = release_of(triton)
     without = ""
     if tables is not None:
         file = f"{tables / arch}.json"
-        if (kernels, release, gemm) in users(tables, arch):
+        if (kernels, release, gemm) in content(tables, arch).tiles:
             return file
         without = f" ({file} has none for this layer)"
     return ("this package" if _has_tiles(arch, kernels, release) else "triton_kernels") + without
@@ -121,28 +113,17 @@ def _has_tiles(arch: str, kernels: str, release: str) -> bool:
 
 def releases(arch: str, kernels: str) -> set[str]:
     """The Triton releases, such as "3.6", that our table of an arch has tiles of these kernels for."""
-    return {key[1] for key in _ours(arch) if key[0] == kernels}
+    return {release for kind, release, _ in content(OURS, arch).tiles if kind == kernels}
 
 
 @functools.cache
-def _ours(arch: str) -> dict[Key, Ladder[TileConfig]]:
-    file = OURS / f"{arch}.json"
-    return parse(read(file, arch)["rows"]) if file.is_file() else {}
-
-
-@functools.cache
-def users(tables: Path, arch: str) -> dict[Key, Ladder[TileConfig]]:
-    """The ladders of a user's table; none where the directory has no table for this arch.
+def content(tables: Path, arch: str) -> Content:
+    """What a directory's table of an arch says; nothing where it has none.
 
     Raises:
         Mxfp4Error: the file is not a table, or a value of it is out of its bounds.
     """
-    return parse(_users_file(tables, arch)["rows"])
-
-
-@functools.cache
-def _users_file(tables: Path, arch: str) -> dict[str, Any]:
-    return read_any(tables / f"{arch}.json", arch)
+    return read(tables / f"{arch}.json", arch)
 
 
 def _number(release: str) -> int:

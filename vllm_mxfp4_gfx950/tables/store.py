@@ -8,8 +8,10 @@
  "columns": the names of a row's values, the last of which is a place in "tiles",
  "rows": one for each matmul and number of tokens,
  "measured": what `vllm-mxfp4 tune` has timed so far: such rows, each with the layer's microseconds
- "plans": what serves up to how many tokens of a layer, by `vllm-mxfp4 tune --quick`: see `tiles.PLAN_COLUMNS`
+ "plans": what serves up to how many tokens of a layer, by `vllm-mxfp4 tune --quick`: see PLAN_COLUMNS
 }
+
+Only this file knows rows: `read` gives ladders, and `write` takes them.
 """
 
 from __future__ import annotations
@@ -18,13 +20,18 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from vllm_mxfp4_gfx950.arch import Integers, arch_named
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
-from vllm_mxfp4_gfx950.tiles import KERNELS, PLAN_COLUMNS, PLANS, Gemm, Key, TileConfig, columns
+from vllm_mxfp4_gfx950.tiles import KERNELS, PLANS, Gemm, Key, Ladder, Plan, TileConfig
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 MAX_FILE_BYTES = 1 << 20
 FIX = "Correct it, or let `vllm-mxfp4 tune` write the file anew"
@@ -39,31 +46,49 @@ ROW_BOUNDS: dict[str, Integers] = {
 }
 """What the integers of a row may be, beside its tile's. A row for up to 0 tokens: its kernels serve none."""
 
-TILE = 8
-"""Where a row's tile begins."""
+COLUMNS = ["kernels", "triton", *(each.name for each in fields(Gemm)), "tokens", "tile"]
+TILE_COLUMNS = [each.name for each in fields(TileConfig)]
+
+PLAN_COLUMNS = ["triton", "k", "n", "experts", "global_experts", "tokens", "plan"]
+"""What each value of a plan's row is; the sizes are those of the layer's w13."""
+
+Measured: TypeAlias = dict[int, tuple[TileConfig, float]]
+"""A matmul's tile by tokens, and the layer's microseconds with it."""
+
+PlanKey: TypeAlias = tuple[str, Gemm]
+"""Triton release, and the layer's w13."""
 
 
-def read_any(file: Path, arch: str) -> dict[str, Any]:
-    """As `read`; where there is no such file, a table that has nothing."""
-    if file.exists():
-        return read(file, arch)
-    return {"provenance": {}, "rows": [], "measured": [], "plans": []}
+@dataclass
+class Content:
+    """What a table says.
+
+    Args:
+        provenance: where tiles come from, by kernels and Triton release.
+        tiles: those that serve.
+        measured: what `vllm-mxfp4 tune` has timed so far.
+        plans: what serves up to how many tokens of a layer.
+    """
+
+    provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tiles: dict[Key, Ladder[TileConfig]] = field(default_factory=dict)
+    measured: dict[Key, Measured] = field(default_factory=dict)
+    plans: dict[PlanKey, Ladder[Plan]] = field(default_factory=dict)
 
 
-def read(file: Path, arch: str) -> dict[str, Any]:
-    """A table as data: "provenance", "rows", and "measured" and "plans", which only `vllm-mxfp4 tune` writes.
+def read(file: Path, arch: str) -> Content:
+    """What a table says; nothing where there is no such file.
 
     Args:
         file: the table.
         arch: whose it must be.
 
-    Returns:
-        rows in the order of `tiles.columns`, each with its tile's integers.
-
     Raises:
         Mxfp4Error: the file is not a table, or a value of it is out of its bounds.
     """
     try:
+        if not file.exists():
+            return Content()
         _require(file.is_file(), f"{file}", "a file", "something else")
         with file.open("rb") as opened:
             text = opened.read(MAX_FILE_BYTES + 1)
@@ -87,28 +112,35 @@ def read(file: Path, arch: str) -> dict[str, Any]:
         _require(isinstance(entry, dict), at, "an object", entry)
         commands = entry.get("commands", [])
         _require(isinstance(commands, list), f"{at}.commands", "a list", commands)
-    for name, names in (("tile", columns()[TILE:]), ("columns", [*columns()[:TILE], "tile"])):
+    for name, names in (("tile", TILE_COLUMNS), ("columns", COLUMNS)):
         _require(content[name] == names, f"{file}: {name}", ", ".join(names), content[name])
     tiles = content["tiles"]
     _require(isinstance(tiles, list), f"{file}: tiles", "a list", tiles)
+    width = len(TILE_COLUMNS)
     for index, tile in enumerate(tiles):
-        width = len(columns()) - TILE
         is_tile = isinstance(tile, list) and len(tile) == width
         _require(is_tile, f"{file}: tiles[{index}]", f"{width} values", tile)
-    for name, extra in (("rows", 0), ("measured", 1)):
-        rows = content.setdefault(name, [])
+
+    def decoded(name: str, decode: Callable[[Any, str], tuple[K, int, V]]) -> dict[K, dict[int, V]]:
+        rows = content.get(name, [])
         _require(isinstance(rows, list), f"{file}: {name}", "a list", rows)
-        content[name] = [_row(row, extra, tiles, arch, f"{file}: {name}[{i}]") for i, row in enumerate(rows)]
-    _check_ladders(content["rows"], f"{file}")
-    plans = content.setdefault("plans", [])
-    _require(isinstance(plans, list), f"{file}: plans", "a list", plans)
-    seen = set()
-    for index, row in enumerate(plans):
-        _check_plan(row, f"{file}: plans[{index}]")
-        key = tuple(row[:-1])
-        _require(key not in seen, f"{file}: plans[{index}]", "the only one for its tokens", row)
-        seen.add(key)
-    return content
+        found: dict[K, dict[int, V]] = {}
+        for index, row in enumerate(rows):
+            at = f"{file}: {name}[{index}]"
+            key, tokens, value = decode(row, at)
+            rungs = found.setdefault(key, {})
+            _require(tokens not in rungs, at, "the only one for its tokens", row)
+            rungs[tokens] = value
+        return found
+
+    served = decoded("rows", partial(_tile, len(COLUMNS), tiles, arch))
+    _check_own(served, file)
+    return Content(
+        provenance,
+        {key: Ladder.of(rungs) for key, rungs in served.items()},
+        decoded("measured", partial(_timed, tiles, arch)),
+        {key: Ladder.of(rungs) for key, rungs in decoded("plans", _plan).items()},
+    )
 
 
 def _require(ok: object, name: str, rule: str, got: object) -> None:
@@ -116,21 +148,13 @@ def _require(ok: object, name: str, rule: str, got: object) -> None:
         raise Mxfp4Error(name, rule, reprlib.repr(got), FIX)
 
 
-def _row(row: Any, extra: int, tiles: list[list[Any]], arch: str, at: str) -> list[Any]:
-    """A row with its tile in place of the tile's number."""
-    width = TILE + 1 + extra
+def _tile(width: int, tiles: list[list[Any]], arch: str, row: Any, at: str) -> tuple[Key, int, TileConfig]:
+    """A row's matmul, tokens and tile."""
     _require(isinstance(row, list) and len(row) == width, at, f"{width} values", row)
-    number = row[TILE]
+    values = dict(zip(COLUMNS, row, strict=False))
+    number = values["tile"]
     _require(type(number) is int and 0 <= number < len(tiles), f"{at}.tile", "a place in tiles", number)
-    whole: list[Any] = [*row[:TILE], *tiles[number]]
-    _check_row(arch, whole, at)
-    for us in row[TILE + 1 :]:
-        _require(type(us) is float and 0 < us < math.inf, f"{at}.us", "a time above 0.0", us)
-    return [*whole, *row[TILE + 1 :]]
-
-
-def _check_row(arch: str, row: list[Any], at: str) -> None:
-    values = dict(zip(columns(), row, strict=True))
+    values |= zip(TILE_COLUMNS, tiles[number], strict=True)
     for name, some in (("kernels", KERNELS), ("name", ("w13", "w2"))):
         _require(values[name] in some, f"{at}.{name}", _one_of(some), values[name])
     _check_release(values["triton"], at)
@@ -140,10 +164,30 @@ def _check_row(arch: str, row: list[Any], at: str) -> None:
     elif values["name"] == "w13":
         bounds["split_k"] = (1,)  # The SwiGLU needs whole sums.
     _check_integers(values, bounds, at)
-    tile = TileConfig(*row[TILE:])
+    tile = TileConfig(*tiles[number])
     most = arch_named(arch).own_warps(tile) if values["kernels"] == "own" else tile.num_warps
     rule = f"at most {most} with block_m {tile.block_m} and block_k {tile.block_k}"
     _require(tile.num_warps <= most, f"{at}.num_warps", rule, tile.num_warps)
+    return (values["kernels"], values["triton"], Gemm(*row[2:7])), values["tokens"], tile
+
+
+def _timed(tiles: list[list[Any]], arch: str, row: Any, at: str) -> tuple[Key, int, tuple[TileConfig, float]]:
+    """A row's matmul, tokens, and tile and time."""
+    key, tokens, tile = _tile(len(COLUMNS) + 1, tiles, arch, row, at)
+    us = row[-1]
+    _require(type(us) is float and 0 < us < math.inf, f"{at}.us", "a time above 0.0", us)
+    return key, tokens, (tile, us)
+
+
+def _plan(row: Any, at: str) -> tuple[PlanKey, int, Plan]:
+    """A row's layer, tokens and plan."""
+    is_row = isinstance(row, list) and len(row) == len(PLAN_COLUMNS)
+    _require(is_row, at, f"of {', '.join(PLAN_COLUMNS)}", row)
+    values = dict(zip(PLAN_COLUMNS, row, strict=True))
+    _check_release(values["triton"], at)
+    _check_integers(values, ROW_BOUNDS | {"tokens": ROW_BOUNDS["tokens"][1:]}, at)
+    _require(values["plan"] in PLANS, f"{at}.plan", _one_of(PLANS), values["plan"])
+    return (values["triton"], Gemm("w13", *row[1:5])), values["tokens"], values["plan"]
 
 
 def _check_release(release: Any, at: str) -> None:
@@ -158,27 +202,14 @@ def _check_integers(values: dict[str, Any], bounds: dict[str, Integers], at: str
         _require(type(value) is int and value in integers, f"{at}.{name}", _one_of(integers), value)
 
 
-def _check_plan(row: Any, at: str) -> None:
-    is_row = isinstance(row, list) and len(row) == len(PLAN_COLUMNS)
-    _require(is_row, at, f"of {', '.join(PLAN_COLUMNS)}", row)
-    values = dict(zip(PLAN_COLUMNS, row, strict=True))
-    _check_release(values["triton"], at)
-    _check_integers(values, ROW_BOUNDS | {"tokens": ROW_BOUNDS["tokens"][1:]}, at)
-    _require(values["plan"] in PLANS, f"{at}.plan", _one_of(PLANS), values["plan"])
-
-
-def _check_ladders(rows: list[list[Any]], file: str) -> None:
-    """No rung twice; and for our own matmuls as many rows to a tile of w2 as to one of w13."""
-    found: dict[Key, dict[int, int]] = {}
-    for index, (kernels, triton, *rest) in enumerate(rows):
-        rungs = found.setdefault((kernels, triton, Gemm(*rest[:5])), {})
-        _require(rest[5] not in rungs, f"{file}: rows[{index}]", "the only one for its tokens", rows[index])
-        rungs[rest[5]] = rest[6]
+def _check_own(served: dict[Key, dict[int, TileConfig]], file: Path) -> None:
+    """As many rows to a tile of w2 as to one of w13, for our own matmuls."""
     sides: dict[str, dict[tuple[str | float, ...], dict[int, int]]] = {"w13": {}, "w2": {}}
-    for (kernels, triton, gemm), rungs in found.items():
+    for (kernels, triton, gemm), rungs in served.items():
         if kernels == "own":
             hidden, inner = (gemm.k, gemm.n / 2) if gemm.name == "w13" else (gemm.n, gemm.k)
-            sides[gemm.name][triton, gemm.experts, gemm.global_experts, hidden, inner] = rungs
+            rows = {tokens: tile.block_m for tokens, tile in rungs.items()}
+            sides[gemm.name][triton, gemm.experts, gemm.global_experts, hidden, inner] = rows
     rule = "of w13 and w2 alike in tokens and block_m"
     _require(sides["w13"] == sides["w2"], f"{file}: the rows of own", rule, "others")
 
@@ -190,44 +221,40 @@ def _one_of(some: Integers | tuple[str, ...]) -> str:
     return f"one of {', '.join(map(str, some))}" if len(some) > 1 else f"{some[0]}"
 
 
-def write(
-    file: Path,
-    arch: str,
-    provenance: dict[str, Any],
-    rows: Sequence[list[Any]],
-    measured: Sequence[list[Any]] = (),
-    plans: Sequence[list[Any]] = (),
-) -> None:
-    """Write a table whole, or leave the old one: it may be read at any time.
+def write(file: Path, arch: str, content: Content) -> None:
+    """Write a table whole, or leave the old one: it may be read at any time."""
+    every = [tile for rungs in content.tiles.values() for tile in rungs.rungs]
+    every += [tile for times in content.measured.values() for tile, _ in times.values()]
+    tiles = sorted({astuple(tile) for tile in every})
 
-    Args:
-        file: the table.
-        arch: whose it is.
-        provenance: where rows come from, by kernels and Triton release.
-        rows: in the order of `tiles.columns`.
-        measured: what `vllm-mxfp4 tune` has timed so far: such rows, each with the layer's microseconds.
-        plans: in the order of `tiles.PLAN_COLUMNS`.
-    """
-    end = len(columns())
-    tiles = sorted({tuple(row[TILE:end]) for row in (*rows, *measured)})
+    def row(key: Key, tokens: int, tile: TileConfig, *us: float) -> list[Any]:
+        kernels, triton, gemm = key
+        return [kernels, triton, *astuple(gemm), tokens, tiles.index(astuple(tile)), *us]
 
-    def numbered(some: Sequence[list[Any]]) -> list[list[Any]]:
-        ordered = sorted(some, key=lambda row: [str(value).rjust(12) for value in row])
-        return [[*row[:TILE], tiles.index(tuple(row[TILE:end])), *row[end:]] for row in ordered]
+    def ordered(rows: list[list[Any]]) -> list[list[Any]]:
+        return sorted(rows, key=lambda row: [str(value).rjust(12) for value in row])
+
+    rows = [row(key, *rung) for key, rungs in content.tiles.items() for rung in rungs.pairs()]
+    measured = [row(key, n, *found) for key, times in content.measured.items() for n, found in times.items()]
+    plans = [
+        [triton, *astuple(w13)[1:], *rung]
+        for (triton, w13), rungs in content.plans.items()
+        for rung in rungs.pairs()
+    ]
 
     def lines(some: Sequence[Any]) -> str:
         return "[\n  " + ",\n  ".join(map(json.dumps, some)) + "\n ]" if some else "[]"
 
     parts = {
         "arch": json.dumps(arch),
-        "provenance": json.dumps(provenance, indent=1).replace("\n", "\n "),
-        "tile": json.dumps(columns()[TILE:]),
+        "provenance": json.dumps(content.provenance, indent=1).replace("\n", "\n "),
+        "tile": json.dumps(TILE_COLUMNS),
         "tiles": lines(tiles),
-        "columns": json.dumps([*columns()[:TILE], "tile"]),
-        "rows": lines(numbered(rows)),
+        "columns": json.dumps(COLUMNS),
+        "rows": lines(ordered(rows)),
     }
     if measured:
-        parts["measured"] = lines(numbered(measured))
+        parts["measured"] = lines(ordered(measured))
     if plans:
         parts["plans"] = lines(plans)
     part = file.with_suffix(".part")

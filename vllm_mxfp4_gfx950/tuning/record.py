@@ -7,24 +7,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.models import TOKENS
 from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.tables import store
-from vllm_mxfp4_gfx950.tiles import (
-    Gemm,
-    Key,
-    Ladder,
-    Plan,
-    TileConfig,
-    encode,
-    encode_plans,
-    gemms,
-    release_of,
-    without_plans,
-)
+from vllm_mxfp4_gfx950.tables.store import Measured
+from vllm_mxfp4_gfx950.tiles import Key, Ladder, Plan, TileConfig, gemms, release_of
 
 Pair = tuple[TileConfig, TileConfig]
 """The tiles of w13 and of w2."""
@@ -65,17 +54,15 @@ class Table:
         self, file: Path, arch: str, shape: MoeShape, kernels: str, triton: str, evidence: str, command: str
     ) -> None:
         self.file, self.arch, self.kernels, self.triton = file, arch, kernels, triton
-        self.shape, self.gemms = shape, gemms(shape)
+        self.release, self.gemms = release_of(triton), gemms(shape)
         self.evidence, self.command = evidence, command
         self.read()
 
     def read(self) -> None:
         """Take in what the file says, which another process may be writing to as well."""
-        content = store.read_any(self.file, self.arch)
-        self.provenance, self.rows = content["provenance"], content["rows"]
-        self.measured, self.plans = content["measured"], content["plans"]
+        self.content = store.read(self.file, self.arch)
         for name in (self.kernels, "own", "plans"):
-            other = self.provenance.get(self.source(name), {}).get("evidence", self.evidence)
+            other = self.content.provenance.get(self.source(name), {}).get("evidence", self.evidence)
             if other != self.evidence:
                 raise Mxfp4Error(
                     f"{self.file}: {self.source(name)}", self.evidence, other, "Give another --out"
@@ -83,12 +70,12 @@ class Table:
 
     def source(self, kernels: str) -> str:
         """The name of these kernels' provenance."""
-        return f"{kernels} {release_of(self.triton)}"
+        return f"{kernels} {self.release}"
 
     def times(self, kernels: str) -> dict[int, float]:
         """Microseconds of the layer by tokens, as far as they are measured."""
-        key = kernels, release_of(self.triton), self.gemms[0]
-        return {tokens: us for tokens, (_, us) in by_matmul(self.measured).get(key, {}).items()}
+        found = self.content.measured.get((kernels, self.release, self.gemms[0]), {})
+        return {tokens: us for tokens, (_, us) in found.items()}
 
     def has(self, tokens: int) -> bool:
         """Whether so many tokens are measured."""
@@ -106,11 +93,11 @@ class Table:
             fcntl.flock(lock, fcntl.LOCK_EX)  # Until it is closed.
             self.read()
             yield
-            store.write(self.file, self.arch, self.provenance, self.rows, self.measured, self.plans)
+            store.write(self.file, self.arch, self.content)
 
     def note(self, kernels: str) -> None:
         """Say where rows of these kernels come from."""
-        known = self.provenance.setdefault(
+        known = self.content.provenance.setdefault(
             self.source(kernels), {"evidence": self.evidence, "triton": self.triton}
         )
         commands = known.setdefault("commands", [])
@@ -121,51 +108,37 @@ class Table:
         """Write down which plan serves how many tokens of the layer."""
         with self.changed():
             self.note("plans")
-            self.plans = without_plans(self.plans, self.triton, self.shape)
-            self.plans += encode_plans(self.triton, self.shape, plans)
+            self.content.plans[self.release, self.gemms[0]] = plans
 
     def add(self, tokens: int, found: dict[str, tuple[Pair, float]]) -> None:
         """Add what was measured to the file; what was pinned for the layer may no longer hold."""
         with self.changed():
+            measured = self.content.measured
             for kernels, (pair, us) in found.items():
                 for gemm, tile in zip(self.gemms, pair, strict=True):
-                    (row,) = encode(kernels, self.triton, gemm, Ladder((tokens,), (tile,)))
-                    # Another process may have measured the same.
-                    self.measured = [each for each in self.measured if each[:8] != row[:8]]
-                    self.measured.append([*row, round(us, 2)])
+                    times = measured.setdefault((kernels, self.release, gemm), {})
+                    times[tokens] = tile, round(us, 2)  # Another process may have measured the same.
                 self.note(kernels)
-            timed = by_matmul(self.measured)
-            kept = [row for row in self.rows if (*row[:2], Gemm(*row[2:7])) not in timed]
-            self.rows = kept + serving(self.measured)
-            self.plans = without_plans(self.plans, self.triton, self.shape)
+            kept = {key: rungs for key, rungs in self.content.tiles.items() if key not in measured}
+            self.content.tiles = kept | serving(measured)
+            self.content.plans.pop((self.release, self.gemms[0]), None)
 
 
-def by_matmul(measured: list[list[Any]]) -> dict[Key, dict[int, tuple[TileConfig, float]]]:
-    """What was measured, by matmul and by tokens."""
-    found: dict[Key, dict[int, tuple[TileConfig, float]]] = {}
-    for kernels, release, *rest in measured:
-        rungs = found.setdefault((kernels, release, Gemm(*rest[:5])), {})
-        rungs[rest[5]] = TileConfig(*rest[6:-1]), rest[-1]
-    return found
-
-
-def serving(measured: list[list[Any]]) -> list[list[Any]]:
-    """The rows that serve, of the layers of which every number of tokens is measured."""
-    rows = []
-    timed = by_matmul(measured)
-    for (kernels, release, gemm), found in timed.items():
-        peers = timed.get(("matmul_ogs", release, gemm), {}) if kernels == "own" else found
+def serving(measured: dict[Key, Measured]) -> dict[Key, Ladder[TileConfig]]:
+    """The tiles that serve, of the layers of which every number of tokens is measured."""
+    tiles: dict[Key, Ladder[TileConfig]] = {}
+    for (kernels, release, gemm), found in measured.items():
+        peers = measured.get(("matmul_ogs", release, gemm), {}) if kernels == "own" else found
         if not set(SIZES) <= set(peers):
             continue
+        rungs = {n: tile for n, (tile, _) in found.items()}
         if kernels == "own":
             last = crossover(*({n: us for n, (_, us) in each.items()} for each in (found, peers)))
-            tiles = {n: tile for n, (tile, _) in sorted(found.items()) if n <= last}
-            rungs = tiles or {0: found[min(found)][0]}
-            rows += encode(kernels, release, gemm, Ladder(tuple(rungs), tuple(rungs.values())))
+            few = {n: tile for n, tile in rungs.items() if n <= last}
+            tiles[kernels, release, gemm] = Ladder.of(few or {0: rungs[min(rungs)]})
         else:
-            rungs = {n: found[n][0] for n in SIZES}
-            rows += encode(kernels, release, gemm, Ladder(tuple(rungs), tuple(rungs.values())).merged())
-    return rows
+            tiles[kernels, release, gemm] = Ladder.of({n: rungs[n] for n in SIZES}).merged()
+    return tiles
 
 
 def crossover(own: dict[int, float], others: dict[int, float]) -> int:
