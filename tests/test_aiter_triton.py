@@ -166,6 +166,18 @@ def test_first_batches(aiter: object, shape: MoeShape) -> None:
         assert aiter_triton.tile_rows(shape, tokens - 1) == rows // 2
 
 
+def test_first_batches_are_few(aiter: object) -> None:
+    """Where an expert gets few rows, tiles stop growing before the self-check's batches are too large."""
+    shape = make_shape(512, 1, 64, 64)
+    prepared = dataclasses.replace(aiter_triton.prepare(random_weights(SMALL, 0), SMALL), shape=shape)
+    assert prepared.first_batches() == {17 * 512, *aiter_triton.FEW}
+    assert [aiter_triton.tile_rows(shape, tokens) for tokens in (17 * 512 - 1, 17 * 512, 2**20)] == [
+        16,
+        32,
+        32,
+    ]
+
+
 def test_planted_fault(aiter: object) -> None:
     """In what is prepared: the self-check catches each, and none where none is."""
     check_planted(plant_preparation.misses(aiter_triton, SHAPES[0], 0, BATCHES, "cpu"))

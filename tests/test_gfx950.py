@@ -234,9 +234,9 @@ def test_quantized_activations_are_seen(old: str, new: str) -> None:
     report = read(Launch("kernel", ASSEMBLY.replace(old, new), 0, (1, 1, 1), ()))
     assert not report.is_w4a16
     spotless = replace(report, vgpr_spills=0, sgpr_spills=0, scratch_bytes=0)
-    assert not CompiledMatmul("w2", 1, 1, spotless).fits
+    assert not CompiledMatmul("w2", 1, 1, spotless, "table", None).fits
     w4a16 = replace(spotless, mfma={"v_mfma_f32_16x16x32_bf16": 2}, fp4_conversions=1)
-    assert CompiledMatmul("w2", 1, 1, w4a16).fits
+    assert CompiledMatmul("w2", 1, 1, w4a16, "table", None).fits
 
 
 SCALED = ASSEMBLY.replace("v_cvt_scalef32_pk_bf16_fp4", "v_mov_b32").replace(
@@ -268,7 +268,7 @@ def test_two_addends(old: str, new: str, addends: int, lossless: bool) -> None:
     report = read(Launch("kernel", assembly, 0, (1, 1, 1), tuple(codes.values()), signature))
     spotless = replace(report, vgpr_spills=0, sgpr_spills=0, scratch_bytes=0)
     assert (report.is_lossless, report.is_w4a16) == (lossless, False)
-    assert CompiledMatmul("w2", 1, 1, spotless).fits == lossless
+    assert CompiledMatmul("w2", 1, 1, spotless, "table", None).fits == lossless
     json.dumps(asdict(report))
 
 

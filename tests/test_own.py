@@ -12,6 +12,7 @@ from run_python import ROOT, SUPPORT, run_python
 from test_triton_routing import launches
 from test_verification import EVERY, IN_CI, TRITONS, LayerCase, emulated, ids
 
+from vllm_mxfp4_gfx950.arch import SM90
 from vllm_mxfp4_gfx950.backends.triton import own
 from vllm_mxfp4_gfx950.backends.triton.package import Weight
 from vllm_mxfp4_gfx950.gfx950.verification import MAX_FROBENIUS
@@ -170,7 +171,7 @@ def test_other_tritons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton: 
         pass
 
     class HopperMXScaleLayout:
-        num_warps = own.HOPPER_WARPS
+        num_warps = SM90.scale_warps
 
     shape = MoeShape(32, 32, 4, 2880, 2880, 1.702, 7.0)
 
@@ -187,7 +188,7 @@ def test_other_tritons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton: 
     if found is not None:
         assert found.most == 448
     assert own_for("gfx950", 124) is None
-    assert own_for("sm90", own.MAX_SCALE + 1) is None
+    assert own_for("sm90", SM90.max_scale + 1) is None
     # A user's table: for up to so many tokens, with the Triton that it was timed with; or for none.
     tile = TileConfig(8, 64, 256, 1, 4, 3, 6)
     for bound in (16, 0):

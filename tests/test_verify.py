@@ -149,6 +149,13 @@ def test_own_rows(tmp_path: Path) -> None:
         # What each kernel calls its output.
         assert own["counts"]["bytes_written"]["Y"] == 3 * 2 * (256 * 2 if stage == "w13" else 288 * 4)
         assert package["counts"]["bytes_written"]["Y+YPtr"] > 0
+    compiled = json.loads(
+        verify(tmp_path, "--tokens", "3", "9", "--json", command="compile", **tables).stdout
+    )
+    found = [
+        (each["plan"], each["report"]["name"] == "mxfp4_matmul", each["fits"]) for each in compiled["ours"]
+    ]
+    assert found == [("own", True, True)] * 2 + [("table", False, True)] * 2
     # Negative control.
     shutil.copytree(ROOT / "vllm_mxfp4_gfx950", tmp_path / "vllm_mxfp4_gfx950")
     edited = tmp_path / "vllm_mxfp4_gfx950/backends/triton/own.py"

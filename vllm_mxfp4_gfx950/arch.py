@@ -42,6 +42,8 @@ class Arch:
         needs_layout: triton_kernels must have a layout of one of these names; () for whatever it has.
         own_layout: which of our own matmuls there are; "" for none.
         value_layouts, scale_layouts: the names of triton_kernels' layouts that they read; () for any.
+        scale_warps: the warps that the scales are laid out for; None where that is no matter.
+        max_scale: the largest E8M0 scale that they take.
         two_fp8: whether its matrix unit multiplies FP8 by FP4, scales included, for `two_fp8`.
         overlaps: whether our kernels begin while the launch before them runs, and wait there: see
             `routing_kernels.await_previous`.
@@ -62,6 +64,8 @@ class Arch:
     own_layout: str = ""
     value_layouts: tuple[str, ...] = ()
     scale_layouts: tuple[str, ...] = ()
+    scale_warps: int | None = None
+    max_scale: int = 255
     two_fp8: bool = False
     overlaps: bool = False
     narrower: Mapping[str, Mapping[str, Integers]] = field(default_factory=dict)
@@ -180,6 +184,10 @@ SM90 = Arch(
     own_layout="hopper",
     value_layouts=("HopperMXValueLayout",),
     scale_layouts=("HopperMXScaleLayout",),
+    scale_warps=8,
+    # 2^1: a code is widened to itself times 2^-126, and where codes are scaled the rest of its scale must be
+    # a bf16. The weights of such a block reach 12.
+    max_scale=128,
     overlaps=True,
     narrower={
         # The scales are laid out for 8 warps side by side: with fewer, the kernel takes one row's scale for

@@ -29,6 +29,9 @@ ARCH = "gfx950"
 LEAST_ROWS, MOST_ROWS = 16, 128
 """Rows of a tile. Source: `routing` in moe_routing/routing.py, which chooses as `tile_rows` does."""
 
+MOST_TOKENS = 2**14
+"""A batch of more takes no larger tiles: the self-check runs the smallest batch of each through float64."""
+
 FEW = (2, 4, 16)
 """Batches with so few workgroups that aiter cuts the columns more finely, which is another kernel.
 
@@ -132,12 +135,13 @@ class Prepared:
         """The smallest batch of each size of tiles, and FEW."""
         sizes = (LEAST_ROWS << size for size in range(1, (MOST_ROWS // LEAST_ROWS).bit_length()))
         experts, topk = self.shape.global_experts, self.shape.topk
-        return {-(-(rows // 2 + 1) * experts // topk) for rows in sizes} | set(FEW)
+        firsts = (-(-(rows // 2 + 1) * experts // topk) for rows in sizes)
+        return {first for first in firsts if first <= MOST_TOKENS} | set(FEW)
 
 
 def tile_rows(shape: MoeShape, tokens: int) -> int:
     """Rows of a tile for so many tokens: the power of two at the rows that an expert gets on average."""
-    average = max(1, tokens * shape.topk // shape.global_experts)
+    average = max(1, min(tokens, MOST_TOKENS) * shape.topk // shape.global_experts)
     return min(MOST_ROWS, max(LEAST_ROWS, 1 << (average - 1).bit_length()))
 
 

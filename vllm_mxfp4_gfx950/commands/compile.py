@@ -39,16 +39,16 @@ def run(args: argparse.Namespace) -> int:
     fits = all(matmul.fits for matmul in ours)
     if args.json:
         facts = {"model": args.model, "shape": dataclasses.asdict(shape), "triton": triton.__version__}
-        kinds = {"ours": ours, "upstream": upstream}
         rows = {
             kind: [dataclasses.asdict(matmul) | {"fits": matmul.fits} for matmul in found]
-            for kind, found in kinds.items()
+            for kind, found in (("ours", ours), ("upstream", upstream))
         }
         print(json.dumps(facts | {"fits": fits} | rows))
         return 0 if fits else 1
     print(f"{args.model}: {shape}, {layer.backend.NAME}, {layer.backend.source()}, compiled for gfx950")
+    kinds = dict.fromkeys("own" if each.plan == "own" else layer.backend.KERNELS for each in ours)
     origins = dict.fromkeys(
-        whose(ARCH, layer.backend.KERNELS, triton.__version__, gemm, tables) for gemm in gemms(shape)
+        whose(ARCH, kind, triton.__version__, gemm, tables) for kind in kinds for gemm in gemms(shape)
     )
     for title, found in (
         (f"tiles of {' and '.join(origins)}", ours),
@@ -67,6 +67,8 @@ def line(matmul: CompiledMatmul) -> str:
     if report is None:
         return f"{start} FAIL {matmul.error.splitlines()[0][:100]}"
     tile = report.name.rpartition("mxfp4_")[2].removesuffix("_swiglu")
+    if matmul.tile is not None:
+        tile = "x".join(map(str, dataclasses.astuple(matmul.tile)[:4]))
     figures = (
         report.waves,
         report.lds_bytes,
@@ -79,4 +81,5 @@ def line(matmul: CompiledMatmul) -> str:
         round(report.per_mfma, 1),
     )
     row = "".join(f"{figure:10}" for figure in figures)
-    return f"{start} {matmul.workgroups:11}  {tile:14}{row}{'' if matmul.fits else '  FAIL'}"
+    plan = "" if matmul.plan in ("table", "package") else f"  {matmul.plan}"
+    return f"{start} {matmul.workgroups:11}  {tile:14}{row}{plan}{'' if matmul.fits else '  FAIL'}"

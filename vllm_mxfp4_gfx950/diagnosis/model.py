@@ -190,6 +190,7 @@ def check_checkpoint(directory: Path, whole: MoeShape) -> list[Check]:
     except Mxfp4Error as error:
         return [refusal("checkpoint", error)]
     size = sum(file.stat().st_size for file in read)
-    found, rule = f"{len(read)} safetensors files, {size / 1e9:.3f} GB", "a whole GPT-OSS in MXFP4"
+    files_read = f"{len(read)} safetensors file{'s' * (len(read) != 1)}"
+    found, rule = f"{files_read}, {size / 1e9:.3f} GB", "a whole GPT-OSS in MXFP4"
     fix = f"Download the model's *.safetensors into {directory}"
     return [Check(bool(read), "checkpoint", found, rule, fix)]

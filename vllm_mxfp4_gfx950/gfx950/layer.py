@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from vllm_mxfp4_gfx950.gfx950.report import KernelReport, read
 from vllm_mxfp4_gfx950.gfx950.time_model import Profile, profile
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, first_experts, tensor_shapes
 from vllm_mxfp4_gfx950.settings import Settings
-from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig
+from vllm_mxfp4_gfx950.tiles import Ladder, Plan, TileConfig
 
 MATMULS = ("_matmul", "_p_matmul", "mxfp4_matmul", "two_fp8_matmul")
 """How the names of the two matmuls' kernels begin: in both generations of triton_kernels, and of ours."""
@@ -36,13 +37,17 @@ class CompiledMatmul:
         tokens: T.
         workgroups: how many the launch has.
         report: its kernel's report; None when it does not compile.
-        error: why it does not.
+        plan: whose kernel it is.
+        tile: with which; None for the package's own choice.
+        error: why it does not compile.
     """
 
     gemm: str
     tokens: int
     workgroups: int
     report: KernelReport | None
+    plan: Plan
+    tile: TileConfig | None
     error: str = ""
 
     @property
@@ -69,38 +74,33 @@ class CompiledLayer:
     def __init__(self, shape: MoeShape, tables: Path | None = None, backend: str = "triton") -> None:
         self.shape = shape
         self.backend: Any = backends.select(shape, ARCH, Settings(backend, tables=tables)).backend
-        self.two_fp8 = backend == "two_fp8"
+        self.tried_plan: Plan = "two_fp8" if backend == "two_fp8" else "table"
         sizes = tensor_shapes(shape.experts, shape.hidden, shape.intermediate).items()
         tensors = {name: torch.empty(size, dtype=dtype) for name, (dtype, size) in sizes}
         weights = MoeWeights(**tensors, expert_map=first_experts(shape))
         with presented(lambda launch: None):
-            prepared: Any = self.backend.prepare(weights, shape, tables)
-        self.prepared: Any = prepared if self.two_fp8 else prepared.without("own")
+            self.prepared: Any = self.backend.prepare(weights, shape, tables)
 
-    def tiles_at(self, tokens: int) -> tuple[TileConfig, TileConfig]:
-        """The tiles of w13 and of w2 that serve this many tokens."""
-        w13, w2 = self.prepared.tiles_at(tokens)
-        return w13, w2
-
-    def with_tiles(self, w13: TileConfig | None, w2: TileConfig | None) -> Any:
-        """The prepared layer with these tiles for every batch."""
-        if not self.two_fp8:
-            return self.prepared.with_tiles(w13, w2)
-        tiles = Ladder((2**30,), (w13,)), Ladder((2**30,), (w2,))
+    def with_tiles(self, plan: Plan, w13: TileConfig | None, w2: TileConfig | None) -> Any:
+        """The prepared layer with these tiles of a plan for every batch."""
+        if plan != "two_fp8":
+            return (self.prepared.with_own_tiles if plan == "own" else self.prepared.with_tiles)(w13, w2)
+        tiles = Ladder((1,), (w13,)), Ladder((1,), (w2,))
         two_fp8 = dataclasses.replace(self.prepared.two_fp8, tiles=tiles)
-        return dataclasses.replace(self.prepared, two_fp8=two_fp8)
+        return dataclasses.replace(self.prepared, two_fp8=two_fp8, plans=Ladder((1,), (plan,)))
 
     def served(self, tokens: int) -> list[CompiledMatmul]:
-        """Both matmuls with the tiles that serve this many tokens."""
-        return [self._compiled(tokens, i, self.tiles_at(tokens)[i]) for i in (0, 1)]
+        """Both matmuls as they serve this many tokens."""
+        plan, tiles = self.prepared.plans.at(tokens), self.prepared.tiles_at(tokens)
+        return [self._compiled(tokens, index, tile, plan) for index, tile in enumerate(tiles)]
 
     def upstream(self, tokens: int) -> list[CompiledMatmul]:
         """Both matmuls with the package's own tiles."""
-        return [self._compiled(tokens, index, None) for index in (0, 1)]
+        return [self._compiled(tokens, index, None, "package") for index in (0, 1)]
 
     def tried(self, tokens: int, tile: TileConfig) -> list[CompiledMatmul]:
         """Both matmuls with one tile."""
-        return [self._compiled(tokens, index, tile) for index in (0, 1)]
+        return [self._compiled(tokens, index, tile, self.tried_plan) for index in (0, 1)]
 
     def profiled(self, tokens: int, tile: TileConfig) -> list[Profile]:
         """What the first workgroup of each matmul executes with one tile, on tokens that chose at random."""
@@ -115,12 +115,15 @@ class CompiledLayer:
                 execute(launch)
 
         with presented(run):
-            self.with_tiles(tile, tile).run(x, logits.bfloat16())
+            self.with_tiles(self.tried_plan, tile, tile).run(x, logits.bfloat16())
         return found
 
-    def _compiled(self, tokens: int, index: int, tile: TileConfig | None) -> CompiledMatmul:
+    def _compiled(self, tokens: int, index: int, tile: TileConfig | None, plan: Plan) -> CompiledMatmul:
         # The other matmul takes a tile that fits, so that one failure does not hide behind another.
-        prepared = self.with_tiles(*((tile, SMALL) if index == 0 else (SMALL, tile)))
+        other = SMALL
+        if tile is not None and plan == "own":  # Both count the same tiles of rows.
+            other = dataclasses.replace(SMALL, block_m=tile.block_m)
+        prepared = self.with_tiles(plan, *((tile, other) if index == 0 else (other, tile)))
         launches: list[Launch] = []
         gemm = ("w13", "w2")[index]
         x = torch.empty(tokens, self.shape.hidden, dtype=torch.bfloat16)
@@ -139,6 +142,7 @@ class CompiledLayer:
                 prepared.run(x, logits)
             except Exception as error:  # Triton has a dozen kinds, from out of LDS to a failed pass.
                 if len(launches) <= index:
-                    return CompiledMatmul(gemm, tokens, 0, None, f"{type(error).__name__}: {error}")
+                    text = f"{type(error).__name__}: {error}"
+                    return CompiledMatmul(gemm, tokens, 0, None, plan, tile, text)
         launch = launches[index]
-        return CompiledMatmul(gemm, tokens, launch.grid[0], read(launch))
+        return CompiledMatmul(gemm, tokens, math.prod(launch.grid), read(launch), plan, tile)

@@ -28,13 +28,6 @@ from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig, gemms
 # Loggers below `vllm` print where vLLM's own do.
 logger = logging.getLogger("vllm.mxfp4_triton.own")
 
-MAX_SCALE = 128
-"""The largest E8M0 scale, 2^1: on Hopper a code is widened to itself times 2^-126, and where codes are scaled
-the rest of its scale must be a bf16. The weights of such a block reach 12."""
-
-HOPPER_WARPS = 8
-"""What Hopper's scale layout is laid out for."""
-
 COMBINE_BLOCK = 512
 """Columns that a workgroup sums."""
 
@@ -171,7 +164,7 @@ def own_for(
         return None
     made = make(arch, shape, w13, w2, order, (w13_tiles, w2_tiles))
     if made is not None:
-        _log_once(f"batches of up to {w13_tiles.bounds[-1]} tokens run through our own matmuls")
+        _log_once(f"our own matmuls can serve batches of up to {w13_tiles.bounds[-1]} tokens")
     return made
 
 
@@ -187,12 +180,12 @@ def make(
     known = ARCHES[arch]
     names = [type(layout).__name__ for layout in w13.layouts]
     largest = max(int(weight.scales.max()) for weight in (w13, w2))
-    readable = names[1] in known.scale_layouts and (
-        not known.value_layouts or names[0] in known.value_layouts
+    readable = (
+        names[1] in known.scale_layouts
+        and (not known.value_layouts or names[0] in known.value_layouts)
+        and known.scale_warps in (None, getattr(w13.layouts[1], "num_warps", None))
     )
-    if known.own_layout == "hopper":
-        readable &= getattr(w13.layouts[1], "num_warps", None) == HOPPER_WARPS and largest <= MAX_SCALE
-    if not readable:
+    if not readable or largest > known.max_scale:
         _log_once(f"our own matmuls do not serve: {' and '.join(names)}, largest scale {largest}")
         return None
     if known.own_layout == "hopper":
