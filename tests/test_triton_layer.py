@@ -1,5 +1,6 @@
-"""The backend on matmul_ogs: vLLM's copy of the kernels, run in Triton's interpreter as if on a gfx950."""
+"""The backends on triton_kernels: its kernels, run in Triton's interpreter as if on a gfx950."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -7,22 +8,40 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from interpreter import BROKEN, LAYERS, RANKS, TILED, UNPADDED, Case, check_layout, outcomes
 
 from vllm_mxfp4_gfx950.arch import CDNA4_SCALES
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.backends.triton import package as triton_package
+from vllm_mxfp4_gfx950.backends.triton import routing as triton_routing
+from vllm_mxfp4_gfx950.backends.triton.layer import Prepared
+from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.random_layer import make_shape
 from vllm_mxfp4_gfx950.tolerance import assert_rows_close
 
+INSTALLED = {
+    "matmul_ogs": ("triton_ogs", "vllm-0.33.0"),
+    "matmul": ("triton_matmul", "tokenspeed-triton-kernels"),
+}
+"""The backend of each generation, and the package that has it."""
+
+
+@pytest.fixture(scope="module", params=INSTALLED)
+def kernels(request: pytest.FixtureRequest) -> str:
+    """A generation of triton_kernels."""
+    return str(request.param)
+
 
 @pytest.fixture(scope="module")
-def results(packages: Path) -> dict[str, Any]:
+def results(packages: Path, kernels: str) -> dict[str, Any]:
     """All that the kernels computed."""
-    return outcomes("triton_ogs", packages / "vllm-0.33.0")
+    backend, package = INSTALLED[kernels]
+    return outcomes(backend, packages / package)
 
 
 Outcome = Callable[[Case], dict[str, Any]]
+WhyNot = Callable[[MoeShape, str], str | None]
 
 
 @pytest.fixture
@@ -73,16 +92,21 @@ def test_an_address_out_of_bounds_is_seen(results: dict[str, Any]) -> None:
 
 
 SHAPE = make_shape(8, 4, 320, 288)
-why_not = partial(triton_package.why_not_layer, "matmul_ogs")
 
 
-def test_why_not_on_another_arch() -> None:
+@pytest.fixture
+def why_not(kernels: str) -> WhyNot:
+    """The reason why a layer cannot run through them."""
+    return partial(triton_package.why_not_layer, kernels)
+
+
+def test_why_not_on_another_arch(why_not: WhyNot) -> None:
     """Only where the kernels have been looked at."""
     reason = why_not(SHAPE, "gfx90a")
     assert reason == "it runs on gfx950, gfx942, sm90, not on gfx90a"
 
 
-def test_why_not_on_hopper() -> None:
+def test_why_not_on_hopper(why_not: WhyNot) -> None:
     """Its layout of values cannot end anywhere."""
     reason = why_not(make_shape(8, 4, 288, 288), "sm90")
     assert reason == (
@@ -91,14 +115,18 @@ def test_why_not_on_hopper() -> None:
     )
 
 
-def test_why_not_is_the_package_s_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_not_is_the_package_s_reason(
+    monkeypatch: pytest.MonkeyPatch, why_not: WhyNot, kernels: str
+) -> None:
     """Passed on as it is."""
     monkeypatch.setattr(triton_package, "why_not", lambda entry, needs: f"no {entry}")
-    assert why_not(SHAPE, "gfx950") == "no matmul_ogs"
+    assert why_not(SHAPE, "gfx950") == f"no {kernels}"
 
 
 @pytest.mark.parametrize("name", CDNA4_SCALES)
-def test_why_not_without_the_scale_layout(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_why_not_without_the_scale_layout(
+    monkeypatch: pytest.MonkeyPatch, why_not: WhyNot, name: str
+) -> None:
     """Refused by name on gfx950 only; either name will do."""
     monkeypatch.setattr(triton_package, "why_not", lambda entry, needs: None)
     monkeypatch.setattr(triton_package, "locate", lambda: Path("/there"))
@@ -112,7 +140,15 @@ def test_why_not_without_the_scale_layout(monkeypatch: pytest.MonkeyPatch, name:
     assert why_not(SHAPE, "gfx950") is None
 
 
-def test_why_not_with_other_opt_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_routing_asks_for_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many sizes of tiles there are is known from `prepare`: the package asks the driver each time."""
+    monkeypatch.setitem(sys.modules, "triton_kernels", None)
+    monkeypatch.setattr(triton_routing, "route", lambda *arguments: arguments[1:])
+    prepared: Any = SimpleNamespace(shape=make_shape(8, 2, 64, 64), order=None, sizes=5)
+    assert Prepared.route(prepared, torch.empty(3, 8)) == (2, 8, None, 5)
+
+
+def test_why_not_with_other_opt_flags(monkeypatch: pytest.MonkeyPatch, why_not: WhyNot) -> None:
     """A package whose OptFlags has other fields is refused before it is handed a layer."""
 
     def to_opt_flags(tile: object, arch: str) -> None:
