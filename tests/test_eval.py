@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -21,6 +22,7 @@ import engine  # noqa: F401  # It makes demo/ importable.
 import numpy as np
 import psutil
 import pytest
+import sglang_server
 import tiny_checkpoint
 import torch
 from cryptography import x509
@@ -40,7 +42,7 @@ from vllm_mxfp4_gfx950.evaluation.measure import Question, Tasks, ask, choose_en
 from vllm_mxfp4_gfx950.evaluation.process import ServerProcess, did_not_start
 from vllm_mxfp4_gfx950.evaluation.report import decision_lines
 from vllm_mxfp4_gfx950.evaluation.server import (
-    HARMONY_TOKEN,
+    HARMONY_TOKENS,
     Server,
     get,
     moe_path,
@@ -220,6 +222,11 @@ LOGS = {
         "INFO Using TRITON Unquantized MoE backend out of potential backends: ['TRITON'].",
         "TRITON Unquantized MoE backend",
     ),
+    "SGLang 0.5.16": ("server_args=ServerArgs(a='b', moe_runner_backend='auto', c=1)", "'auto'"),
+    "SGLang 0.5.23": (
+        "server_args={'a': 'b', 'moe_runner_backend': 'triton_kernel', 'c': 1}",
+        "'triton_kernel'",
+    ),
     "dense": ("INFO Resolved architecture: LlamaForCausalLM", ""),
 }
 
@@ -244,6 +251,13 @@ def test_parse() -> None:
     started = parse("VLLM_MXFP4_BACKEND=reference A='b c' openai/x --quantization mxfp4-triton")
     assert started.environment == (("VLLM_MXFP4_BACKEND", "reference"), ("A", "b c"))
     assert started.command == ("openai/x", "--quantization", "mxfp4-triton")
+    other = parse("A=b sglang openai/x --tp 2")
+    assert (other.framework, other.environment, other.command) == (
+        "sglang",
+        (("A", "b"),),
+        ("openai/x", "--tp", "2"),
+    )
+    assert started.framework == "vllm"
     running = parse("http://localhost:8000/ server.log")
     assert (running.url, running.log) == ("http://localhost:8000", Path("server.log"))
 
@@ -297,13 +311,13 @@ def test_identity_of_url(web: tuple[str, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "complaint"),
     [
-        ("<html>", "must be answered by vLLM; got no JSON: '<html>'"),
+        ("<html>", "must be answered by vLLM or SGLang; got no JSON: '<html>'"),
         ("{}", "got an answer that lacks a field (KeyError: 'data')"),
         ('{"data": []}', "got an answer that lacks a field (IndexError"),
         ("[]", "got an answer that lacks a field (TypeError"),
         (
-            '{"data": [{"id": "m", "max_model_len": 256}]}',
-            "/tokenize must be answered by vLLM; got status 501",
+            '{"data": [{"id": "m", "max_model_len": 256, "owned_by": "vllm"}]}',
+            "/tokenize must be answered by vLLM or SGLang; got status 501",
         ),
     ],
     ids=["html", "object", "empty", "list", "no-tokenizer"],
@@ -324,14 +338,14 @@ class Guarded(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """The model and its metrics."""
-        self.reply({"data": [{"id": "m", "root": "m", "max_model_len": 256}]})
+        self.reply({"data": [{"id": "m", "root": "m", "max_model_len": 256, "owned_by": "vllm"}]})
 
     def do_POST(self) -> None:
         """Tokens, and one token's answer with its distributions."""
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.rfile.read(int(self.headers["Content-Length"]))
         entry = {"1": {"logprob": -0.5, "rank": 1, "decoded_token": "a"}}
         choice = {"text": "a", "index": 0, "prompt_logprobs": [None, *[entry] * 2]}
-        tokens = {"tokens": [1, 1, 1], "token_strs": request.get("prompt", "")[:3]}
+        tokens = {"tokens": [1, 1, 1]}
         self.reply(tokens if self.path == "/tokenize" else {"choices": [choice]})
 
     def reply(self, content: dict) -> None:
@@ -660,7 +674,7 @@ def test_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["m", "--include-path", "{tasks}", "--tasks", "gsm9k"], "--tasks must be a task in"),
         (
             ["http://127.0.0.1:9", "--include-path", "{tasks}"],
-            "must be answered by vLLM; got ConnectionError",
+            "must be answered by vLLM or SGLang; got ConnectionError",
         ),
     ],
 )
@@ -783,6 +797,64 @@ def test_second_run_reuses(
     assert (tmp_path / "elsewhere/report.md").read_text() == report
 
 
+@pytest.mark.engine
+def test_sglang(
+    equal: tuple[list[str], int, dict, str],
+    place: Path,
+    packages: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A stand-in for SGLang's server says of each token what vLLM's says, and its answers count."""
+    source = packages / "sglang-0.5.23/sglang/srt"
+    package = tmp_path / "sglang"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "launch_server.py").symlink_to(sglang_server.__file__)
+    path = os.pathsep.join(
+        map(str, (tmp_path, Path(sglang_server.__file__).parent, Path(tiny_checkpoint.__file__).parent))
+    )
+    side = f"PYTHONPATH={path} SGLANG_SOURCE={source} sglang {place / 'sound'} --api-key {KEY}"
+    out = tmp_path / "out"
+    arguments = ["--include-path", str(place / "tasks"), "--limit", "10", "--logprobs", str(place / "text")]
+    assert cli.main(["eval", side, *arguments, "--top", "5", "--out", str(out)]) == 0
+    facts = json.loads((out / "report.json").read_text())
+    assert facts["paths"] == ["'triton_kernel'"]
+    assert facts["tasks"]["next_word"]["tested"] == 10
+    (kept,) = (place / "out").glob("sound-*")
+    (found,) = out.glob("sound-*")
+    of_vllm, of_sglang = (json.loads((each / RESULT).read_text())["positions"] for each in (kept, found))
+    for one, other in zip(of_vllm, of_sglang, strict=True):
+        assert (one["token"], one["text"], one["top_text"]) == (
+            other["token"],
+            other["text"],
+            other["top_text"],
+        )
+        assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
+        assert len(other["top"]) == 5
+        assert {n: one["top"][n] for n in other["top"]} == pytest.approx(other["top"], abs=1e-4)
+    assert cli.main(["eval", side, *arguments, "--top", "-1", "--out", str(out)]) == 2
+    assert "--top must be at least 1 for a server of SGLang; got -1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("release", ["sglang-0.5.16", "sglang-0.5.23"])
+def test_sglang_prints_and_answers_so(release: str, packages: Path) -> None:
+    """What LOGS and the stand-in have of SGLang is what its releases have."""
+    source = packages / release / "sglang/srt"
+    assert re.search(r'logger.info\(f"\{?server_args=', (source / "entrypoints/engine.py").read_text())
+    assert 'owned_by: str = "sglang"' in (source / "entrypoints/openai/protocol.py").read_text()
+    manager = (source / "managers/tokenizer_manager.py").read_text()
+    assert 'meta_info["input_token_logprobs"] = ' in manager
+    assert 'meta_info["input_top_logprobs"] = ' in manager
+    wanted = {
+        "/generate": {"input_ids", "sampling_params", "return_logprob", "logprob_start_len"},
+        "/tokenize": {"model", "prompt", "add_special_tokens"},
+        "/v1/completions": {"model", "prompt", "max_tokens", "temperature", "seed", "stop"},
+    }
+    for route, names in wanted.items():
+        assert names <= sglang_server.fields(source, *sglang_server.CLASSES[route])
+
+
 @pytest.fixture(scope="module", name="broken")
 def fixture_broken(place: Path) -> Iterator[tuple[Server, Path]]:
     """A server of the broken checkpoint, and its log."""
@@ -877,7 +949,7 @@ def test_harmony_is_refused_over_completions(
     shutil.copytree(place / "sound", tmp_path / "harmony")
     file = str(tmp_path / "harmony/tokenizer.json")
     tokenizer = Tokenizer.from_file(file)
-    tokenizer.add_special_tokens([HARMONY_TOKEN])
+    tokenizer.add_special_tokens([*HARMONY_TOKENS])
     tokenizer.save(file)
     arguments = [*options(place)[:2], "--endpoint", "completions", "--out", str(tmp_path / "out")]
     launch = ["launch", "render", str(tmp_path / "harmony")]

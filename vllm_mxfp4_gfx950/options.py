@@ -28,6 +28,7 @@ PLOT = "draw what was measured"
 EPILOG = """\
 A side is one of:
   "[NAME=VALUE ...] MODEL [arguments of vllm serve ...]"   a server that is started and stopped here
+  "[NAME=VALUE ...] sglang MODEL [arguments ...]"          one of SGLang's
   "http://host:port [LOG]"                                 one that runs, with the file of its log
   DIRECTORY                                                what an earlier run kept of a side
 

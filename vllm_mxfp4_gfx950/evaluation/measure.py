@@ -211,20 +211,53 @@ def read(server: Server, text: str, top: int, window: int) -> list[Position]:
         raise Mxfp4Error("the text", "at least two tokens", len(tokens), "Name another file")
     window = min(window, server.context - 1)
     windows = [tokens[start : start + window] for start in range(0, len(tokens), window)]
-    positions = []
-    for prompt in tqdm(windows, desc="Reading the text"):
-        request = {"model": server.model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
-        request["prompt_logprobs"] = top
-        try:
-            choice = post(f"{server.url}/v1/completions", request, server.access)["choices"][0]
-        except Mxfp4Error as error:
-            if NOT_FINITE not in str(error):
-                raise
-            positions += [Position(token, "", math.nan, {token: math.nan}, "") for token in prompt[1:]]
-            continue
-        for token, found in zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True):
-            positions.append(position(token, found, top))
-    return positions
+    expected = expected_by_sglang if server.owner == "sglang" else expected_by_vllm
+    progress = tqdm(windows, desc="Reading the text")
+    return [found for prompt in progress for found in expected(server, prompt, top)]
+
+
+def expected_by_vllm(server: Server, prompt: list[int], top: int) -> list[Position]:
+    """What vLLM expects at each token of a prompt but the first."""
+    request = {"model": server.model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+    request["prompt_logprobs"] = top
+    try:
+        choice = post(f"{server.url}/v1/completions", request, server.access)["choices"][0]
+    except Mxfp4Error as error:
+        if NOT_FINITE not in str(error):
+            raise
+        return [Position(token, "", math.nan, {token: math.nan}, "") for token in prompt[1:]]
+    pairs = zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True)
+    return [position(token, found, top) for token, found in pairs]
+
+
+def expected_by_sglang(server: Server, prompt: list[int], top: int) -> list[Position]:
+    """What SGLang expects at each token of a prompt but the first; its JSON has null for NaN.
+
+    Raises:
+        Mxfp4Error: all tokens are wanted, which SGLang reports by number only.
+    """
+    if top == -1:
+        raise Mxfp4Error("--top", "at least 1 for a server of SGLang", top, "Give a number")
+    request = {
+        "input_ids": prompt,
+        "sampling_params": {"max_new_tokens": 1, "temperature": 0},
+        "return_logprob": True,
+        "return_text_in_logprobs": True,
+        "logprob_start_len": 0,
+        "top_logprobs_num": top,
+    }
+    found = post(f"{server.url}/generate", request, server.access)["meta_info"]
+    pairs = zip(found["input_token_logprobs"][1:], found["input_top_logprobs"][1:], strict=True)
+    return [
+        Position(
+            token=token,
+            text=text,
+            logprob=math.nan if logprob is None else logprob,
+            top={number: math.nan if each is None else each for each, number, _ in best},
+            top_text=best[0][2],
+        )
+        for (logprob, token, text), best in pairs
+    ]
 
 
 def position(token: int, found: dict[str, dict[str, Any]], top: int) -> Position:

@@ -1,4 +1,4 @@
-"""A server of vLLM as processes: started, awaited, and stopped with all that it started."""
+"""A server of vLLM or SGLang as processes: started, awaited, and stopped with all that it started."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 STOP_SECONDS = 30
+VLLM = "vllm.entrypoints.cli.main"
 
 
 class ServerProcess:
@@ -28,16 +29,19 @@ class ServerProcess:
     It has begun to start, and is stopped where a `with` of it ends.
 
     Args:
-        arguments: of vLLM's command line, without host and port.
+        arguments: of its command line, without host and port.
         environment: for it, all of it.
         log: the file that it writes.
+        module: its main program; vLLM's command line.
     """
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, arguments: Sequence[str], environment: Mapping[str, str], log: Path, module: str = VLLM
+    ) -> None:
         self.log, self.place = log, f"127.0.0.1:{free_port()}"
         self.url = f"http://{self.place}"
         host, port = self.place.split(":")
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments]
+        command = [sys.executable, "-m", module, *arguments]
         with log.open("w") as output:
             self.main = subprocess.Popen(
                 [*command, "--host", host, "--port", port],
@@ -54,7 +58,7 @@ class ServerProcess:
         self.stop()
 
     def wait_until_healthy(self, urls: Sequence[str] = (), look: Callable[[], object] = bool) -> str:
-        """Wait for as long as it is starting; vLLM itself limits that.
+        """Wait for as long as it is starting; the framework itself limits that.
 
         Args:
             urls: where it may answer; the one that does is returned. None: its own.

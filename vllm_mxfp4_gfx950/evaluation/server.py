@@ -1,4 +1,4 @@
-"""Requests to a server of vLLM: what it is, and what it answers."""
+"""Requests to a server of vLLM or SGLang: what it is, and what it answers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ PATHS = (
     re.compile(r"MoE layers run through (.+?\))[.;]"),
     re.compile(r"Using ('\w+' Mxfp4 MoE backend)"),
     re.compile(r"Using (\w+ Unquantized MoE backend)"),
+    re.compile(r"server_args=.*\bmoe_runner_backend'?[=:] ?('\w+')"),
 )
-"""What the log calls the path: ours, vLLM's for MXFP4, vLLM's for other checkpoints of GPT-OSS."""
+"""What the log calls the path: ours, vLLM's for MXFP4, vLLM's for other checkpoints of GPT-OSS, SGLang's."""
 
-HARMONY_TOKEN = "<|channel|>"
-"""One token in harmony's vocabulary, and in none that is not for it."""
+FRAMEWORKS = "vLLM or SGLang"
+
+HARMONY_TOKENS = ("<|channel|>", "<|message|>")
+"""A token each in harmony's vocabulary, and in none that is not for it."""
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 
@@ -56,6 +59,7 @@ class Server:
         harmony: whether its tokenizer has harmony's special tokens.
         tokenizer: the checkpoint that it loaded, which has one.
         access: how it is asked.
+        owner: "vllm" or "sglang", as its list of models says.
     """
 
     url: str
@@ -65,26 +69,28 @@ class Server:
     harmony: bool
     tokenizer: str = ""
     access: Access = Access()
+    owner: str = "vllm"
 
 
 def describe(url: str, log: Path | None, access: Access) -> Server:
     """Ask a server what it is.
 
     Raises:
-        Mxfp4Error: it does not answer as vLLM does.
+        Mxfp4Error: it does not answer as vLLM and SGLang do.
     """
     try:
         served = decoded(url, get(f"{url}/v1/models", access))["data"][0]
-        model, context = served["id"], served["max_model_len"]
-        request = {"model": model, "prompt": HARMONY_TOKEN}
-        request |= {"add_special_tokens": False, "return_token_strs": True}
-        strings = post(f"{url}/tokenize", request, access)["token_strs"]
+        model, context, owner = served["id"], served["max_model_len"], served["owned_by"]
+        requests = [{"model": model, "prompt": text, "add_special_tokens": False} for text in HARMONY_TOKENS]
+        tokens = [post(f"{url}/tokenize", request, access)["tokens"] for request in requests]
     except (LookupError, TypeError) as error:
         found = f"an answer that lacks a field ({type(error).__name__}: {error})"
-        raise Mxfp4Error(url, "answered by vLLM", found, "Correct the URL") from error
+        raise Mxfp4Error(url, f"answered by {FRAMEWORKS}", found, "Correct the URL") from error
     path = moe_path(log.read_text(errors="replace")) if log else ""
     tokenizer = served.get("root") or model
-    return Server(url, model, context, path, strings == [HARMONY_TOKEN], tokenizer, access)
+    # Elsewhere each is cut into several, or both are what stands for unknown words.
+    harmony = tokens[0] != tokens[1] and [len(each) for each in tokens] == [1, 1]
+    return Server(url, model, context, path, harmony, tokenizer, access, owner)
 
 
 def moe_path(log: str) -> str:
@@ -116,7 +122,9 @@ def decoded(url: str, body: str) -> Any:
     try:
         return json.loads(body)
     except ValueError as error:
-        raise Mxfp4Error(url, "answered by vLLM", f"no JSON: {body[:100]!r}", "Correct the URL") from error
+        raise Mxfp4Error(
+            url, f"answered by {FRAMEWORKS}", f"no JSON: {body[:100]!r}", "Correct the URL"
+        ) from error
 
 
 def answer(method: str, url: str, request: dict[str, Any] | None, access: Access) -> str:
@@ -131,11 +139,13 @@ def answer(method: str, url: str, request: dict[str, Any] | None, access: Access
                 method, url, json=request, timeout=SECONDS, headers=access.headers(), verify=access.verify
             )
     except requests.RequestException as error:
-        raise Mxfp4Error(url, "answered by vLLM", type(error).__name__, "Start the server") from error
+        raise Mxfp4Error(
+            url, f"answered by {FRAMEWORKS}", type(error).__name__, "Start the server"
+        ) from error
     if not response.ok:
         found = f"status {response.status_code}: {response.text[:300]}"
-        fix = "Ask vLLM itself, and read its log"
+        fix = "Ask the server itself, and read its log"
         if response.status_code == 401:
             fix = f"Set {KEY_VARIABLE} to {'the' if access.key else 'a'} key that the server takes"
-        raise Mxfp4Error(url, "answered by vLLM", found, fix)
+        raise Mxfp4Error(url, f"answered by {FRAMEWORKS}", found, fix)
     return str(response.text)

@@ -10,7 +10,7 @@ import shlex
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 from vllm_mxfp4_gfx950 import settings
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
-from vllm_mxfp4_gfx950.evaluation.process import ServerProcess
+from vllm_mxfp4_gfx950.evaluation.process import VLLM, ServerProcess
 from vllm_mxfp4_gfx950.evaluation.server import (
     KEY_VARIABLE,
     Access,
@@ -32,7 +32,7 @@ RESULT = "result.json"
 """In the directory of a side that was measured whole."""
 
 ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
-HOST_VARIABLES = ("VLLM_", "AITER_")
+HOST_VARIABLES = ("VLLM_", "SGLANG_", "AITER_")
 """How the variables begin that decide what a server runs."""
 
 SECRETS = ("KEY", "TOKEN")
@@ -41,6 +41,9 @@ SECRETS = ("KEY", "TOKEN")
 LEVEL_VARIABLE = "VLLM_LOGGING_LEVEL"
 LEVELS = ("TRACE", "DEBUG", "INFO")
 """Of a log that names the path."""
+
+PROGRAMS = {"vllm": (VLLM, "serve"), "sglang": ("sglang.launch_server", "--model-path")}
+"""The main program of each framework's server, and what stands before the model."""
 
 UNANSWERED = ("--uds", "--headless")
 """Options with which a server does not listen where it is asked."""
@@ -56,7 +59,8 @@ class Side:
         log: the file that this server writes its log to, if it was named.
         kept: the directory of a result; None otherwise.
         environment: variables for a server that is started here.
-        command: its model, and its further arguments of `vllm serve`.
+        framework: of that server, a key of PROGRAMS.
+        command: its model, and its further arguments of `vllm serve` or of `sglang.launch_server`.
     """
 
     text: str
@@ -64,6 +68,7 @@ class Side:
     log: Path | None = None
     kept: Path | None = None
     environment: tuple[tuple[str, str], ...] = ()
+    framework: str = "vllm"
     command: tuple[str, ...] = ()
 
 
@@ -85,17 +90,18 @@ def parse(text: str) -> Side:
     while assigned < len(words) and ASSIGNMENT.fullmatch(words[assigned]):
         assigned += 1
     environment = tuple((n, v) for n, _, v in (word.partition("=") for word in words[:assigned]))
-    command = tuple(words[assigned:])
+    framework = "sglang" if words[assigned : assigned + 1] == ["sglang"] else "vllm"
+    command = tuple(words[assigned + (framework == "sglang") :])
     if not command or command[0].startswith(("-", "http:", "https:")):
         rule = "a URL with or without its log file, the directory of a result, or a model with arguments"
-        raise Mxfp4Error("a side", rule, repr(text), "Write '[NAME=VALUE ...] MODEL [of vllm serve ...]'")
+        raise Mxfp4Error("a side", rule, repr(text), "Write '[NAME=VALUE ...] [sglang] MODEL [...]'")
     secrets = [value for name, value in environment if name.endswith(SECRETS)]
     secrets += option(command, "--api-key")
     if secrets:
         text = shlex.join(
             "***" if w in secrets else re.sub(rf"=({_any(secrets)})$", "=***", w) for w in words
         )
-    return Side(text, environment=environment, command=command)
+    return Side(text, environment=environment, framework=framework, command=command)
 
 
 def _any(values: list[str]) -> str:
@@ -103,7 +109,7 @@ def _any(values: list[str]) -> str:
 
 
 def option(command: Sequence[str], name: str) -> list[str]:
-    """The values of an option of `vllm serve`, which takes `_` for `-` and the last of several."""
+    """The values of a server's option; `vllm serve` takes `_` for `-` and the last of several."""
     found: list[str] = []
     for index, word in enumerate(command):
         written, equals, value = word.partition("=")
@@ -124,19 +130,19 @@ def identity(side: Side) -> dict[str, Any]:
     """All that decides what a side answers, as far as it can be seen: equal means that a result still holds.
 
     Raises:
-        Mxfp4Error: it is a URL where no server answers or whose log is missing, or a variable of this package
-            has a value that it refuses.
+        Mxfp4Error: it is a URL whose log is missing, or a variable of this package has a value that it
+            refuses.
     """
     if side.log and not side.log.is_file():
         raise Mxfp4Error(f"the log of {side.url}", "a file that exists", side.log, "Correct it")
     if side.url:
-        found = re.search(
-            r"^process_start_time_seconds (\S+)$",
-            get(f"{side.url}/metrics", Access(key_of(side))),
-            re.MULTILINE,
-        )
-        # A server that does not say since when it runs may be another one at the next look.
-        since = found[1] if found else str(time.time())
+        since = str(time.time())
+        # A server that does not say since when it runs, as SGLang does by itself, may be another one at the
+        # next look; one that does not answer at all is refused when it is asked what it is.
+        with suppress(Mxfp4Error):
+            metrics = get(f"{side.url}/metrics", Access(key_of(side)))
+            found = re.search(r"^process_start_time_seconds (\S+)$", metrics, re.MULTILINE)
+            since = found[1] if found else since
         return {"url": side.url, "since": since, "log": str(side.log)}
     inherited = {name: value for name, value in os.environ.items() if name.startswith(HOST_VARIABLES)}
     environment = inherited | dict(side.environment)
@@ -144,10 +150,10 @@ def identity(side: Side) -> dict[str, Any]:
     model = Path(side.command[0])
     package = sorted(f for f in Path(__file__).parents[1].rglob("*") if f.suffix in (".py", ".json"))
     return {
-        "command": side.command,
+        "command": [side.framework, *side.command],
         "environment": environment,
         "tables": [(f.name, digest(f.read_bytes())) for f in sorted(tables.glob("*.json"))] if tables else [],
-        "vllm": metadata.version("vllm") if util.find_spec("vllm") else "",
+        "version": metadata.version(side.framework) if util.find_spec(side.framework) else "",
         "checkpoint": [(f.name, f.stat().st_size, f.stat().st_mtime) for f in sorted(model.glob("*"))],
         "package": digest(*(f.read_bytes() for f in package)),
     }
@@ -168,7 +174,8 @@ def serving(side: Side, directory: Path, more: list[str]) -> Iterator[Server]:
         more: arguments of `vllm serve` for one that is started.
 
     Raises:
-        Mxfp4Error: the server did not start or does not answer as vLLM does, or a proxy stands before it.
+        Mxfp4Error: the server did not start or does not answer as its framework does, or a proxy stands
+            before it.
     """
     if side.url:
         yield describe(side.url, side.log, Access(key_of(side)))
@@ -192,11 +199,13 @@ def serving(side: Side, directory: Path, more: list[str]) -> Iterator[Server]:
         print(f"{LEVEL_VARIABLE}=INFO for this server: a quieter log does not name the path", flush=True)
         environment[LEVEL_VARIABLE] = "INFO"
     print(f"starting {side.text}: {log}", flush=True)
+    program, before_model = PROGRAMS[side.framework]
+    arguments = [before_model, *side.command, *(more if side.framework == "vllm" else ())]
     began = time.monotonic()
     # By default this would end this process alone.
     before = signal.signal(signal.SIGTERM, leave)
     try:
-        with ServerProcess(["serve", *side.command, *more], environment, log) as process:
+        with ServerProcess(arguments, environment, log, program) as process:
             roots = [root.rstrip("/") for root in dict.fromkeys(("", *option(side.command, "--root-path")))]
             urls = [f"{scheme}://{process.place}{root}" for root in roots for scheme in ("http", "https")]
             url = process.wait_until_healthy(urls)
