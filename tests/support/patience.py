@@ -90,7 +90,8 @@ class Watch:
             asked = self.limits
             if not asked:
                 continue
-            now, cpu = time.monotonic(), cpu_seconds(process)
+            # Looking takes time of its own, which is no progress.
+            now, cpu = time.monotonic(), cpu_seconds(process) - time.thread_time()
             if asked is not limits:  # Another test, or another of its phases.
                 limits, progress = asked, Progress(*asked, now, cpu)
             self.why = progress.hang(now, cpu)
