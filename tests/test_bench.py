@@ -328,6 +328,7 @@ def test_config_is_taken_for_gpt_oss(model: str, tmp_path: Path) -> None:
     assert layer_shape(str(file)) == layer_shape(model)
 
 
+@pytest.mark.load
 @pytest.mark.engine
 def test_bench_serve(
     checkpoint: Path,

@@ -965,7 +965,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> Findings:
         return dict(zip(KERNELS, pool.map(plant, KERNELS), strict=True))
 
 
-@pytest.mark.compile
+@pytest.mark.emulate
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_sound_kernels(findings: Findings, kernels: str) -> None:
     """With nothing planted a layer is right, also where everything has been planted before."""
@@ -978,7 +978,7 @@ def test_sound_kernels(findings: Findings, kernels: str) -> None:
         assert outcome["frobenius"] < MAX_FROBENIUS, layer
 
 
-@pytest.mark.compile
+@pytest.mark.emulate
 @pytest.mark.parametrize("fault", plant_faults.INPUTS)
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_wrong_input(findings: Findings, kernels: str, fault: str) -> None:
@@ -993,7 +993,7 @@ def test_wrong_input(findings: Findings, kernels: str, fault: str) -> None:
         assert outcome["frobenius"] > 5 * MAX_FROBENIUS
 
 
-@pytest.mark.compile
+@pytest.mark.emulate
 @pytest.mark.parametrize(
     ("kernels", "kernel", "what"),
     [
@@ -1019,7 +1019,7 @@ def test_wrong_code(findings: Findings, kernels: str, kernel: str, what: str) ->
             assert each in missed or re.match(r"\S+, line \d+: \w+.*: \w+", each["found"]), each
 
 
-@pytest.mark.compile
+@pytest.mark.emulate
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_sample_without_a_store(findings: Findings, kernels: str) -> None:
     """What a workgroup should have written and did not is missed, also where others are not executed."""
@@ -1030,7 +1030,7 @@ def test_sample_without_a_store(findings: Findings, kernels: str) -> None:
         assert re.search("not finite|workgroups wrote [0-9]+ tiles", each["found"]), each
 
 
-@pytest.mark.compile
+@pytest.mark.emulate
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_nothing_else_to_plant(findings: Findings, kernels: str) -> None:
     """The table has every kernel, and everything in it."""
@@ -1038,7 +1038,7 @@ def test_nothing_else_to_plant(findings: Findings, kernels: str) -> None:
     assert planted == {(kernel, what) for kernel, whats in KERNELS[kernels].items() for what in whats.split()}
 
 
-@pytest.mark.compile
+@pytest.mark.emulate
 @pytest.mark.parametrize(
     "reason",
     [

@@ -131,6 +131,7 @@ def excess(ours: np.ndarray, theirs: np.ndarray, truth: np.ndarray) -> tuple[flo
         pytest.param(
             TinyGptOss(experts=4, topk=4, hidden=160, intermediate=224, layers=1, vocab=VOCAB),
             0.003,
+            marks=pytest.mark.load,
             id="E4-k4",
         ),
         # Rounding does send tokens to other experts, now in one run, now in the other.
@@ -177,6 +178,7 @@ def test_two_ranks(expert_parallel: bool, checkpoints: dict[str, Path]) -> None:
     assert served.token_ids == serve_fp32(whole, compiled=False).token_ids
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("expert_parallel", [False, True], ids=["TP2", "TP2-EP"])
 def test_allreduce_fusion(expert_parallel: bool, checkpoints: dict[str, Path]) -> None:
     """vLLM fuses the all-reduce behind each attention and each MoE with the norm that follows."""

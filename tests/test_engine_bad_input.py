@@ -258,6 +258,7 @@ def test_lora(names: list[str] | None, found: str, tmp_path: Path) -> None:
         pytest.param(
             {"tensors": put_nan},
             f"{EXPERTS}.w2_scale must be free of NaN scales (0xFF); got 1 of them.",
+            marks=pytest.mark.load,
             id="nan-scale",
         ),
     ],

@@ -70,7 +70,7 @@ def plain(checkpoint: Path) -> Served:
     ("tensor_parallel_size", "enable_expert_parallel"),
     [
         pytest.param(1, False, marks=pytest.mark.load, id="DP2"),
-        pytest.param(1, True, id="DP2-EP"),
+        pytest.param(1, True, marks=pytest.mark.load, id="DP2-EP"),
         pytest.param(2, True, marks=pytest.mark.load, id="DP2-TP2-EP"),
     ],
 )

@@ -8,8 +8,8 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import aiter_stand_in
@@ -19,7 +19,7 @@ import pytest
 import tiny_checkpoint
 import torch
 from plant_preparation import BATCHES, FAULTS, SHAPES
-from run_python import ROOT, run_python
+from run_python import ROOT, once, run_python
 from safetensors.torch import load_file, save_file
 from test_verification import OF_BACKEND, paths_of
 from tiny_checkpoint import TinyGptOss
@@ -118,6 +118,9 @@ def test_texts_notice() -> None:
 
 # --- in what `prepare` does -------------------------------------------------------------------------
 
+NAMES = ["triton_ogs", pytest.param("triton_matmul", marks=pytest.mark.emulate)]
+"""The second by `pytest -m emulate`."""
+
 LAYERS = 2
 """Sound layers of every commit; MANY with `-m emulate`."""
 
@@ -133,26 +136,16 @@ def fixture_aiter(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, module)
 
 
-def plant(directory: Path, layers: int) -> dict[str, dict[str, Any]]:
-    """What plant_preparation finds in each Triton backend."""
-
-    def run(name: str) -> dict[str, Any]:
-        out = directory / f"{name}.json"
-        command = [plant_preparation.__file__, str(layers), str(out)]
+@once
+def plant(name: str, layers: int) -> dict[str, Any]:
+    """What plant_preparation finds in a Triton backend."""
+    with NamedTemporaryFile("r") as out:
+        command = [plant_preparation.__file__, str(layers), out.name]
         result = run_python(command, path=paths_of(*OF_BACKEND[name]))
         assert result.returncode == 0, result.stderr
-        found: dict[str, Any] = json.loads(out.read_text())
-        assert found["backend"] == name
-        return found
-
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(OF_BACKEND, pool.map(run, OF_BACKEND), strict=True))
-
-
-@pytest.fixture(scope="module", name="planted")
-def fixture_planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The findings of every commit."""
-    return plant(tmp_path_factory.mktemp("planted"), LAYERS)
+        found: dict[str, Any] = json.load(out)
+    assert found["backend"] == name
+    return found
 
 
 def check_planted(misses: dict[str, str]) -> None:
@@ -164,11 +157,12 @@ def check_planted(misses: dict[str, str]) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", OF_BACKEND)
-def test_planted_fault(planted: dict[str, dict[str, Any]], name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_planted_fault(name: str) -> None:
     """Each is caught, none where none is."""
-    check_planted(planted[name]["misses"])
-    assert planted[name]["alarms"] == []
+    planted = plant(name, LAYERS)
+    check_planted(dict(planted["misses"]))
+    assert planted["alarms"] == []
 
 
 def test_planted_fault_in_ck(aiter: None) -> None:
@@ -178,7 +172,7 @@ def test_planted_fault_in_ck(aiter: None) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", OF_BACKEND)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("fault", "text"),
     [
@@ -189,23 +183,23 @@ def test_planted_fault_in_ck(aiter: None) -> None:
         ("compiler", "CompilationError: at .* power of 2"),
     ],
 )
-def test_first_launch(planted: dict[str, dict[str, Any]], name: str, fault: str, text: str) -> None:
+def test_first_launch(name: str, fault: str, text: str) -> None:
     """A table's tile that does not compile or fit, for few tokens or for more: the package's own tiles serve.
 
     With triton_matmul these fail here, too, and another backend serves.
     """
     for place, tokens in (("first", 1), ("last", 65)):
-        found = planted[name]["launches"][f"{fault}-{place}"]
+        found = plant(name, LAYERS)["launches"][f"{fault}-{place}"]
         assert re.match(f"{tokens} tokens: {text}", found["miss"])
         serves = {"triton_ogs": "triton_ogs", "triton_matmul": "reference"}[name]
         assert (found["serves"], found["left"]) == (serves, "")
 
 
 @pytest.mark.emulate
-def test_no_false_alarm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", OF_BACKEND)
+def test_no_false_alarm(name: str) -> None:
     """In many sound layers."""
-    for name, found in plant(tmp_path, MANY).items():
-        assert found["alarms"] == [], name
+    assert plant(name, MANY)["alarms"] == []
 
 
 @pytest.mark.emulate

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.compile
 
 BF16_MFMA = {"v_mfma_f32_16x16x32_bf16", "v_mfma_f32_32x32x16_bf16"}
 LDS_BYTES = 163_840
+WIDER = pytest.param("--model=gpt-oss-120b --tp=4 --ep=4", marks=pytest.mark.emulate)
 Compile = Callable[..., CompletedProcess[str]]
 
 
@@ -58,8 +59,8 @@ def facts(result: CompletedProcess[str]) -> dict[str, Any]:
     return printed
 
 
-@pytest.mark.parametrize("model", ["--model=gpt-oss-20b", "--model=gpt-oss-120b --tp=4 --ep=4"])
-@pytest.mark.parametrize("kernels", ["matmul_ogs", "matmul"])
+@pytest.mark.parametrize("model", ["--model=gpt-oss-20b", WIDER])
+@pytest.mark.parametrize("kernels", ["matmul_ogs", pytest.param("matmul", marks=pytest.mark.emulate)])
 def test_ours_fit(compile_layer: Compile, kernels: str, model: str) -> None:
     """No kernel overflows, spills or touches scratch, and W4A16 stays W4A16: bf16 matrices, FP4 converted."""
     # Triton compiles other kernels for sizes that are 1, and for sizes that 16 does not divide.
@@ -80,6 +81,7 @@ def test_ours_fit(compile_layer: Compile, kernels: str, model: str) -> None:
         assert report["workgroups"] >= 2
 
 
+@pytest.mark.emulate
 def test_upstream_spills(compile_layer: Compile) -> None:
     """What users of Triton 3.6 have: hundreds of spilled registers from 128 tokens on, and ours have none."""
     found = facts(compile_layer("matmul_ogs", "--upstream", "--tokens", "1024"))
@@ -89,6 +91,7 @@ def test_upstream_spills(compile_layer: Compile) -> None:
         assert ours["report"]["vgpr_spills"] == 0
 
 
+@pytest.mark.emulate
 def test_upstream_overflows_with_triton_3_8(compile_layer: Compile) -> None:
     """The same tiles with Triton 3.8 need 275,424 bytes of LDS, and ours do not."""
     found = facts(compile_layer("matmul_ogs-3.8", "--upstream", "--tokens", "1024"))
@@ -206,6 +209,7 @@ def test_a_tile_reaches_the_kernel(paths: dict[str, list[Path]]) -> None:
     assert per_simd[2] > plain[2]
 
 
+@pytest.mark.emulate
 def test_a_miss_of_the_table_fits(compile_layer: Compile, tmp_path: Path) -> None:
     """Sizes that GPT-OSS does not have take the nearest tiles."""
     sizes = {

@@ -37,6 +37,7 @@ def fixture_server(tmp_path: Path) -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.load
 def test_load(server: Server) -> None:
     """A hundred requests, of every kind."""
     report = load_server.ask(server, 100)
@@ -45,6 +46,7 @@ def test_load(server: Server) -> None:
     assert report.tokens > 600
 
 
+@pytest.mark.load
 def test_killed_worker(server: Server) -> None:
     """The request under way ends with an error, none after it is answered, and no process is left."""
     url = f"{server.url}/v1/completions"

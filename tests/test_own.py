@@ -10,7 +10,7 @@ import pytest
 import torch
 from run_python import ROOT, SUPPORT, run_python
 from test_triton_routing import launches
-from test_verification import EVERY, IN_CI, TRITONS, LayerCase, emulated, ids
+from test_verification import EVERY, TRITONS, LayerCase, emulated, ids
 
 from vllm_mxfp4_gfx950.arch import SM90
 from vllm_mxfp4_gfx950.backends.triton import own
@@ -78,19 +78,11 @@ def assert_right(pair: tuple[str, str], case: Case) -> None:
     assert 0 < found["frobenius"] < MAX_FROBENIUS
 
 
-@pytest.mark.compile
-@pytest.mark.parametrize("case", CASES, ids=ids)
-@pytest.mark.parametrize("pair", IN_CI, ids=ids)
-def test_layer(pair: tuple[str, str], case: Case) -> None:
-    """Compiled for gfx950 and executed."""
-    assert_right(pair, case)
-
-
 @pytest.mark.emulate
 @pytest.mark.parametrize("case", CASES, ids=ids)
 @pytest.mark.parametrize("pair", EVERY, ids=ids)
-def test_every_triton(pair: tuple[str, str], case: Case) -> None:
-    """The same with every Triton."""
+def test_layer(pair: tuple[str, str], case: Case) -> None:
+    """Compiled for gfx950 and executed, with every Triton."""
     assert_right(pair, case)
 
 
@@ -133,7 +125,7 @@ def test_no_tiles_no_own() -> None:
         assert ladder("sm90", "matmul_ogs", "3.8.0", gemm) is None
 
 
-@pytest.mark.compile
+@pytest.mark.emulate
 def test_tiles_of_the_table() -> None:
     """For Hopper with the table's Triton: as meant, and without a spill.
 

@@ -92,6 +92,9 @@ CASES = [
     Case(130, 128, 5, SOME, "float32", groups=3),
     Case(7, 8, 3, OUT_OF_ORDER, spoil="order"),
 ]
+SMALL = [case for case in CASES if case.tokens <= 65]
+"""What every commit executes."""
+
 WIDE = [
     Case(2, 300, 4),
     Case(3, 64, 32),
@@ -167,18 +170,18 @@ def assert_right(pair: tuple[str, str], cases: list[Case], case: Case) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("case", [*CASES, *WIDE], ids=ids)
-@pytest.mark.parametrize("pair", IN_CI, ids=ids)
+@pytest.mark.parametrize("case", [*SMALL, *WIDE], ids=ids)
+@pytest.mark.parametrize("pair", IN_CI[:1], ids=ids)
 def test_route(pair: tuple[str, str], case: Case) -> None:
     """Compiled for gfx950 and executed."""
-    assert_right(pair, [*CASES, *WIDE], case)
+    assert_right(pair, [*SMALL, *WIDE], case)
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("pair", IN_CI, ids=ids)
+@pytest.mark.parametrize("pair", IN_CI[:1], ids=ids)
 def test_spills_are_executed(pair: tuple[str, str]) -> None:
     """With many experts or choices scalar registers spill, so that exact results say something of it."""
-    found = routed(pair, [*CASES, *WIDE])
+    found = routed(pair, [*SMALL, *WIDE])
     assert all(found[case]["spills"] for case in WIDE)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_triton_routing import launches
-from test_verification import EVERY, IN_CI, LayerCase, emulated, ids
+from test_verification import EVERY, SERVED, LayerCase, emulated, ids
 
 from vllm_mxfp4_gfx950.backends.triton import two_fp8
 from vllm_mxfp4_gfx950.gfx950.verification import MAX_FROBENIUS
@@ -94,7 +94,7 @@ def assert_right(pair: tuple[str, str], case: Case, *, every: bool = False) -> N
 
 @pytest.mark.compile
 @pytest.mark.parametrize("case", CASES, ids=ids)
-@pytest.mark.parametrize("pair", IN_CI, ids=ids)
+@pytest.mark.parametrize("pair", SERVED, ids=ids)
 def test_layer(pair: tuple[str, str], case: Case) -> None:
     """Compiled for gfx950 and executed."""
     assert_right(pair, case)
@@ -112,7 +112,7 @@ def test_every_triton(pair: tuple[str, str], case: Case) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("pair", IN_CI, ids=ids)
+@pytest.mark.parametrize("pair", SERVED, ids=ids)
 def test_kernel_splits_as_its_twin(pair: tuple[str, str]) -> None:
     """All bf16, to the byte: beside their neighbours and in an order where numbers of any size meet."""
     got = found(pair, every=False)["split"]
@@ -123,7 +123,7 @@ def test_kernel_splits_as_its_twin(pair: tuple[str, str]) -> None:
 @pytest.mark.compile
 @pytest.mark.parametrize("place", ["tokens", "rows"])
 @pytest.mark.parametrize("fault", ["", "swap", "drop", "shift", "neighbour", "lose_nan"])
-@pytest.mark.parametrize("pair", IN_CI, ids=ids)
+@pytest.mark.parametrize("pair", SERVED, ids=ids)
 def test_planted_fault(pair: tuple[str, str], fault: str, place: str) -> None:
     """The self-check finds each, and triton_kernels serves instead; it lets a sound layer pass."""
     got = found(pair, every=False)["faults"][place][fault]
@@ -137,7 +137,7 @@ def test_planted_fault(pair: tuple[str, str], fault: str, place: str) -> None:
 
 @pytest.mark.compile
 @pytest.mark.parametrize("fault", ["", "drop"])
-@pytest.mark.parametrize("pair", IN_CI, ids=ids)
+@pytest.mark.parametrize("pair", SERVED, ids=ids)
 def test_choice_at_load(pair: tuple[str, str], fault: str) -> None:
     """By times that a stand-in gives: the fastest serves, and where it comes out wrong, a table's tiles."""
     got = found(pair, every=False)["choices"][fault]

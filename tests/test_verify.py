@@ -94,6 +94,7 @@ def test_rank_without_rows(tmp_path: Path) -> None:
     assert (notes[3, "w13"], notes[3, "w2"]) == ("", "")
 
 
+@pytest.mark.emulate
 def test_split_is_not_sampled(tmp_path: Path) -> None:
     """Upstream's tiles split K here: whole it shows in the layer, of a sample nothing can be said."""
     whole = verify(tmp_path, "--upstream", "--tokens", "1")

@@ -16,7 +16,7 @@ SCRIPT = SUPPORT / "load_in_vllm.py"
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("release", ["0.26.0", "0.33.0"])
+@pytest.mark.parametrize("release", [pytest.param("0.26.0", marks=pytest.mark.load), "0.33.0"])
 def test_load_in(release: str, packages: Path, tmp_path: Path) -> None:
     """It registers, overrides what the release's base classes ask for, and gives transformers' numbers.
 
