@@ -6,6 +6,8 @@ import shlex
 import pytest
 from run_python import ROOT
 
+from vllm_mxfp4_gfx950 import settings
+
 LINES = re.findall(r"^    (vllm serve .*)$", (ROOT / "docs/recipes.md").read_text(), re.MULTILINE)
 
 
@@ -26,3 +28,14 @@ def test_unknown_option() -> None:
     assert len(LINES) > 6
     with pytest.raises(SystemExit):
         test_line(LINES[0] + " --data-parallel-sise 8")
+
+
+def test_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """VLLM has no Ray executor on a CPU; where it has one, its workers are sent our variables."""
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.ray.ray_env import get_env_vars_to_copy
+
+    assert not CpuPlatform.ray_device_key, "there is one now: add it to WAYS of test_engine_ways.py"
+    for name in settings.VARIABLES:
+        monkeypatch.setenv(name, "")
+    assert set(settings.VARIABLES) <= get_env_vars_to_copy()
