@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import aiohttp
 import load_server
 import psutil
 import pytest
 import requests
 import tiny_checkpoint
-from load_server import KINDS, Load, LoadError, Quiet, Report, Server
+from load_server import KINDS, TWO_RANKS, Load, LoadError, LostError, Quiet, Report, Server
 
 pytestmark = pytest.mark.engine
 
@@ -72,6 +76,65 @@ def test_heavy_load(tmp_path: Path) -> None:
     report = load_server.measure(tmp_path, 10_000)
     report.check()
     assert report.tokens > 60_000
+
+
+class Outage(Load):
+    """A load that kills one of the server's processes midway. What that ends is lost, and says so."""
+
+    def __init__(self, server: Server, quiet: list[Quiet], requests: int, process: int) -> None:
+        super().__init__(server, quiet, requests)
+        self.process, self.begun = process, 0
+        self.lost: Counter[str] = Counter()
+
+    async def request(self, session: aiohttp.ClientSession) -> None:
+        """One, while there is a server."""
+        self.begun += 1
+        if self.begun == self.requests // 2:
+            os.kill(self.process, signal.SIGKILL)
+        try:
+            await super().request(session)
+        except (aiohttp.ClientError, LostError) as error:
+            self.lost[type(error).__name__] += 1
+
+
+@pytest.mark.load
+def test_killed_rank(tmp_path: Path) -> None:
+    """Two data-parallel ranks give one rank's answers until one is killed, and when they are started anew."""
+    checkpoint = tiny_checkpoint.write(load_server.MODEL, tmp_path / "checkpoint")
+    with load_server.serving(checkpoint, tmp_path / "one") as server:
+        quiet = load_server.ask_quietly(server)
+        long = load_server.ask_quietly(server, prompts=16, answers=(200, 200))
+        server.end()
+    with load_server.serving(checkpoint, tmp_path / "killed", *TWO_RANKS) as server:
+        (rank,) = (pid for pid in server.processes() if "EngineCore_DP1" in psutil.Process(pid).name())
+        load = Outage(server, quiet, 1000, rank)
+        asyncio.run(load.send())
+        code = server.main.wait()
+        print(f"{dict(load.kinds)}; lost: {dict(load.lost)}; exit code {code}")
+        assert not load.wrong
+        assert load.tokens > 1000
+        assert code == 1, "vLLM ends otherwise now: docs/faults.md"
+        server.wait_until_gone()
+    # The several API servers of vLLM 0.32 do not drain.
+    drains = ("--api-server-count", "1", "--shutdown-timeout", "60")
+    with load_server.serving(checkpoint, tmp_path / "again", *TWO_RANKS, *drains) as server:
+        report = load_server.ask(server, 1000, quiet)
+        # Nothing is said of memory here: a server so young still grows.
+        replace(report, grown_bytes=0).check()
+        end_at_work(server, long)
+
+
+def end_at_work(server: Server, asked: list[Quiet]) -> None:
+    """SIGTERM to a server that drains: what it was asked is answered whole, and nothing is left."""
+    assert len(asked) > 4
+    bodies = [load_server.body(each.prompt, len(each.answer)) for each in asked]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        replies = [pool.submit(requests.post, f"{server.url}/v1/completions", json=body) for body in bodies]
+        while server.metric("vllm:num_requests_running") < len(asked):
+            time.sleep(0.1)
+        server.end()
+    answers = [load_server.read(reply.result().json()) for reply in replies]
+    assert answers == [(each.answer, False) for each in asked]
 
 
 def test_good_report() -> None:

@@ -33,7 +33,9 @@ from tiny_checkpoint import TinyGptOss
 
 from vllm_mxfp4_gfx950.evaluation.process import ServerProcess
 
+SUPPORT = Path(__file__).parent
 MODEL = TinyGptOss()
+TWO_RANKS = ("--data-parallel-size", "2", "--worker-extension-cls", "cpu_collectives.Rank")
 PROMPTS = 96
 LENGTHS = (1, 120)
 """Of the prompts, in tokens: some are shorter than the sliding window of 16, some of several blocks."""
@@ -58,6 +60,10 @@ GROWTH_BYTES = 48 * 2**20
 
 class LoadError(Exception):
     """Something is not as it must be."""
+
+
+class LostError(Exception):
+    """The server says that it ends an answer early: with an error, or as aborted."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,8 @@ class Server(ServerProcess):
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
             # oneDNN keeps code for the last 1024 sizes of batches, hundreds of megabytes, which hides a leak.
             "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8",
+            # For cpu_collectives.
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH")))),
         }
         super().__init__([*arguments, *options], environment, log)
 
@@ -122,10 +130,11 @@ class Server(ServerProcess):
         return sum(psutil.Process(process).memory_info().rss for process in self.processes())
 
     def metric(self, name: str) -> float:
-        """A gauge of /metrics."""
-        text = requests.get(f"{self.url}/metrics").text
-        (line,) = (line for line in text.splitlines() if line.startswith(f"{name}{{"))
-        return float(line.rpartition(" ")[2])
+        """A gauge of /metrics, of all ranks together."""
+        lines = requests.get(f"{self.url}/metrics").text.splitlines()
+        ranks = [float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{")]
+        assert ranks
+        return sum(ranks)
 
     def held(self) -> dict[str, float]:
         """Requests that it has and the share of its KV blocks in use, when all is free or nothing changes."""
@@ -170,13 +179,25 @@ def body(prompt: list[int], tokens: int, **more: Any) -> dict[str, Any]:
     return {"prompt": prompt, "max_tokens": tokens, **greedy, **more}
 
 
-def ask_quietly(server: Server) -> list[Quiet]:
+def read(reply: dict[str, Any]) -> tuple[list[int], bool]:
+    """The tokens of an answer or of a part of one, and whether the server aborts it.
+
+    Raises:
+        LostError: it is an error.
+    """
+    if "error" in reply:
+        raise LostError(reply["error"]["message"])
+    (choice,) = reply["choices"]
+    return choice["token_ids"] or [], choice["finish_reason"] == "abort"
+
+
+def ask_quietly(server: Server, prompts: int = PROMPTS, answers: tuple[int, int] = ANSWERS) -> list[Quiet]:
     """One prompt after another; those whose answer hangs on rounding are left out."""
     generator = random.Random(0)
     found = []
-    for _ in range(PROMPTS):
+    for _ in range(prompts):
         prompt = [generator.randrange(2, MODEL.vocab) for _ in range(generator.randint(*LENGTHS))]
-        tokens = generator.randint(*ANSWERS)
+        tokens = generator.randint(*answers)
         reply = requests.post(f"{server.url}/v1/completions", json=body(prompt, tokens, logprobs=2))
         reply.raise_for_status()
         (choice,) = reply.json()["choices"]
@@ -197,8 +218,16 @@ class Load:
         self.wrong: list[str] = []
 
     async def run(self) -> Report:
-        """All of them, AT_ONCE at a time."""
+        """All of them, and what the server holds after them."""
         began = time.monotonic()
+        await self.send()
+        seconds = time.monotonic() - began
+        left = self.server.held()
+        grown = self.server.resident_bytes() - self.resident_bytes
+        return Report(self.kinds, self.tokens, self.wrong, seconds, grown, left)
+
+    async def send(self) -> None:
+        """AT_ONCE at a time."""
         todo = iter(range(self.requests))
         timeout = aiohttp.ClientTimeout(total=120)
         # A connection that is kept may be closed by the server just as the next request is sent on it.
@@ -212,10 +241,6 @@ class Load:
                     await self.request(session)
 
             await asyncio.gather(*(work() for _ in range(AT_ONCE)))
-        seconds = time.monotonic() - began
-        left = self.server.held()
-        grown = self.server.resident_bytes() - self.resident_bytes
-        return Report(self.kinds, self.tokens, self.wrong, seconds, grown, left)
 
     async def request(self, session: aiohttp.ClientSession) -> None:
         """One of some kind."""
@@ -246,13 +271,17 @@ class Load:
         json_body = body(expected.prompt, len(expected.answer))
         async with session.post("/v1/completions", json=json_body, **options) as reply:
             reply.raise_for_status()
-            self.compare((await reply.json())["choices"][0]["token_ids"], expected, len(expected.answer))
+            got, aborted = read(await reply.json())
+        self.compare(got, expected, len(got) if aborted else len(expected.answer))
+        if aborted:
+            raise LostError
         return True
 
     async def stream(self, session: aiohttp.ClientSession, expected: Quiet, most: int) -> bool:
         """Read an answer token by token, and close the connection when there are so many."""
         json_body = body(expected.prompt, len(expected.answer), stream=True)
         got: list[int] = []
+        aborted = False
         async with session.post("/v1/completions", json=json_body) as reply:
             reply.raise_for_status()
             async for line in reply.content:
@@ -260,11 +289,14 @@ class Load:
                 if event == "[DONE]" or len(got) > most:
                     break
                 if event:
-                    got += json.loads(event)["choices"][0]["token_ids"] or []
+                    tokens, aborted = read(json.loads(event))
+                    got += tokens
             ended = event == "[DONE]"
             if not ended:
                 reply.close()
-        self.compare(got, expected, len(expected.answer) if ended else len(got))
+        self.compare(got, expected, len(expected.answer) if ended and not aborted else len(got))
+        if aborted:
+            raise LostError
         return ended
 
     def compare(self, got: list[int], expected: Quiet, tokens: int) -> None:
@@ -274,9 +306,9 @@ class Load:
             self.wrong.append(f"{got} instead of {expected.answer[:tokens]} to {expected.prompt}")
 
 
-def ask(server: Server, requests: int) -> Report:
-    """Ask a server of MODEL quietly, then all at once."""
-    quiet = ask_quietly(server)
+def ask(server: Server, requests: int, quiet: list[Quiet] | None = None) -> Report:
+    """Ask a server of MODEL all at once, what it or another one was asked quietly before."""
+    quiet = quiet or ask_quietly(server)
     report = asyncio.run(Load(server, quiet, requests).run())
     print(
         f"{requests} requests in {report.seconds:.0f} s over {len(quiet)} of {PROMPTS} prompts: "
