@@ -58,18 +58,15 @@ class ModelLayers:
         Raises:
             Mxfp4Error: no backend computed the layer right, or there was too little memory.
         """
-        with _memory_for(prefix):
-            return self._prepare(weights, prefix)
-
-    def _prepare(self, weights: MoeWeights, prefix: str) -> backends.Layer:
-        if not self._is_checked(prefix):
-            layer = self.selection.backend.prepare(weights, self.shape, self.wanted.tables)
-            return self._arranged(layer) if self.checked else layer
         before = self.selection
-        if self.wanted.backend == "fastest" and not self.checked:
-            self.selection, layer = self._fastest(weights, prefix)
-        else:
-            self.selection, layer = self._checked(before, weights, prefix, self.wanted)
+        with _memory_for(prefix):
+            if not self._is_checked(prefix):
+                layer = before.backend.prepare(weights, self.shape, self.wanted.tables)
+                return self._arranged(layer) if self.checked else layer
+            if self.wanted.backend == "fastest" and not self.checked:
+                self.selection, layer = self._fastest(weights, prefix)
+            else:
+                self.selection, layer = self._checked(before, weights, prefix, self.wanted)
         self.checked = self.checked or prefix
         if isinstance(layer, backends.TiledLayer):
             self.plans = layer.plans
@@ -140,25 +137,22 @@ class ModelLayers:
             Mxfp4Error: its kernels cannot compute these weights, or compute them wrong, or there was too
                 little memory.
         """
-        with _memory_for(prefix):
-            self._refill(layer, weights, prefix)
-
-    def _refill(self, layer: backends.Layer, weights: MoeWeights, prefix: str) -> None:
         checked = self._is_checked(prefix)
-        given = weights.clone() if checked else weights
-        fresh = self.selection.backend.prepare(given, self.shape, self.wanted.tables)
         fix = "Start the server anew: what it has captured runs through the kernels of the old weights"
-        if isinstance(layer, backends.TiledLayer) and isinstance(fresh, backends.TiledLayer):
-            lost = {*layer.plans.rungs} - {*fresh.offered(1)}
-            if lost:
-                names = " and ".join(sorted(PLAN_NAMES[plan] for plan in lost))
-                raise Mxfp4Error(prefix, "weights for the kernels of those before", f"none for {names}", fix)
-        backends.overwrite(layer, fresh)
-        if checked:
-            outcome = self_check.check(layer, weights, self.shape)
-            _report(prefix, self.selection.backend.NAME, outcome)
-            if outcome.miss:
-                raise Mxfp4Error(prefix, "computed right with its new weights", outcome.miss, fix)
+        with _memory_for(prefix):
+            given = weights.clone() if checked else weights
+            fresh = self.selection.backend.prepare(given, self.shape, self.wanted.tables)
+            if isinstance(layer, backends.TiledLayer) and isinstance(fresh, backends.TiledLayer):
+                lost = sorted(PLAN_NAMES[plan] for plan in {*layer.plans.rungs} - {*fresh.offered(1)})
+                if lost:
+                    rule, found = "weights for the kernels of those before", f"none for {' and '.join(lost)}"
+                    raise Mxfp4Error(prefix, rule, found, fix)
+            backends.overwrite(layer, fresh)
+            if checked:
+                outcome = self_check.check(layer, weights, self.shape)
+                _report(prefix, self.selection.backend.NAME, outcome)
+                if outcome.miss:
+                    raise Mxfp4Error(prefix, "computed right with its new weights", outcome.miss, fix)
 
 
 @contextlib.contextmanager

@@ -31,14 +31,7 @@ from vllm_mxfp4_gfx950.settings import SGLANG_VAR
 
 TARGET = f"{GptOssSparseMoeBlock.__module__}.{GptOssSparseMoeBlock.__name__}.__init__"
 
-PARAMETERS = {
-    "w13_weight": "w13",
-    "w13_weight_scale": "w13_scale",
-    "w13_weight_bias": "w13_bias",
-    "w2_weight": "w2",
-    "w2_weight_scale": "w2_scale",
-    "w2_weight_bias": "w2_bias",
-}
+PARAMETERS = {name.replace("bias", "weight_bias"): field for name, field in checkpoint.PARAMETERS.items()}
 """What SGLang's loader calls each of a layer's parameters, and its field in MoeWeights."""
 
 OTHER_RUNNER = f"Leave it out, or choose a backend with {settings.BACKEND_VAR}"

@@ -68,9 +68,7 @@ class Mxfp4TritonConfig(QuantizationConfig):
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
         """Claim a checkpoint, only when the user asked for it by flag."""
-        if user_quant != FLAG:
-            return None
-        return FLAG
+        return FLAG if user_quant == FLAG else None
 
     @classmethod
     def get_name(cls) -> str:

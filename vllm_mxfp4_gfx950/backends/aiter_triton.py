@@ -89,12 +89,7 @@ class Prepared:
     def run(self, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
         """Route by our routing, multiply by aiter's kernel, and sum over a token's experts by ours.
 
-        Args:
-            x: bf16[T, H].
-            router_logits: bf16 or fp32[T, global_experts].
-
-        Returns:
-            bf16[T, H]
+        bf16[T, H] and bf16 or fp32[T, global_experts] to bf16[T, H].
         """
         shape = self.shape
         if not len(x):

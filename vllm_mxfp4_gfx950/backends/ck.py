@@ -65,12 +65,7 @@ class Prepared:
     def run(self, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
         """Route, and let aiter compute and combine the experts.
 
-        Args:
-            x: bf16[T, H].
-            router_logits: bf16 or fp32[T, global_experts].
-
-        Returns:
-            bf16[T, H]
+        bf16[T, H] and bf16 or fp32[T, global_experts] to bf16[T, H].
         """
         topk_ids, topk_weights = route(router_logits, self.topk)
         hidden = x.shape[1]

@@ -105,7 +105,8 @@ def draw(reports: list[dict[str, Any]], file: Path) -> None:
     rows = [row for report in reports for row in report["rows"]]
     if not rows:
         raise Mxfp4Error("the report", "one that has rows", "none", "Measure again")
-    places = sorted({f"{report['device']}, {_named(report['versions'])}" for report in reports})
+    named = [", ".join(f"{name} {version}" for name, version in r["versions"].items()) for r in reports]
+    places = sorted({f"{r['device']}, {each}" for r, each in zip(reports, named, strict=True)})
     if len(places) > 1:
         rule = "all of one device and the same versions"
         raise Mxfp4Error("the reports", rule, " and ".join(places), "Plot each by itself")
@@ -113,10 +114,6 @@ def draw(reports: list[dict[str, Any]], file: Path) -> None:
     (draw_layers if kinds == {"layer"} else draw_serving)(figure, rows)
     figure.suptitle(places[0], fontsize="small")
     figure.savefig(file, dpi=150)
-
-
-def _named(found: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def draw_layers(figure: Any, rows: list[dict[str, Any]]) -> None:

@@ -19,16 +19,8 @@ from vllm_mxfp4_gfx950.settings import from_environment
 from vllm_mxfp4_gfx950.timing import progress
 
 FIGURES = (
-    "error",
-    "worst row",
-    "executed",
-    "per MFMA",
-    "scratch",
-    "conflicts",
-    "MB read",
-    "no work",
-    "seconds",
-)
+    "error", "worst row", "executed", "per MFMA", "scratch", "conflicts", "MB read", "no work", "seconds",
+)  # fmt: skip
 HEADER = "tokens stage   workgroups " + "".join(f"{name:>10}" for name in FIGURES) + "  result"
 
 
@@ -46,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         weights = dataclasses.replace(random_weights(shape, seed=0), expert_map=first_experts(shape))
         layer = EmulatedLayer(weights, shape, tables=tables)
         if args.upstream:
-            layer.use_upstream_tiles()
+            layer.prepared = layer.prepared.with_tiles(None, None)
         if not args.json:
             print(f"{args.model}: {shape}, {layer.backend.NAME}, {layer.backend.source()}, emulated gfx950")
             print(HEADER)

@@ -11,11 +11,11 @@ from pathlib import Path
 from vllm_mxfp4_gfx950 import plugins, settings
 from vllm_mxfp4_gfx950.diagnosis import Check, interface, refusal
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
+from vllm_mxfp4_gfx950.plugins import GROUP, OURS
 from vllm_mxfp4_gfx950.settings import SGLANG_VAR
 
 DISTRIBUTION = "vllm-mxfp4-gfx950"
 SGLANG_GROUP = "sglang.srt.plugins"
-PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "mxfp4_triton"
 NEVER_REQUIRED = ("torch", "triton", "triton-kernels", "vllm")
 """What an install of ours must not replace."""
 
@@ -85,23 +85,23 @@ def check_sglang() -> list[Check]:
     fix = ""
     if directory is None or not (directory / HOOKS).is_file():
         fix = "Install SGLang 0.5.16 or later"
-    elif not metadata.entry_points(group=SGLANG_GROUP, name=PLUGIN):
+    elif not metadata.entry_points(group=SGLANG_GROUP, name=OURS):
         fix = "pip install this package's checkout"
-    elif names and PLUGIN not in map(str.strip, names.split(",")):
-        fix = f"Unset SGLANG_PLUGINS or add {PLUGIN} to it"
+    elif names and OURS not in map(str.strip, names.split(",")):
+        fix = f"Unset SGLANG_PLUGINS or add {OURS} to it"
     return [Check(not (asked and fix), "sglang", found, f"0.5.16 or later with {SGLANG_VAR}=1", fix)]
 
 
 def check_plugin() -> list[Check]:
     """Whether vLLM would find this package and load it."""
-    points = metadata.entry_points(group=PLUGIN_GROUP, name=PLUGIN)
+    points = metadata.entry_points(group=GROUP, name=OURS)
     found = ", ".join(point.value for point in points) or "not registered"
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None:
         found += f", VLLM_PLUGINS={allowed}"
-    ok = bool(points) and (allowed is None or PLUGIN in allowed.split(","))
-    fix = f"Unset VLLM_PLUGINS or add {PLUGIN} to it" if points else "pip install this package's checkout"
-    return [Check(ok, "plugin", found, f"{PLUGIN} in {PLUGIN_GROUP}", fix)]
+    ok = bool(points) and plugins.is_loaded(OURS)
+    fix = f"Unset VLLM_PLUGINS or add {OURS} to it" if points else "pip install this package's checkout"
+    return [Check(ok, "plugin", found, f"{OURS} in {GROUP}", fix)]
 
 
 def check_other_plugins() -> list[Check]:

@@ -41,7 +41,7 @@ def check_backends(arch: str | None, model: str | None, tp: int, ep: int) -> lis
         tried = arch_named(first).families if asked.backend == "auto" else (asked.backend,)
     usual = layer_shape("gpt-oss-20b")
     try:
-        shape = layer_shape(model_name(model), tp, ep) if model else usual
+        shape = layer_shape(model.removeprefix("openai/"), tp, ep) if model else usual
     except Mxfp4Error:
         shape = usual  # Its own line says what is wrong with the model.
     return [
@@ -120,11 +120,6 @@ def state_of(entry: Entry, shape: MoeShape, arch: str) -> tuple[bool, str]:
     return here is None, "; ".join(filter(None, texts))
 
 
-def model_name(model: str) -> str:
-    """A model as `models.layer_shape` takes it."""
-    return model.removeprefix("openai/")
-
-
 def check_model(model: str, arch: str, asked: Settings | None, tp: int, ep: int) -> tuple[str, list[Check]]:
     """What a model would run on, asked as a server asks.
 
@@ -143,7 +138,7 @@ def check_model(model: str, arch: str, asked: Settings | None, tp: int, ep: int)
     from vllm_mxfp4_gfx950 import backends
     from vllm_mxfp4_gfx950.models import layer_shape
 
-    name = model_name(model)
+    name = model.removeprefix("openai/")
     try:
         whole, shape = layer_shape(name), layer_shape(name, tp, ep)
     except Mxfp4Error as error:

@@ -20,13 +20,7 @@ from typing import Any
 from vllm_mxfp4_gfx950 import settings
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.evaluation.process import VLLM, ServerProcess
-from vllm_mxfp4_gfx950.evaluation.server import (
-    KEY_VARIABLE,
-    Access,
-    Server,
-    describe,
-    get,
-)
+from vllm_mxfp4_gfx950.evaluation.server import KEY_VARIABLE, Access, Server, describe, get
 
 RESULT = "result.json"
 """In the directory of a side that was measured whole."""
@@ -98,14 +92,9 @@ def parse(text: str) -> Side:
     secrets = [value for name, value in environment if name.endswith(SECRETS)]
     secrets += option(command, "--api-key")
     if secrets:
-        text = shlex.join(
-            "***" if w in secrets else re.sub(rf"=({_any(secrets)})$", "=***", w) for w in words
-        )
+        ends = "|".join(map(re.escape, secrets))
+        text = shlex.join("***" if w in secrets else re.sub(rf"=({ends})$", "=***", w) for w in words)
     return Side(text, environment=environment, framework=framework, command=command)
-
-
-def _any(values: list[str]) -> str:
-    return "|".join(map(re.escape, values))
 
 
 def option(command: Sequence[str], name: str) -> list[str]:

@@ -211,40 +211,28 @@ class Curve:
         return ((tokens, us) for tokens, us in self.us.items() if tokens <= WEIGHT_BOUND_TOKENS)
 
 
-def powers(first: int, *us: float) -> dict[int, float]:
-    """Times at powers of two."""
-    return {first << index: each for index, each in enumerate(us)}
+def powers(*us: float) -> dict[int, float]:
+    """Times at powers of two, from one token on."""
+    return {1 << index: each for index, each in enumerate(us)}
 
 
 CURVES = (
-    Curve("CK-Tile a16w4", 3072, 3072, 128, 4, powers(1, 39.1, 48.9, 64.2, 97.8, 148.1, 234.6, 290.6, 319.4)),
-    Curve("CK-Tile a16w4", 3072, 1536, 128, 4, powers(1, 32.1, 34.6, 46.2, 61.4, 88.6, 124.1, 162.4, 182.5)),
-    Curve("CK-Tile a16w4", 3072, 512, 128, 4, powers(1, 26.3, 26.8, 29.4, 36.6, 49.2, 67.8, 71.8, 81.9)),
+    Curve("CK-Tile a16w4", 3072, 3072, 128, 4, powers(39.1, 48.9, 64.2, 97.8, 148.1, 234.6, 290.6, 319.4)),
+    Curve("CK-Tile a16w4", 3072, 1536, 128, 4, powers(32.1, 34.6, 46.2, 61.4, 88.6, 124.1, 162.4, 182.5)),
+    Curve("CK-Tile a16w4", 3072, 512, 128, 4, powers(26.3, 26.8, 29.4, 36.6, 49.2, 67.8, 71.8, 81.9)),
     Curve(
         "FlyDSL a8w4",
         3072,
         3072,
         128,
         4,
-        powers(
-            1, 25.5, 33.3, 49.3, 84.2, 136.5, 216.6, 277.8, 294.5, 306.0, 326.0, 360.7, 484.7, 698.5, 1128.2
-        ),
+        powers(25.5, 33.3, 49.3, 84.2, 136.5, 216.6, 277.8, 294.5, 306.0, 326.0, 360.7, 484.7, 698.5, 1128.2),
     ),
     Curve(
-        "FlyDSL a16w4",
-        3584,
-        512,
-        896,
-        16,
-        powers(1, 27.2, 35.7, 52.2, 74.8, 133.5, 224.6, 327.1, 428.2, 470.8),
+        "FlyDSL a16w4", 3584, 512, 896, 16, powers(27.2, 35.7, 52.2, 74.8, 133.5, 224.6, 327.1, 428.2, 470.8)
     ),
     Curve(
-        "FlyDSL a16w4",
-        3584,
-        384,
-        896,
-        16,
-        powers(1, 26.8, 33.3, 48.6, 67.5, 103.3, 176.6, 265.5, 338.3, 368.1),
+        "FlyDSL a16w4", 3584, 384, 896, 16, powers(26.8, 33.3, 48.6, 67.5, 103.3, 176.6, 265.5, 338.3, 368.1)
     ),
 )
 """Published times; FlyDSL a8w4 quantizes activations.

@@ -88,10 +88,6 @@ class EmulatedLayer:
         with presented(self._execute):
             self.prepared = self.backend.prepare(weights.clone(), shape, tables)
 
-    def use_upstream_tiles(self) -> None:
-        """Leave the choice of tiles to triton_kernels."""
-        self.prepared = self.prepared.with_tiles(None, None)
-
     def check(self, x: torch.Tensor, logits: torch.Tensor, sample: int | None = None) -> list[Check]:
         """Run the layer on some tokens, and compare every stage.
 

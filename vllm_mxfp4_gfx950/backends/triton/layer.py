@@ -145,15 +145,7 @@ class Prepared(ABC):
         return layer if pinned is None else layer.with_plans(pinned)
 
     def run(self, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
-        """The layer, by the plan that serves so many tokens.
-
-        Args:
-            x: bf16[T, H].
-            router_logits: bf16 or fp32[T, global_experts].
-
-        Returns:
-            bf16[T, H]
-        """
+        """bf16[T, H] and bf16 or fp32[T, global_experts] to bf16[T, H], by the plan for so many tokens."""
         tokens = x.shape[0]
         if not tokens:
             return torch.empty_like(x)

@@ -12,7 +12,6 @@ import functools
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
@@ -50,10 +49,6 @@ class Own:
     w2: Weight
     tiles: tuple[Ladder[TileConfig], Ladder[TileConfig]]
     order: torch.Tensor | None
-
-    def launch(self, num_warps: int) -> dict[str, Any]:
-        """Options of every launch."""
-        return launch_options(num_warps, self.arch.overlaps)
 
     @property
     def most(self) -> int:
@@ -98,8 +93,8 @@ class Own:
         """
         values, scales, bias = weight.values, weight.scales, weight.bias
         depth, columns = x.shape[1], bias.shape[1]
-        options = self.launch(tile.num_warps) | {"WARPS": tile.num_warps, "STAGES": tile.num_stages}
-        options |= self.arch.own_options(tile)
+        options = launch_options(tile.num_warps, self.arch.overlaps) | self.arch.own_options(tile)
+        options |= {"WARPS": tile.num_warps, "STAGES": tile.num_stages}
         block_k = tile.block_k
         variant = self.arch.own_layout
         if variant == "hopper":

@@ -39,6 +39,11 @@ MAX_EXPERTS, MAX_TOPK = 512, 32
 EXPERTS_AT_ONCE = 4
 """Swizzled together: enough to keep the GPU busy, few enough that the temporaries stay small."""
 
+LAYOUTS = (
+    "StridedLayout",
+    "make_default_matmul_mxfp4_w_layout",
+    "make_default_matmul_mxfp4_w_scale_layout",
+)
 
 NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "matmul_ogs": {
@@ -48,11 +53,7 @@ NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
         "routing": ("ExptData", "GatherIndx", "RoutingData", "ScatterIndx"),
         "swiglu": ("swiglu_fn",),
         "tensor": ("FP4", "Storage", "Tensor"),
-        "tensor_details.layout": (
-            "StridedLayout",
-            "make_default_matmul_mxfp4_w_layout",
-            "make_default_matmul_mxfp4_w_scale_layout",
-        ),
+        "tensor_details.layout": LAYOUTS,
     },
     "matmul": {
         "matmul": (
@@ -75,11 +76,7 @@ NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
             "convert_layout",
             "wrap_torch_tensor",
         ),
-        "tensor_details.layout": (
-            "StridedLayout",
-            "make_default_matmul_mxfp4_w_layout",
-            "make_default_matmul_mxfp4_w_scale_layout",
-        ),
+        "tensor_details.layout": LAYOUTS,
     },
 }
 """The names that are used of each generation, by its module."""

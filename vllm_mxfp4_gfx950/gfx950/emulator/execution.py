@@ -28,18 +28,7 @@ MAX_BLOCKS = 200_000
 WAVES_AT_ONCE = 256
 """Waves of a batch: enough to make NumPy's calls cheap, few enough that the arrays stay in the caches."""
 
-KINDS = (
-    "vector",
-    "fp4",
-    "matrix",
-    "scalar",
-    "memory",
-    "lds",
-    "scratch",
-    "wait",
-    "branch",
-    "barrier",
-)
+KINDS = ("vector", "fp4", "matrix", "scalar", "memory", "lds", "scratch", "wait", "branch", "barrier")
 """What instructions are counted as."""
 
 
@@ -193,22 +182,21 @@ class Run:
             self.ready.append(group)
             return
         name = block.end.mnemonic
+        try:
+            if name == "s_barrier":
+                check_done(group)
+            elif name in CONDITIONS:
+                check_condition(name, group)
+        except Fault as fault:
+            raise located(fault, self.kernel.program.name, block.end) from fault
         if name == "s_branch":
             group.block = block.target
             self.ready.append(group)
         elif name == "s_barrier":
-            try:
-                check_done(group)
-            except Fault as fault:
-                raise located(fault, self.kernel.program.name, block.end) from fault
             self.waiting.append(group)
         elif name == "s_endpgm":
             live -= np.bincount(group.workgroup, minlength=len(live))
         else:
-            try:
-                check_condition(name, group)
-            except Fault as fault:
-                raise located(fault, self.kernel.program.name, block.end) from fault
             taken = CONDITIONS[name](group)
             if taken.all():
                 group.block = block.target

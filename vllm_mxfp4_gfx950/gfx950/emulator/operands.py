@@ -21,12 +21,8 @@ Write: TypeAlias = Callable[[Waves, Array], None]
 REGISTER = re.compile(r"([vas])(?:(\d+)|\[(\d+):(\d+)\])$")
 SPECIAL = {"vcc": VCC, "vcc_lo": VCC, "vcc_hi": VCC + 1, "m0": M0, "exec": EXEC}
 DTYPES: dict[str, Any] = {
-    "u32": np.uint32,
-    "i32": np.int32,
-    "f32": np.float32,
-    "u16": np.uint16,
-    "i16": np.int16,
-}
+    "u32": np.uint32, "i32": np.int32, "f32": np.float32, "u16": np.uint16, "i16": np.int16,
+}  # fmt: skip
 LANE = np.arange(WAVE)
 HINTS = {"sc0", "sc1", "nt"}
 """Cache policy: no effect on the values of loads and stores. An atomic with sc0 returns what was there."""
@@ -244,11 +240,7 @@ def scalar_read(kind: str, operand: Operand) -> Read:
 def scalar_write(kind: str, target: Operand | None) -> Write:
     """How a scalar instruction writes a result."""
     if target is None:
-
-        def write_scc(waves: Waves, value: Array) -> None:
-            waves.write_scc(value)
-
-        return write_scc
+        return lambda waves, value: waves.write_scc(value)
     register = target.register
     if kind == "u64":
         return lambda waves, value: waves.write_pair(register, value)
