@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from typing import Any
 
 import torch
 import triton
@@ -29,7 +28,7 @@ from vllm_mxfp4_gfx950.gfx950.report import KernelReport, read
 from vllm_mxfp4_gfx950.models import layer_shape
 from vllm_mxfp4_gfx950.options import MODELS, TOKENS
 from vllm_mxfp4_gfx950.tables import ladder
-from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig, gemms, release_of
+from vllm_mxfp4_gfx950.tiles import TileConfig, gemms, release_of
 
 CYCLES = {"v_mfma_f32_16x16x32_bf16": 16, "v_mfma_scale_f32_16x16x128_f8f6f4": 32}
 FEW_EXPERTS = 4
@@ -61,8 +60,7 @@ class Layers:
     def __init__(self, model: str) -> None:
         self.shape = layer_shape(model)
         few = dataclasses.replace(self.shape, experts=FEW_EXPERTS, global_experts=FEW_EXPERTS)
-        self.layer = CompiledLayer(few)
-        self.prepared: Any = self.layer.prepared
+        self.theirs, self.ours = CompiledLayer(few), CompiledLayer(few, backend="two_fp8")
         self.done: dict[tuple[TileConfig, bool], list[Counted]] = {}
 
     def counted(self, tile: TileConfig, index: int, *, ours: bool) -> Counted:
@@ -86,20 +84,15 @@ class Layers:
 
         x = torch.zeros(tokens, self.shape.hidden, dtype=torch.bfloat16)
         logits = torch.zeros(tokens, FEW_EXPERTS, dtype=torch.bfloat16)
-        layer = self.prepared.with_tiles(tile, tile)
-        if ours:
-            tiles = Ladder((1,), (tile,)), Ladder((1,), (tile,))
-            own = two_fp8.TwoFp8(layer.shape, layer.w13, layer.w2, tiles, layer.order)
-            layer = dataclasses.replace(layer, own=own)
         with presented(run):
-            layer.run(x, logits)
+            (self.ours if ours else self.theirs).with_tiles(tile, tile).run(x, logits)
         return found
 
     def total(self, tokens: int, *, ours: bool) -> Total:
         """The layer with the tiles that serve so many tokens."""
         total = Total()
         for index, gemm in enumerate(gemms(self.shape)):
-            theirs = ladder(ARCH, self.layer.backend.KERNELS, triton.__version__, gemm)
+            theirs = ladder(ARCH, self.theirs.backend.KERNELS, triton.__version__, gemm)
             assert theirs is not None
             own = two_fp8.tiles_for(self.shape, release_of(triton.__version__))[index]
             tile = (own if ours else theirs).at(tokens)
@@ -123,7 +116,7 @@ WEIGHTS = ("W", "S", "WMxScale", "BMxScale")
 def main(model: str, tokens: list[int]) -> None:
     """Print one row for each number of tokens."""
     layers = Layers(model)
-    print(f"{model}, TP 1, triton {triton.__version__}: two FP8 addends / {layers.layer.backend.NAME}\n")
+    print(f"{model}, TP 1, triton {triton.__version__}: two FP8 addends / {layers.theirs.backend.NAME}\n")
     print("| tokens | vector instructions a weight | ratio | matrix cycles, ratio | bytes | spills |")
     print("|---|---|---|---|---|---|")
     for count in tokens:
