@@ -269,7 +269,7 @@ def test_predict_two_fp8() -> None:
     report = json.loads(process.stdout)
     assert report["kernels"] == "two_fp8"
     for matmul, steps, split in zip(report["rows"][0]["matmuls"], (6, 3), (1, 2), strict=True):
-        assert matmul["tile"] == [8, 64, 512, split, 2, 2, 0]
+        assert matmul["tile"] == [8, 64, 512, split, 2, 2, 2]
         cycles = 2 * steps * 16 * 32 / 4
         matrix = [limits["matrix"] for limits in matmul["limits"]]
         assert matrix == [round(cycles / card.ghz / 1000, 2) for card in (FAST, SLOW)]

@@ -41,18 +41,24 @@ FP32_TOKENS = 64
 """Tokens up to which what each expert adds is kept in fp32 until it is summed. Above, its bytes cost time."""
 
 TILES: tuple[tuple[float, TileConfig, TileConfig], ...] = (
-    (0.125, TileConfig(8, 64, 512, 1, 2, 2, 0), TileConfig(8, 64, 512, 2, 2, 2, 0)),
+    (0.125, TileConfig(8, 64, 512, 1, 2, 2, 2), TileConfig(8, 64, 512, 2, 2, 2, 2)),
     (2, TileConfig(8, 128, 512, 1, 4, 2, 0), TileConfig(8, 64, 512, 1, 2, 2, 0)),
     (8, TileConfig(16, 128, 256, 1, 4, 2, 0), TileConfig(16, 64, 256, 1, 2, 2, 0)),
-    (16, TileConfig(32, 128, 256, 1, 4, 2, 0), TileConfig(32, 128, 256, 1, 4, 2, 0)),
+    (24, TileConfig(32, 128, 256, 1, 4, 2, 0), TileConfig(32, 128, 256, 1, 4, 2, 0)),
     (64, TileConfig(32, 256, 256, 1, 4, 2, 0), TileConfig(32, 256, 256, 1, 4, 2, 0)),
 )
 """Tiles of w13 and w2 for up to so many rows an expert, which both cut alike. Chosen by the time that
 `gfx950/time_model.py` predicts, one token having workgroups for every compute unit; not run on a gfx950."""
 
-LARGEST = {"3.6": TileConfig(128, 256, 256, 1, 8, 2, 0)}
-"""Of both for more rows, by Triton release: 3.5 and 3.7 spill its registers, and from 3.8 on two stages of it
-need more LDS than there is. There the last of TILES goes on."""
+LARGE = {
+    "3.6": ((192, TileConfig(64, 256, 256, 1, 4, 2, 2)), (math.inf, TileConfig(128, 256, 256, 1, 8, 2, 0)))
+}
+"""Of both for more rows, by Triton release: others spill registers of these, or need more LDS for two stages
+of them than there is. There the last of TILES goes on."""
+
+FILLED, FILLED_ROWS = 512, 32
+"""Where w13 has so many tiles of 256 columns in all experts, two for each compute unit, the last of TILES
+serves up to so many rows an expert, as LARGE is faster from there on."""
 
 
 @dataclass(frozen=True)
@@ -219,8 +225,11 @@ def tiles_for(shape: MoeShape, release: str) -> tuple[Ladder[TileConfig], Ladder
         shape: the layer.
         release: Triton's, such as "3.6".
     """
-    largest = LARGEST.get(release, TILES[-1][1])
-    rungs = (*TILES, (math.inf, largest, largest))
+    *rungs, (rows, w13_tile, w2_tile) = TILES
+    if shape.experts * triton.cdiv(2 * shape.intermediate, 256) >= FILLED:
+        rows = FILLED_ROWS
+    large = LARGE.get(release, ((math.inf, w13_tile),))
+    rungs += [(rows, w13_tile, w2_tile), *((most, tile, tile) for most, tile in large)]
     bounds = tuple(int(min(rows * shape.global_experts / shape.topk, 2**30)) for rows, *_ in rungs)
     w13, w2 = zip(*(pair for _, *pair in rungs), strict=True)
     return Ladder(bounds, w13).merged(), Ladder(bounds, w2).merged()

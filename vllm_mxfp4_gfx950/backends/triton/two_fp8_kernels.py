@@ -136,6 +136,9 @@ def two_fp8_matmul(
     expert = (tile & 0xFFFF).to(tl.int64)
     row = tl.load(Starts + expert) + (tile >> 16) * BLOCK_T + tl.arange(0, BLOCK_T)
     live = row < tl.load(Starts + expert + 1)
+    if not GATED:
+        # Loaded here, as the end of the kernel would wait for it.
+        weight = tl.load(Weights + row[:, None], mask=live[:, None], other=0.0).to(tl.float32)
     n0 = tl.program_id(0) * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)
     bias = tl.load(B + expert * N + n, mask=(n < N) & (tl.program_id(2) == 0), other=0.0)
@@ -166,7 +169,6 @@ def two_fp8_matmul(
         tl.store(ys_at, scale, mask=live[:, None])
         tl.store(ys_at + stride_y // 32, scale - 4, mask=live[:, None])
     else:
-        weight = tl.load(Weights + row, mask=live[:, None], other=0.0).to(tl.float32)
         y_at = Y + tl.program_id(2) * stride_y_split + row * stride_y + n[None, :]
         tl.store(y_at, (acc * weight).to(Y.dtype.element_ty), mask=live[:, None] & (n < N)[None, :])
 
