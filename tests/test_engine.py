@@ -223,6 +223,7 @@ def mix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return mixed
 
 
+@pytest.mark.load
 def test_mixed_files(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Experts in every form of `mix`, sliced by two ranks, with the biases exactly as the files have them."""
     whole, mixed = tmp_path / "whole", tmp_path / "mixed"

@@ -260,10 +260,10 @@ def test_no_memory_on_a_gpu() -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", ["triton_ogs", "triton_matmul"])
-def test_poisoned_row(planted: dict[str, dict[str, Any]], name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_poisoned_row(name: str) -> None:
     """On the emulated gfx950: the other rows keep every bit, a NaN stays one, and no tokens give none."""
-    found = planted[name]["poisoned"]
+    found = plant(name, LAYERS)["poisoned"]
     assert len(found) == 12
     assert not any(found.values()), found
 

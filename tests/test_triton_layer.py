@@ -20,6 +20,8 @@ from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.random_layer import make_shape
 from vllm_mxfp4_gfx950.tolerance import assert_rows_close
 
+pytestmark = pytest.mark.compile
+
 INSTALLED = {
     "matmul_ogs": ("triton_ogs", "vllm-0.33.0"),
     "matmul": ("triton_matmul", "tokenspeed-triton-kernels"),

@@ -196,13 +196,6 @@ def test_weights_are_read_once(pair: tuple[str, str]) -> None:
         assert read["WMxScale"] == 4 * rows * 3072 // 32
 
 
-@pytest.mark.compile
-@pytest.mark.parametrize(("pair", "case"), [(IN_CI[0], case) for case in tiles_of(*IN_CI[0])], ids=ids)
-def test_tile(pair: tuple[str, str], case: Case) -> None:
-    """Every tile that serves with this Triton."""
-    assert_right(pair, tiles_of(*pair), case)
-
-
 @pytest.mark.emulate
 @pytest.mark.parametrize(
     ("pair", "case"), [(pair, case) for pair in EVERY for case in tiles_of(*pair)], ids=ids

@@ -135,6 +135,7 @@ def test_tables_of_ones_own(tmp_path: Path) -> None:
         assert refused.stderr.startswith(f"vllm-mxfp4 {command}: {tmp_path / 'gfx950.json'} must be of arch")
 
 
+@pytest.mark.emulate
 def test_own_rows(tmp_path: Path) -> None:
     """Where a table of the user's has rows for our own matmuls, these are executed up to their last bound."""
     write_table(tmp_path, TileConfig(16, 64, 256, 1, 4, 1, 0), "own", 8)
