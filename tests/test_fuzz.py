@@ -63,13 +63,13 @@ FORM = TABLES["sm90"]
 TILE = 8
 """Where a row's tile begins."""
 
-WHOLE = {
+ENTRIES = {
     arch: [[*row[:TILE], *table["tiles"][row[TILE]]] for row in table["rows"]]
     for arch, table in TABLES.items()
 }
-OWN_ROWS = [row for row in WHOLE["sm90"] if row[0] == "own" and row[5] == 32 and row[7] <= 2]
+OWN_ROWS = [row for row in ENTRIES["sm90"] if row[0] == "own" and row[5] == 32 and row[7] <= 2]
 HOPPER_ROW = ["matmul_ogs", "3.6", "w13", 2880, 5760, 32, 32, 64, 16, 256, 128, 1, 8, 4, 0]
-ROWS = {"gfx950": [*WHOLE["gfx950"][:3], *OWN_ROWS], "sm90": [*OWN_ROWS, HOPPER_ROW]}
+ROWS = {"gfx950": [*ENTRIES["gfx950"][:3], *OWN_ROWS], "sm90": [*OWN_ROWS, HOPPER_ROW]}
 
 MODEL = TinyGptOss(experts=4, topk=2, hidden=64, intermediate=96, layers=1)
 PACKAGE = ROOT / "vllm_mxfp4_gfx950"

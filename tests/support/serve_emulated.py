@@ -4,7 +4,7 @@
 
 From the flag on, everything is vLLM's, the plugin's, triton_kernels' and Triton's own code. What would go to
 the GPU, a compiled kernel with its grid and its arguments, goes to the emulator. KERNEL is "sound", or
-"broken" for one wrong instruction in w13's. test_engine_emulated runs this.
+"broken" for a wrong instruction in each matmul's. test_engine_emulated runs this.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from vllm_mxfp4_gfx950 import backends
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH, Launch, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
+from vllm_mxfp4_gfx950.gfx950.layer import MATMULS
 
 CONVERSION = re.compile(r"(v_cvt_scalef32_pk_bf16_fp4 .*) op_sel:\[1,\d,\d\]")
 """Two FP4 values to bf16, from another byte of a register than the first."""
@@ -42,9 +43,9 @@ class Call:
 
 
 def broken(launch: Launch) -> Launch:
-    """The same with the first CONVERSION from the register's first byte."""
-    assembly, found = CONVERSION.subn(r"\1", launch.assembly, count=1)
-    assert found == 1, launch.name
+    """The same with each CONVERSION from the register's first byte."""
+    assembly, found = CONVERSION.subn(r"\1", launch.assembly)
+    assert found, launch.name
     return dataclasses.replace(launch, assembly=assembly)
 
 
@@ -60,7 +61,7 @@ def main(checkpoint: str, prompts: str, tokens: str, kernel: str, answers: str) 
             calls.append(Call(arguments[0].shape[0]))
 
     def on_launch(launch: Launch) -> None:
-        wrong = kernel == "broken" and launch.name.endswith("_swiglu")
+        wrong = kernel == "broken" and launch.name.startswith(MATMULS)
         counts = execute(broken(launch) if wrong else launch)
         if calls:  # While it loads, the layer checks itself.
             calls[-1].kernels.append((launch.name, counts.instructions["matrix"]))
