@@ -19,7 +19,7 @@ import tiny_checkpoint
 from tiny_checkpoint import TinyGptOss
 
 from vllm_mxfp4_gfx950.errors import Mxfp4Error, first_error
-from vllm_mxfp4_gfx950.evaluation.process import ServerProcess
+from vllm_mxfp4_gfx950.process import ServerProcess
 
 MODEL = TinyGptOss()
 PROMPTS = ["bada baki", "dona dimu tiri salo", "<end>", "miro nasu dika bola duvi bana"]

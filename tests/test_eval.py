@@ -39,7 +39,6 @@ from vllm_mxfp4_gfx950.commands.eval import Measured
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.evaluation.compare import LEVEL, MANY, Position, divergence, interval, kl, paired
 from vllm_mxfp4_gfx950.evaluation.measure import Question, Tasks, ask, choose_endpoint
-from vllm_mxfp4_gfx950.evaluation.process import ServerProcess, did_not_start
 from vllm_mxfp4_gfx950.evaluation.report import decision_lines
 from vllm_mxfp4_gfx950.evaluation.server import (
     HARMONY_TOKENS,
@@ -54,6 +53,7 @@ from vllm_mxfp4_gfx950.evaluation.side import (
     parse,
     serving,
 )
+from vllm_mxfp4_gfx950.process import ServerProcess, did_not_start
 
 
 def outcomes(both: int, lost: int, won: int, neither: int) -> tuple[list[bool], list[bool]]:
@@ -561,7 +561,12 @@ def test_unknown_path_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.engine
-def test_sigterm_ends_the_server(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)],
+    ids=["SIGTERM", "SIGKILL"],
+)
+def test_signal_ends_the_server(number: signal.Signals, code: int, tmp_path: Path) -> None:
     """What `eval` started does not outlive it. The server has begun to start, and never gets further."""
     command = [sys.executable, "-m", "vllm_mxfp4_gfx950.cli", "eval", str(tmp_path), "--logprobs", __file__]
     process = psutil.Popen([*command, "--out", str(tmp_path / "out")], cwd=Path(cli.__file__).parents[1])
@@ -571,9 +576,9 @@ def test_sigterm_ends_the_server(tmp_path: Path) -> None:
             assert process.poll() is None
             time.sleep(0.1)
             servers = [child for child in process.children() if child.cpu_times().user > 0.5]
-        process.send_signal(signal.SIGTERM)
-        assert process.wait() == 128 + signal.SIGTERM
-        assert not servers[0].is_running()
+        process.send_signal(number)
+        assert process.wait() == code
+        servers[0].wait(10)
     finally:
         for running in (process, *servers):
             if running.is_running():

@@ -18,6 +18,7 @@ MAY_IMPORT: dict[str, str] = {
     "moe": "errors mxfp4",
     "models": "errors mxfp4 moe",
     "settings": "errors",
+    "process": "errors",
     "plugins": "",
     "tiles": "moe",
     "arch": "moe tiles",
@@ -37,12 +38,12 @@ MAY_IMPORT: dict[str, str] = {
     "sglang_plugin": "errors settings sglang_layer",
     "gfx950": "errors mxfp4 moe models settings tiles arch tables backends tolerance",
     "tuning": "errors moe models settings tiles arch tables backends random_layer timing tolerance",
-    "bench": "errors moe models settings backends random_layer serving timing tolerance",
-    "evaluation": "errors settings",
+    "bench": "errors moe models settings process backends random_layer serving timing tolerance",
+    "evaluation": "errors settings process",
     "diagnosis": "errors moe models settings plugins tiles arch tables backends checkpoint files",
     "options": "settings",
-    "commands": "errors options diagnosis mxfp4 moe models settings plugins tiles arch tables backends "
-    "choice checkpoint files gfx950 random_layer timing tolerance tuning bench evaluation",
+    "commands": "errors options process diagnosis mxfp4 moe models settings plugins tiles arch tables "
+    "backends choice checkpoint files gfx950 random_layer timing tolerance tuning bench evaluation",
     "cli": "errors options commands",
 }
 """Each part of the package, and the parts below it that it may import beside itself."""
@@ -65,7 +66,8 @@ INSIDE = {
     "backends/aiter_triton.py": "aiter, and our routing and sum, which need Triton: likewise",
     "diagnosis/*.py": "all that may be broken",
     "commands/bench.py": "vLLM's layers, which need vLLM",
-    "bench/vllm_*.py": "one of vLLM's layers, and not the other's package",
+    "process.py": "requests, which comes with vLLM and with the extra `eval`",
+    "bench/vllm_*.py": "vLLM, which may be missing, and of its layers one and not the other's package",
     "bench/report.py": "matplotlib, for --plot",
     "commands/eval.py": "scipy, of the extra `eval`",
     "evaluation/*.py": "the packages of the extra `eval`",

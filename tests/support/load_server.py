@@ -31,7 +31,7 @@ import requests
 import tiny_checkpoint
 from tiny_checkpoint import TinyGptOss
 
-from vllm_mxfp4_gfx950.evaluation.process import ServerProcess
+from vllm_mxfp4_gfx950.process import ServerProcess
 
 SUPPORT = Path(__file__).parent
 MODEL = TinyGptOss()

@@ -7,20 +7,18 @@ import itertools
 import os
 import re
 import shlex
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from vllm_mxfp4_gfx950 import settings
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
-from vllm_mxfp4_gfx950.evaluation.process import VLLM, ServerProcess
 from vllm_mxfp4_gfx950.evaluation.server import KEY_VARIABLE, Access, Server, describe, get
+from vllm_mxfp4_gfx950.process import VLLM, ServerProcess, ending_on_sigterm
 
 RESULT = "result.json"
 """In the directory of a side that was measured whole."""
@@ -177,12 +175,7 @@ def serving(side: Side, directory: Path, more: list[str]) -> Iterator[Server]:
     if option(side.command, "--ssl-cert-reqs") == ["2"]:
         fix = "Leave it out: no certificate of a client is sent"
         raise Mxfp4Error("--ssl-cert-reqs of a side", "0 or 1", 2, fix)
-    from requests.utils import get_environ_proxies, select_proxy
-
-    url, log = "http://127.0.0.1", directory / "server.log"
-    if select_proxy(url, get_environ_proxies(url)):
-        listed = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "nothing"
-        raise Mxfp4Error("no_proxy", "a list with 127.0.0.1, where there is a proxy", listed, "Add it")
+    log = directory / "server.log"
     environment = os.environ | dict(side.environment)
     if environment.get(LEVEL_VARIABLE, "INFO").upper() not in LEVELS:
         print(f"{LEVEL_VARIABLE}=INFO for this server: a quieter log does not name the path", flush=True)
@@ -191,21 +184,11 @@ def serving(side: Side, directory: Path, more: list[str]) -> Iterator[Server]:
     program, before_model = PROGRAMS[side.framework]
     arguments = [before_model, *side.command, *(more if side.framework == "vllm" else ())]
     began = time.monotonic()
-    # By default this would end this process alone.
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        with ServerProcess(arguments, environment, log, program) as process:
-            roots = [root.rstrip("/") for root in dict.fromkeys(("", *option(side.command, "--root-path")))]
-            urls = [f"{scheme}://{process.place}{root}" for root in roots for scheme in ("http", "https")]
-            url = process.wait_until_healthy(urls)
-            server = describe(url, log, Access(key_of(side), verify=False))
-            seconds = time.monotonic() - began
-            print(f"serving after {seconds:.0f} s; MoE path: {server.path or 'not in the log'}", flush=True)
-            yield server
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def leave(number: int, _: FrameType | None) -> None:
-    """Handle a signal as the request to end, with the exit code that a shell gives it."""
-    raise SystemExit(128 + number)
+    with ending_on_sigterm(), ServerProcess(arguments, environment, log, program) as process:
+        roots = [root.rstrip("/") for root in dict.fromkeys(("", *option(side.command, "--root-path")))]
+        urls = [f"{scheme}://{process.place}{root}" for root in roots for scheme in ("http", "https")]
+        url = process.wait_until_healthy(urls)
+        server = describe(url, log, Access(key_of(side), verify=False))
+        seconds = time.monotonic() - began
+        print(f"serving after {seconds:.0f} s; MoE path: {server.path or 'not in the log'}", flush=True)
+        yield server

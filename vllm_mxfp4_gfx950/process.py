@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from vllm_mxfp4_gfx950.errors import Mxfp4Error, first_error
@@ -22,17 +23,31 @@ if TYPE_CHECKING:
 STOP_SECONDS = 30
 VLLM = "vllm.entrypoints.cli.main"
 
+TIED = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+"""Runs Python with its own arguments, so that it gets SIGTERM where the process that started it is killed.
+
+Source: prctl(2).
+"""
+
 
 class ServerProcess:
     """A server on a free port of this machine, in a session of its own, by which its processes are found.
 
-    It has begun to start, and is stopped where a `with` of it ends.
+    It has begun to start, and is stopped where a `with` of it ends, or this process is killed.
 
     Args:
         arguments: of its command line, without host and port.
         environment: for it, all of it.
         log: the file that it writes.
         module: its main program; vLLM's command line.
+
+    Raises:
+        Mxfp4Error: a proxy stands before it.
     """
 
     def __init__(
@@ -40,8 +55,9 @@ class ServerProcess:
     ) -> None:
         self.log, self.place = log, f"127.0.0.1:{free_port()}"
         self.url = f"http://{self.place}"
+        check_proxy(self.url)
         host, port = self.place.split(":")
-        command = [sys.executable, "-m", module, *arguments]
+        command = [sys.executable, "-c", TIED, "-m", module, *arguments]
         with log.open("w") as output:
             self.main = subprocess.Popen(
                 [*command, "--host", host, "--port", port],
@@ -121,8 +137,32 @@ class ServerProcess:
         return left
 
 
-def did_not_start(code: int, log: Path) -> Mxfp4Error:
-    """Why a server ended before it answered, by its exit code and its log."""
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Within this, SIGTERM ends a `with` of a server as well; by default it would end this process alone."""
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def leave(number: int, _: FrameType | None) -> None:
+    """Handle a signal as the request to end, with the exit code that a shell gives it."""
+    raise SystemExit(128 + number)
+
+
+def check_proxy(url: str) -> None:
+    """Raise Mxfp4Error where requests to this machine would go through a proxy."""
+    from requests.utils import get_environ_proxies, select_proxy
+
+    if select_proxy(url, get_environ_proxies(url)):
+        listed = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "nothing"
+        raise Mxfp4Error("no_proxy", "a list with 127.0.0.1, where there is a proxy", listed, "Add it")
+
+
+def did_not_start(code: int, log: Path, rule: str = "able to start") -> Mxfp4Error:
+    """Why a server ended before it answered, or before it kept another rule, by its exit code and its log."""
     text = log.read_text(errors="replace")
     found, fix = f"exit code {code}", f"Read {log}"
     first = first_error(text)
@@ -131,7 +171,7 @@ def did_not_start(code: int, log: Path) -> Mxfp4Error:
     else:
         print("\n".join(text.splitlines()[-25:]), file=sys.stderr)
         fix += ", which ends as above"
-    return Mxfp4Error("the server", "able to start", found, fix)
+    return Mxfp4Error("the server", rule, found, fix)
 
 
 def free_port() -> int:
