@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from vllm_mxfp4_gfx950.bench.report import overlap, spread
+
 FOLDER = Path(__file__).parents[1] / "docs/evidence"
 PAGE = FOLDER.with_suffix(".md")
 HEAD = """# Evidence
@@ -82,21 +84,41 @@ def layers(report: dict[str, Any]) -> Rows:
 
 
 def serving(report: dict[str, Any]) -> Rows:
-    """Tokens a second of each load: output tokens, or input tokens where one is asked for."""
-    loads: dict[tuple[object, ...], dict[str, float]] = {}
+    """Tokens a second of each load, of input where one token is asked for, and ratios of its latencies."""
+    loads: dict[tuple[object, ...], dict[str, dict[str, list[float]]]] = {}
     for row in report["rows"]:
         load = row["model"], row["routing"], row["batch"], f"{row['input']}/{row['output']}"
-        loads.setdefault(load, {})[row["engine"]] = statistics.median(row["tokens_per_s"])
+        loads.setdefault(load, {})[row["engine"]] = row
+    times = {"first_token_ms": "first token, ours / best", "next_token_ms": "next token, ours / best"}
     for (model, routing, batch, lengths), engines in loads.items():
-        best = max(each for name, each in engines.items() if name != "ours")
+        rates = {name: row["tokens_per_s"] for name, row in engines.items()}
         yield {
             "model": model,
             "routing": routing,
             "batch": batch,
             "in/out, tokens": lengths,
-            **{f"{name}, tokens/s": f"{each:.0f}" for name, each in engines.items()},
-            "ours / best": f"{engines['ours'] / best:.3f}",
+            **{f"{name}, tokens/s": rounds(each) for name, each in rates.items()},
+            "ours / best": over_best(rates, max),
+            **{
+                title: over_best({name: row[figure] for name, row in engines.items()}, min)
+                for figure, title in times.items()
+                if all(figure in row for row in engines.values())
+            },
         }
+
+
+def rounds(some: list[float]) -> str:
+    """The median, and the spread of several."""
+    return f"{statistics.median(some):.0f}" + (f" ±{spread(some):.1%}" if len(some) > 1 else "")
+
+
+def over_best(engines: dict[str, list[float]], best: Callable[..., list[float]]) -> str:
+    """The median of ours over that of the best of the others, and whether their rounds overlap."""
+    if not all(engines.values()):
+        return ""
+    peer = best((some for name, some in engines.items() if name != "ours"), key=statistics.median)
+    ratio = f"{statistics.median(engines['ours']) / statistics.median(peer):.3f}"
+    return f"{ratio}, within the spread" if len(peer) > 1 and overlap(engines["ours"], peer) else ratio
 
 
 def compiled(report: dict[str, Any]) -> Rows:

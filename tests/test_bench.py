@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import re
+import signal
 import statistics
 import sys
 from pathlib import Path
@@ -21,7 +23,7 @@ from tiny_checkpoint import TinyGptOss
 
 from vllm_mxfp4_gfx950 import cli, options, timing
 from vllm_mxfp4_gfx950.backends import reference
-from vllm_mxfp4_gfx950.bench import layer, report, serve, vllm_layers
+from vllm_mxfp4_gfx950.bench import layer, report, serve, vllm_client, vllm_layers, vllm_worker
 from vllm_mxfp4_gfx950.bench.layer import Layer
 from vllm_mxfp4_gfx950.commands import bench
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
@@ -33,9 +35,7 @@ from vllm_mxfp4_gfx950.settings import TABLES_VAR
 CPU = torch.device("cpu")
 SHAPE = make_shape(4, 2, 64, 32)
 REACHED = layer.Speeds(copy=1e9, multiply=1e12)
-SERVED = {"enforce_eager": True, "kv_cache_memory_bytes": 2**26}
-DUMMY = SERVED | {"load_format": "dummy"}
-LOADS = [(1, 8, 4)]
+SERVED = f"--enforce-eager --kv-cache-memory-bytes {2**26}"
 OURS = layer.ours
 
 
@@ -301,8 +301,11 @@ def test_ours_has_the_users_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("serve --load 1/0/2", "--load must be short, "),
         ("serve --load 1k1k --concurrency 4 0", "--concurrency must be at least 1; got 0."),
         ("serve --model x --routing alike", "--routing must be left out with a checkpoint; got alike."),
-        ("serve --rounds 0", "--rounds must be at least 1; got 0."),
-        ("serve --engine-args [1]", "--engine-args must be a JSON object; got [1]."),
+        ("serve --rounds 1", "--rounds must be at least 2, to show how far they differ; got 1."),
+        (
+            "serve --engine-args='",
+            '--engine-args must be quoted as for a shell; got "\'". No closing quotation',
+        ),
     ],
 )
 def test_wrong_arguments(arguments: str, error: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -328,41 +331,279 @@ def test_config_is_taken_for_gpt_oss(model: str, tmp_path: Path) -> None:
     assert layer_shape(str(file)) == layer_shape(model)
 
 
+RESULT = {
+    "completed": 8, "duration": 2.0, "total_input_tokens": 800, "total_output_tokens": 32,
+    "median_ttft_ms": 5.0, "median_tpot_ms": 3.0,
+}  # fmt: skip
+"""Of vLLM's client: 8 requests of 100 and 4 tokens."""
+
+
+def test_figures() -> None:
+    """Output tokens a second, and the client's two medians; of prompts alone, input tokens a second."""
+    assert serve.figures(RESULT, (2, 100, 4), 8) == {
+        "tokens_per_s": 16.0, "first_token_ms": 5.0, "next_token_ms": 3.0,
+    }  # fmt: skip
+    assert serve.figures(RESULT | {"total_output_tokens": 8}, (2, 100, 1), 8) == {
+        "tokens_per_s": 400.0, "first_token_ms": 5.0, "next_token_ms": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"completed": 7}, "the answers must be 8 with 4 tokens each; got 7 with 32 tokens in all"),
+        (
+            {"total_output_tokens": 31},
+            "the answers must be 8 with 4 tokens each; got 8 with 31 tokens in all",
+        ),
+        ({"total_input_tokens": 808}, "the prompts must be 100 tokens on average; got 101"),
+        ({"total_input_tokens": 792}, "the prompts must be 100 tokens on average; got 99"),
+    ],
+    ids=str,
+)
+def test_figures_of_another_load(change: dict[str, int], error: str) -> None:
+    """Negative control: what the client measured is not what was asked for."""
+    with pytest.raises(Mxfp4Error, match=error):
+        serve.figures(RESULT | change, (2, 100, 4), 8)
+
+
+def test_requests() -> None:
+    """Waves of the concurrency, fewer of long answers, and enough for a median."""
+    loads = [*serve.SHORT[2:], (1, 1024, 1024), (32, 1024, 1024), (16, 1024, 8192)]
+    assert [serve.requests(load) for load in loads] == [1024, 4096, 256, 4, 64, 32]
+
+
+def test_turns() -> None:
+    """Each second round goes backwards; a routing is left once."""
+    load, other = (1, 2, 3), (4, 5, 6)
+    together = list(serve.turns(["a", "b", "c"], ["alike", "spread"], [load, other], 3, together=True))
+    orders = ["abc", "cba", "abc"]
+    assert together == [
+        (engine, routing, each, number)
+        for routing in ("alike", "spread")
+        for each in (load, other)
+        for number, engines in enumerate(orders)
+        for engine in engines
+    ]
+    one_by_one = list(serve.turns(["a", "b", "c"], ["spread"], [load, other], 3, together=False))
+    assert set(one_by_one) == {turn for turn in together if turn[1] == "spread"}
+    assert [turn[0] for turn in one_by_one[::2]] == list("".join(orders))
+    assert [turn[2] for turn in one_by_one] == [load, other] * 9
+
+
+def rows_of(**rounds: list[float]) -> list[dict[str, Any]]:
+    """Rows of engines under one load, whose answers have one token."""
+    load = {"routing": "spread", "batch": 1, "input": 2, "output": 1}
+    return [
+        load | {"engine": name, "tokens_per_s": some, "first_token_ms": some, "next_token_ms": []}
+        for name, some in rounds.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ours", "end"),
+    [
+        ([110.0, 115.0, 104.0], "1.100  within the spread"),
+        ([104.0, 110.0, 115.0], "1.100  within the spread"),
+        ([106.0, 110.0, 115.0], "1.100"),
+        ([90.0, 94.0, 95.0], "0.940"),
+        ([96.0, 96.0, 80.0], "0.960  within the spread"),
+        ([110.0], ""),
+    ],
+    ids=str,
+)
+def test_comparison_says_what_is_no_finding(ours: list[float], end: str) -> None:
+    """Where rounds of ours and of the best other one meet, and only there. One round compares nothing."""
+    rows = rows_of(ours=ours, SLOW=[50.0, 110.0], BEST=[105.0, 95.5, 100.0])
+    title, rate, first = bench.comparison(rows, ["ours", "BEST", "SLOW", "NONE"])
+    assert title.split() == [
+        "routing",
+        "batch",
+        "in/out",
+        "ours",
+        "BEST",
+        "SLOW",
+        "NONE",
+        "ours/best",
+        "peer",
+    ]
+    assert "100.0 ± 4.8%" in rate
+    assert "80.000 ±37.5%              FAIL" in rate
+    if len(ours) > 1:
+        assert rate.endswith(f"FAIL{'':11}{end}")
+        # Of a time the least is the best.
+        assert float(first.split("FAIL")[1].split()[0]) == round(statistics.median(ours) / 80, 3)
+    else:
+        assert rate.endswith("FAIL")
+
+
+class StandIn:
+    """Servers of which so many fit into memory, and what was done with them."""
+
+    def __init__(self, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done: list[str] = []
+        self.up: list[str] = []
+        self.shares: list[str] = []
+        stand_in = self
+
+        class Server:
+            def __init__(self, arguments: list[str], _environment: dict[str, str], log: Path) -> None:
+                self.url = log.stem
+                stand_in.done.append(f"start {self.url}")
+                stand_in.up.append(self.url)
+                stand_in.shares.append(arguments[arguments.index("--gpu-memory-utilization") + 1])
+
+            def wait_until_healthy(self) -> None:
+                if self.url == "NOPE" or len(stand_in.up) > room:
+                    raise Mxfp4Error("the server", "able to start", "no memory", "Read the log")
+
+            def stop(self) -> None:
+                stand_in.done.append(f"stop {self.url}")
+                stand_in.up.remove(self.url)
+
+        def measure(
+            _client: object, server: Server, _model: str, load: serve.Load, requests: int, seed: int
+        ) -> dict[str, Any]:
+            batch, inputs, outputs = load
+            if seed:
+                self.done.append(f"{server.url} {batch}/{inputs}/{outputs} {seed}")
+            else:
+                assert requests == batch
+            return RESULT | {
+                "completed": requests,
+                "total_input_tokens": requests * inputs,
+                "total_output_tokens": requests * outputs,
+            }
+
+        monkeypatch.setattr(serve, "ServerProcess", Server)
+        monkeypatch.setattr(serve.vllm_client, "call", lambda *_: {"path": "path", "device": "CPU"})
+        monkeypatch.setattr(serve.vllm_client.Client, "measure", measure)
+
+
+TWO_LOADS = ["bench", "serve", "--model", "m", "--rounds", "2", "--load", "1/2/3", "4/5/6"]
+
+
+def test_engines_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All servers at once: each load is measured with both before the next, there and back."""
+    stand_in = StandIn(2, monkeypatch)
+    file = tmp_path / "serve.json"
+    assert cli.main([*TWO_LOADS, "--engines", "ours", "a", "--json", str(file)]) == 0
+    assert stand_in.shares == ["0.450", "0.450"]
+    assert stand_in.done == [
+        "start ours", "start A",
+        "ours 1/2/3 1", "A 1/2/3 1", "A 1/2/3 2", "ours 1/2/3 2",
+        "ours 4/5/6 1", "A 4/5/6 1", "A 4/5/6 2", "ours 4/5/6 2",
+        "stop ours", "stop A",
+    ]  # fmt: skip
+    rows = report.read(file)["rows"]
+    assert [(row["engine"], row["batch"], len(row["tokens_per_s"])) for row in rows] == [
+        ("ours", 1, 2), ("A", 1, 2), ("ours", 4, 2), ("A", 4, 2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("room", [1, 2], ids=["no-room", "asked-for"])
+def test_engines_go_back_and_forth(
+    room: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One server at a time, the last one's twice in a row; what cannot start at all is left out."""
+    stand_in = StandIn(room, monkeypatch)
+    more = ["--one-by-one"] if room > 1 else []
+    assert cli.main([*TWO_LOADS, "--engines", "ours", "nope", "a", *more]) == 1
+    if not more:
+        assert stand_in.shares[:2] == ["0.300", "0.300"]
+        del stand_in.done[: stand_in.done.index("stop NOPE") + 1]
+    assert set(stand_in.shares[-3:]) == {"0.900"}
+    assert stand_in.done == [
+        "start ours", "ours 1/2/3 1", "ours 4/5/6 1", "stop ours",
+        "start NOPE", "stop NOPE",
+        "start A", "A 1/2/3 1", "A 4/5/6 1", "A 1/2/3 2", "A 4/5/6 2", "stop A",
+        "start ours", "ours 1/2/3 2", "ours 4/5/6 2", "stop ours",
+    ]  # fmt: skip
+    printed = capsys.readouterr().out
+    assert ("not all at once: the server must be able to start; got no memory." in printed) == (room == 1)
+    assert "\nNOPE     FAIL the server must be able to start; got no memory. " in printed
+
+
+def test_cut_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What was measured until then is in the file, and no server is left."""
+    stand_in = StandIn(2, monkeypatch)
+    file = tmp_path / "serve.json"
+    keep = bench.keep
+
+    def cut(*arguments: Any) -> None:
+        if stand_in.done[-1] == "A 1/2/3 2":
+            os.kill(os.getpid(), signal.SIGTERM)
+        keep(*arguments)
+
+    monkeypatch.setattr(bench, "keep", cut)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*TWO_LOADS, "--engines", "ours", "a", "--json", str(file)])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert stand_in.up == []
+    rows = report.read(file)["rows"]
+    assert [(row["engine"], len(row["tokens_per_s"])) for row in rows] == [("ours", 1), ("A", 1)]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("model", serve.LAYERS)
+def test_tokenizer_keeps_lengths(model: str, tmp_path: Path) -> None:
+    """Of the client's random prompts; negative control: one that takes words apart."""
+    serve.write_dummy(model, tmp_path)
+    assert engine.random_prompts(tmp_path, 100) == [100] * 4
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["pre_tokenizer"] = {"type": "Digits", "individual_digits": False}
+    file.write_text(json.dumps(content))
+    assert 100 not in engine.random_prompts(tmp_path, 100)
+
+
 @pytest.mark.load
 @pytest.mark.engine
 def test_bench_serve(
-    checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two loads through a real engine, after one that could not start."""
-    file = tmp_path / "serve.json"
+    """Two servers of dummy weights at once, through vLLM's client, until what this CPU cannot do.
+
+    No backend of vLLM for MXFP4 runs on every CPU, so the second server is one of ours, too.
+    """
+    again = "AGAIN"
+    arguments, call = serve.arguments, vllm_client.call
+    monkeypatch.setattr(
+        serve, "arguments", lambda m, d, name, *rest: arguments(m, d, name.replace(again, "ours"), *rest)
+    )
+    monkeypatch.setattr(
+        vllm_client, "call", lambda url, method, *names: call(url, method, *("ours" for _ in names))
+    )
+    monkeypatch.setitem(serve.LAYERS, "tiny", 2)
+    sizes = serve.GPT_OSS["gpt-oss-20b"] | {
+        "hidden_size": 64, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    monkeypatch.setitem(serve.GPT_OSS, "tiny", sizes)
     for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND"):
         monkeypatch.setenv(name, engine.ENVIRONMENT[name])
-    command = ["bench", "serve", "--model", str(checkpoint), "--json", str(file), "--rounds", "2"]
-    command += ["--load", "2/8/4", "3/16/1", "--engines", "nope", "ours", "--engine-args", json.dumps(SERVED)]
-    assert cli.main(command) == 1
-    failed, through, *lines = capsys.readouterr().out.splitlines()
-    assert failed.startswith("NOPE     FAIL ")
-    assert through == "ours     through Mxfp4TritonMoEMethod reference"
-    assert len(lines) == 5
+    file = tmp_path / "serve.json"
+    command = ["bench", "serve", "--model", "tiny", "--json", str(file), "--rounds", "2"]
+    command += ["--routing", *serve.ROUTINGS, "--load", "2/8/40", "3/16/1", "--engines", "ours", again]
+    assert cli.main([*command, f"--engine-args={SERVED} --dtype float32"]) == 1
+    printed = capsys.readouterr().out
     done = report.read(file)
-    assert list(done["failed"]) == ["NOPE"]
-    first, second = (statistics.median(row["tokens_per_s"]) for row in done["rows"])
-    assert lines[-2:] == [
-        f"checkpoint     2 8/4               FAIL{first:10.1f}",
-        f"checkpoint     3 16/1              FAIL{second:10.1f}",
-    ]
-    for row, (batch, inputs, outputs) in zip(done["rows"], ((2, 8, 4), (3, 16, 1)), strict=True):
-        assert (row["batch"], row["input"], row["output"]) == (batch, inputs, outputs)
-        assert row["path"] == "Mxfp4TritonMoEMethod reference"
-        for rate, first, following in zip(
-            row["tokens_per_s"], row["first_token_ms"], row["next_token_ms"] or (0, 0), strict=True
-        ):
-            # The rate, put together from the two latencies again.
-            milliseconds = first + (outputs - 1) * following
-            assert rate == pytest.approx(1e3 * batch * (outputs if outputs > 1 else inputs) / milliseconds)
+    assert list(done["failed"]) == ["ours", again]
+    assert "got none of router" in done["failed"][again]
+    assert "not all at once" not in printed
+    assert f"{again:8} through Mxfp4TritonMoEMethod reference, " in printed
+    assert [(row["engine"], row["batch"]) for row in done["rows"]] == [
+        ("ours", 2), (again, 2), ("ours", 3), (again, 3),
+    ]  # fmt: skip
+    for row in done["rows"]:
+        rates, first, following = row["tokens_per_s"], row["first_token_ms"], row["next_token_ms"]
+        assert (row["routing"], len(rates), len(first)) == ("alike", 2, 2)
+        if row["output"] == 1:
+            assert following == []
+            continue
+        for rate, begin, one in zip(rates, first, following, strict=True):
+            # The rate, put together from the two latencies again; requests of a wave do not begin as one.
+            milliseconds = begin + (row["output"] - 1) * one
+            assert rate == pytest.approx(1e3 * row["batch"] * row["output"] / milliseconds, rel=0.3)
 
 
 def test_routings() -> None:
@@ -394,7 +635,7 @@ def test_spread(seed: int) -> None:
             parameter.uniform_(-1e-3, 1e-3, generator=generator)  # vLLM's dummy weights.
         model["router"].bias.copy_(torch.arange(32) * 1e-4)
         assert chosen() == 1
-        serve.spread(model)
+        vllm_worker.spread(model)
         assert chosen() > 32
 
 
@@ -402,7 +643,7 @@ def test_spread_refuses_other_names() -> None:
     """Negative control: a model whose router it would not find."""
     model = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(4, 4), "norm": torch.nn.RMSNorm(4)})
     with pytest.raises(Mxfp4Error, match=r"got none of router\. "):
-        serve.spread(model)
+        vllm_worker.spread(model)
 
 
 @pytest.mark.engine
@@ -410,46 +651,34 @@ def test_spread_refuses_other_names() -> None:
     ("cpu", "dtype", "packed"),
     [("this-cpu", "float32", True), ("avx2", "float32", True), ("avx2", "bfloat16", False)],
 )
-def test_spread_refuses_a_packed_router(
-    cpu: str, dtype: str, packed: bool, checkpoint: Path, tmp_path: Path
-) -> None:
-    """An engine is measured with its dummy weights as they are, and where vLLM packs them that is all.
+def test_spread_refuses_a_packed_router(cpu: str, dtype: str, packed: bool, checkpoint: Path) -> None:
+    """Dummy weights are measured as they are, and where vLLM packs them that is all.
 
     It packs them where oneDNN multiplies their type: fp32 on every x86-64, bf16 not with AVX2 alone.
     """
-    job = {
-        "engine": "ours",
-        "arguments": serve.arguments(str(checkpoint), "ours", LOADS, tmp_path, DUMMY | {"dtype": dtype}),
-        "routings": list(serve.ROUTINGS),
-        "loads": LOADS,
-        "rounds": 1,
-    }
-    # The first engine of a process logs to what is the standard output then.
-    lines = [line for line in engine.bench(job, cpu).splitlines() if line.startswith(("ROW ", "FAILED "))]
-    alike, spread = lines
-    assert json.loads(alike.removeprefix("ROW "))["routing"] == "alike"
+    calls = [("path_for_bench", "ours"), ("spread_for_bench",)]
+    path, spread = engine.worker_answers(
+        checkpoint, calls, cpu, quantization=FLAG, load_format="dummy", dtype=dtype
+    )
+    assert path["done"] == {"path": "Mxfp4TritonMoEMethod reference", "device": "CPU"}
     if packed:
-        assert "FAILED" in spread
-        assert "got none of router." in spread
+        assert "none of router" in spread["refused"]
     else:
-        assert json.loads(spread.removeprefix("ROW "))["routing"] == "spread"
+        assert spread == {"done": None}
 
 
 @pytest.mark.engine
 def test_bench_serve_refuses_another_path(checkpoint: Path, tmp_path: Path) -> None:
-    """Negative control: the flag is lost, vLLM serves the model all the same, and nothing is reported."""
+    """Negative control: the flag is lost, vLLM serves the model all the same, and nothing is measured."""
     content = json.loads((checkpoint / "config.json").read_text())
     del content["quantization_config"]  # vLLM's own MXFP4 does not run on every CPU.
     (tmp_path / "config.json").write_text(json.dumps(content))
-    arguments = serve.arguments(str(tmp_path), "ours", LOADS, tmp_path, DUMMY | {"quantization": None})
-    printed = engine.bench(
-        {"engine": "ours", "arguments": arguments, "routings": ["checkpoint"], "loads": LOADS, "rounds": 1}
+    (answer,) = engine.worker_answers(
+        tmp_path, [("path_for_bench", "ours")], load_format="dummy", skip_tokenizer_init=True
     )
-    assert re.fullmatch(
-        r"FAILED \"Mxfp4Error: the path of ours's MoE layers must be Mxfp4TritonMoEMethod; "
-        r"got UnquantizedFusedMoEMethod\b.*\"\n",
-        printed,
-    )
+    name, rule, value, _ = answer["refused"]
+    assert (name, rule) == ("the path of ours's MoE layers", "Mxfp4TritonMoEMethod")
+    assert value.startswith("UnquantizedFusedMoEMethod")
 
 
 @pytest.mark.gpu

@@ -39,3 +39,17 @@ def test_check_notices(tmp_path: Path) -> None:
     result = run_python([script, "--check"])
     assert result.returncode == 1
     assert "not what write_evidence.py writes" in result.stdout
+
+
+def test_serving_shows_the_spread() -> None:
+    """Of several rounds, and whether the rounds of ours and of the best other one meet."""
+    load = {"model": "m", "routing": "spread", "batch": 1, "input": 2, "output": 3}
+    rounds = {"ours": ([100.0, 120.0], [8.0, 9.0]), "A": ([95.0, 101.0], [10.0, 11.0]), "B": ([9.0], [90.0])}
+    rows = [
+        load | {"engine": name, "tokens_per_s": rates, "first_token_ms": times, "next_token_ms": []}
+        for name, (rates, times) in rounds.items()
+    ]
+    (row,) = write_evidence.serving({"rows": rows})
+    assert list(row.values())[4:] == [
+        "110 ±9.1%", "98 ±3.1%", "9", "1.122, within the spread", "0.810", "",
+    ]  # fmt: skip

@@ -22,7 +22,7 @@ PEERS = ("TRITON", "MARLIN")
 """vLLM's layers that `bench` can measure."""
 
 LAYER = "time one MoE layer, this package's and vLLM's own, after each was compared with float64"
-SERVE = "measure vLLM's throughput and latency, with this package and with its own MoE backends"
+SERVE = "measure vLLM's servers with its own client, with this package and with its own MoE backends"
 PLOT = "draw what was measured"
 
 EPILOG = """\
@@ -135,16 +135,21 @@ def of_bench(parser: argparse.ArgumentParser) -> None:
         "--load",
         nargs="+",
         default=["short"],
-        help="short, 1k1k, 1k8k, 8k1k, or BATCH/INPUT/OUTPUT, requests and tokens of each",
+        help="short, 1k1k, 1k8k, 8k1k, or BATCH/INPUT/OUTPUT, requests at a time and tokens of each",
     )
     serving.add_argument(
         "--concurrency",
         type=int,
         nargs="+",
         default=(4, 16, 64),
-        help="batches of 1k1k, 1k8k and 8k1k",
+        help="requests at a time of 1k1k, 1k8k and 8k1k",
     )
-    serving.add_argument("--rounds", type=int, default=3, help="times that each load is measured")
+    serving.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help="times that each load is measured, at least 2; the engines alternate",
+    )
     serving.add_argument(
         "--engines",
         nargs="+",
@@ -157,12 +162,22 @@ def of_bench(parser: argparse.ArgumentParser) -> None:
         help="of dummy weights: alike, all tokens choose the same experts, as vLLM makes them; spread (the "
         "default), each token has its own, as in a trained model; or both, measured in turn",
     )
-    serving.add_argument("--engine-args", default="{}", help="more arguments of vllm.LLM, a JSON object")
+    serving.add_argument(
+        "--one-by-one",
+        action="store_true",
+        help="start one server at a time, back and forth; by default all at once, if they fit into memory so",
+    )
+    serving.add_argument(
+        "--engine-args",
+        default="",
+        metavar="TEXT",
+        help="more arguments of vllm serve, as in --engine-args='--tensor-parallel-size 2'",
+    )
     plot = kinds.add_parser("plot", help=PLOT, description=PLOT)
     plot.add_argument("files", type=Path, nargs="+", help="what --json wrote; more than one are drawn as one")
     plot.add_argument("--plot", type=Path, required=True, help="the .png or .svg to write")
     for each in (layer, serving):
-        each.add_argument("--json", type=Path, help="write the figures there, anew after each row")
+        each.add_argument("--json", type=Path, help="write the figures there, anew after each measurement")
         each.add_argument("--plot", type=Path, help="draw them there, a .png or .svg")
 
 

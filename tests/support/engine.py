@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import io
-import json
 import multiprocessing
 import os
 import socket
@@ -189,9 +187,16 @@ def quantization_class(checkpoint: Path, quantization: str | None) -> str:
     return _in_engine_process("this-cpu", create_config, checkpoint, quantization)
 
 
-def bench(job: dict[str, Any], cpu: str = "this-cpu") -> str:
-    """What an engine of `vllm-mxfp4 bench serve` prints for its job, without starting a process for it."""
-    return _in_engine_process(cpu, _bench, job)
+def worker_answers(
+    checkpoint: Path, calls: list[tuple[str, ...]], cpu: str = "this-cpu", **arguments: Any
+) -> list[dict[str, Any]]:
+    """What a worker of `vllm-mxfp4 bench serve` answers to methods with arguments."""
+    return _in_engine_process(cpu, _worker_answers, checkpoint, calls, arguments)
+
+
+def random_prompts(directory: Path, inputs: int) -> list[int]:
+    """Tokens of the prompts that vLLM's client makes of a tokenizer, when so many are asked for."""
+    return _in_engine_process("this-cpu", _random_prompts, directory, inputs)
 
 
 def create_config(checkpoint: Path, quantization: str | None) -> str:
@@ -365,18 +370,22 @@ def _fuse(
         return _serve(llm, prompts, tokens), llm.collective_rpc("fused_matches")
 
 
-def _bench(job: dict[str, Any]) -> str:
-    from vllm.distributed import cleanup_dist_env_and_memory
+def _worker_answers(
+    checkpoint: Path, calls: list[tuple[str, ...]], arguments: dict[str, Any]
+) -> list[dict[str, Any]]:
+    from vllm_mxfp4_gfx950.bench import serve
 
-    from vllm_mxfp4_gfx950.bench import vllm_engine
-    from vllm_mxfp4_gfx950.errors import Mxfp4Error
+    with _llm(checkpoint, {"worker_extension_cls": serve.WORKER} | arguments) as llm:
+        return [llm.collective_rpc(method, args=tuple(args))[0] for method, *args in calls]
 
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.suppress(Mxfp4Error):
-        vllm_engine.main(json.dumps(job))
-    cleanup_dist_env_and_memory()
-    gc.freeze()
-    return printed.getvalue()
+
+def _random_prompts(directory: Path, inputs: int) -> list[int]:
+    from vllm.benchmarks.datasets import RandomDataset
+    from vllm.tokenizers import get_tokenizer
+
+    tokenizer = get_tokenizer(str(directory))
+    samples = RandomDataset(random_seed=1).sample(tokenizer, 4, input_len=inputs)
+    return [len(tokenizer.encode(sample.prompt)) for sample in samples]
 
 
 def _save(checkpoint: Path, directory: Path, arguments: dict[str, Any]) -> list[str]:

@@ -165,6 +165,16 @@ def draw_serving(figure: Any, rows: list[dict[str, Any]]) -> None:
     figure.supylabel("tokens/s", fontsize="small")
 
 
+def spread(some: list[float]) -> float:
+    """Half of the way from the least to the greatest, as a fraction of the median."""
+    return (max(some) - min(some)) / 2 / statistics.median(some)
+
+
+def overlap(some: list[float], others: list[float]) -> bool:
+    """Whether the range of some rounds meets that of others."""
+    return max(min(some), min(others)) <= min(max(some), max(others))
+
+
 def load(row: dict[str, Any]) -> tuple[str, int, int, int]:
     """What an engine was asked for, the same for all engines."""
     return row["routing"], row["batch"], row["input"], row["output"]

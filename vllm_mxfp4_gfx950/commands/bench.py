@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import shlex
+import shutil
 import statistics
 import tempfile
 from pathlib import Path
@@ -13,10 +14,19 @@ from typing import TYPE_CHECKING, Any
 from vllm_mxfp4_gfx950.bench import report
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.options import PEERS
+from vllm_mxfp4_gfx950.process import ending_on_sigterm
 
 # What needs torch is imported where it measures: `plot` draws where there is none.
 if TYPE_CHECKING:
     from vllm_mxfp4_gfx950.bench.layer import Row
+    from vllm_mxfp4_gfx950.bench.serve import Turn
+
+FIGURES = {
+    "tokens_per_s": ("tokens/s", max),
+    "first_token_ms": ("ms first token", min),
+    "next_token_ms": ("ms next token", min),
+}
+"""Of serving: what each is called when it is printed, and which is the best of several."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,7 +106,8 @@ def layer_line(row: Row, names: list[str]) -> str:
     median = {name: statistics.median(times) for name, times in row.us.items()}
     figures = ""
     for name in names:
-        figures += f"{median[name]:9.1f} ±{spread(row.us[name]):5.1%} " if name in median else f"{'FAIL':>17}"
+        some = row.us.get(name)
+        figures += f"{median[name]:9.1f} ±{report.spread(some):5.1%} " if some else f"{'FAIL':>17}"
     line = f"{row.tokens:6} {row.weight_bytes / 1e6:7.1f} {row.flops / 1e9:7.1f} {row.floor_us:8.1f}{figures}"
     if "ours" in median:
         line += f"  {median['ours'] / row.floor_us:10.2f}"
@@ -105,93 +116,121 @@ def layer_line(row: Row, names: list[str]) -> str:
     return "\n".join([line, *(f"       {name}: {reason}" for name, reason in row.failed.items())])
 
 
-def spread(times: list[float]) -> float:
-    """Half of the way from the fastest to the slowest, as a fraction of the median."""
-    return (max(times) - min(times)) / 2 / statistics.median(times)
-
-
 def run_serve(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    """Print each engine's path and loads, a line each, then the comparison; the report, and the exit code."""
+    """Print each round of each engine, a line each, then the comparison; the report, and the exit code."""
     from vllm_mxfp4_gfx950.bench import serve
 
-    if args.rounds < 1:
-        raise Mxfp4Error("--rounds", "at least 1", args.rounds, "Correct it")
+    if args.rounds < 2:
+        raise Mxfp4Error("--rounds", "at least 2, to show how far they differ", args.rounds, "Correct it")
     if min(args.concurrency) < 1:
         raise Mxfp4Error("--concurrency", "at least 1", min(args.concurrency), "Correct it")
     loads = list(dict.fromkeys(load for name in args.load for load in serve.loads(name, args.concurrency)))
     routings = serve.routings(args.model, args.routing)
     extra = engine_arguments(args.engine_args)
-    engines = [
-        "ours" if name.lower() == "ours" else name.upper() for name in args.engines or ("ours", *peers_here())
-    ]
+    engines = list(
+        dict.fromkeys(
+            "ours" if name.lower() == "ours" else name.upper()
+            for name in args.engines or ("ours", *peers_here())
+        )
+    )
+    together = len(engines) > 1 and not args.one_by_one
     done: dict[str, Any] = {
         "bench": "serve",
         "device": "",
         "versions": report.versions(),
         "model": args.model,
-        "engine_args": extra,
+        "engine_args": args.engine_args,
+        "together": together,
         "rows": [],
         "failed": {},
     }
-
-    def keep(row: dict[str, Any]) -> None:
-        if row["engine"] not in (each["engine"] for each in done["rows"]):
-            print(f"{row['engine']:8} through {row['path']}")
-        done["device"] = row["device"]
-        done["rows"].append({"model": args.model} | row)
-        print(serve_line(row), flush=True)
-        if args.json:
-            report.write(args.json, done)
-
-    for engine in engines:
-        with tempfile.TemporaryDirectory() as directory:
-            arguments = serve.arguments(args.model, engine, loads, Path(directory), extra)
-            job = {"arguments": arguments, "routings": routings, "loads": loads, "rounds": args.rounds}
-            failure = serve.measure(engine, job, keep)
-        if failure:
-            done["failed"][engine] = failure
-            print(f"{engine:8} FAIL {failure}", flush=True)
-    if args.json:
-        report.write(args.json, done)
+    folder = Path(tempfile.mkdtemp(prefix="mxfp4-bench-"))
+    print(f"logs of the servers, which are kept if one fails: {folder}", flush=True)
+    with ending_on_sigterm(), serve.Servers(args.model, loads, extra, folder) as servers:
+        if together:
+            try:
+                servers.start_all(engines)
+            except Mxfp4Error as error:
+                print(f"not all at once: {error}\none by one:", flush=True)
+                servers.stop()
+                done["together"] = together = False
+        for turn in serve.turns(engines, routings, loads, args.rounds, together):
+            engine = turn[0]
+            if engine in done["failed"]:
+                continue
+            try:
+                found = servers.measure(turn)
+            except Mxfp4Error as error:
+                servers.stop(engine)
+                done["failed"][engine] = str(error)
+                print(f"{engine:8} FAIL {error}", flush=True)
+            else:
+                keep(done, turn, found)
+            if args.json:
+                report.write(args.json, done)
+    if not done["failed"]:
+        shutil.rmtree(folder)
     print("\n".join(comparison(done["rows"], engines)))
     return done, 1 if done["failed"] else 0
 
 
-def engine_arguments(text: str) -> dict[str, Any]:
-    """The user's arguments of vllm.LLM."""
+def engine_arguments(text: str) -> list[str]:
+    """The user's arguments of `vllm serve`."""
     try:
-        extra = json.loads(text)
-    except json.JSONDecodeError:
-        extra = None
-    if not isinstance(extra, dict):
-        fix = """Correct it, as in '{"tensor_parallel_size": 2}'"""
-        raise Mxfp4Error("--engine-args", "a JSON object", text, fix)
-    return extra
+        return shlex.split(text)
+    except ValueError as error:
+        rule, fix = "quoted as for a shell", f"{error}: correct it"
+        raise Mxfp4Error("--engine-args", rule, repr(text), fix) from error
 
 
-def serve_line(row: dict[str, Any]) -> str:
-    """Medians of one engine under one load, and the rounds' extremes."""
-    rates, following = row["tokens_per_s"], row["next_token_ms"]
-    kind = "output" if following else "input"
-    line = (
-        f"{row['engine']:8} {row['routing']:10} batch {row['batch']:4} {row['input']:5}/{row['output']:<5}"
-        f"{statistics.median(rates):10.1f} {kind} tokens/s ({min(rates):.1f} to {max(rates):.1f}), "
-        f"first token of all after {statistics.median(row['first_token_ms']):.1f} ms"
-    )
-    return line + (f", then one every {statistics.median(following):.2f} ms" if following else "")
+def keep(done: dict[str, Any], turn: Turn, found: dict[str, Any]) -> None:
+    """Print a round's figures, and put them into its engine's and load's row, which the first one begins."""
+    engine, routing, (batch, inputs, outputs), number = turn
+    done["device"] = found["device"]
+    names = {"engine": engine, "routing": routing, "batch": batch, "input": inputs, "output": outputs}
+    if engine not in (row["engine"] for row in done["rows"]):
+        print(f"{engine:8} through {found['path']}, answered after {found['start_s']:.0f} s")
+    row = next((row for row in done["rows"] if names.items() <= row.items()), None)
+    if row is None:
+        facts = {name: found[name] for name in ("path", "device", "start_s")}
+        row = {"model": done["model"]} | names | facts | {name: [] for name in FIGURES}
+        done["rows"].append(row)
+    line = f"{engine:8} {routing:10} {batch:5} {f'{inputs}/{outputs}':12} round {number + 1}"
+    for name, (unit, _) in FIGURES.items():
+        if found[name] is not None:
+            row[name].append(found[name])
+            line += f"{digits([found[name]]):>10} {unit}"
+    print(line, flush=True)
 
 
 def comparison(rows: list[dict[str, Any]], engines: list[str]) -> list[str]:
-    """A line for each load: every engine's tokens/s, and ours over the best of the others."""
-    title = f"{'routing':10} {'batch in/out':18}"
-    lines = [title + "".join(f"{name:>10}" for name in engines) + "  ours/best peer"]
+    """A line for each load and figure: each engine's median and spread, and ours over the best of the others.
+
+    Where the rounds of these two overlap, it says that they differ within the spread, which is no finding.
+    """
+    title = f"{'routing':10} {'batch in/out':18} {'':16}"
+    lines = [title + "".join(f"{name:>17}" for name in engines) + "  ours/best peer"]
     for load in dict.fromkeys(report.load(row) for row in rows):
-        rates = {
-            row["engine"]: statistics.median(row["tokens_per_s"]) for row in rows if report.load(row) == load
-        }
         routing, batch, inputs, outputs = load
-        line = f"{routing:10} {batch:5} {f'{inputs}/{outputs}':12}"
-        line += "".join(f"{rates[name]:10.1f}" if name in rates else f"{'FAIL':>10}" for name in engines)
-        peers = [rate for name, rate in rates.items() if name != "ours"]
-        lines.append(line + (f"{rates['ours'] / max(peers):16.3f}" if "ours" in rates and peers else ""))
+        for figure, (unit, best) in FIGURES.items():
+            rounds = {row["engine"]: row[figure] for row in rows if report.load(row) == load}
+            if not any(rounds.values()):
+                continue
+            line = f"{routing:10} {batch:5} {f'{inputs}/{outputs}':12} {unit:16}"
+            for name in engines:
+                some = rounds.get(name)
+                line += f"{digits(some):>9} ±{report.spread(some):5.1%} " if some else f"{'FAIL':>17}"
+            whole = {name: some for name, some in rounds.items() if len(some) > 1}
+            peers = [name for name in whole if name != "ours"]
+            if "ours" in whole and peers:
+                ours, peer = whole["ours"], best((whole[name] for name in peers), key=statistics.median)
+                line += f"{statistics.median(ours) / statistics.median(peer):16.3f}"
+                line += "  within the spread" if report.overlap(ours, peer) else ""
+            lines.append(line)
     return lines
+
+
+def digits(some: list[float]) -> str:
+    """The median, with as many decimals as its size asks for."""
+    middle = statistics.median(some)
+    return f"{middle:.{1 if middle >= 100 else 3}f}"
