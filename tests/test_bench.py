@@ -11,6 +11,7 @@ import re
 import signal
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -428,22 +429,25 @@ def test_comparison_says_what_is_no_finding(ours: list[float], end: str) -> None
         "peer",
     ]
     assert "100.0 ± 4.8%" in rate
-    assert "80.000 ±37.5%              FAIL" in rate
+    assert "80.000 ±37.5%              none" in rate
     if len(ours) > 1:
-        assert rate.endswith(f"FAIL{'':11}{end}")
+        assert rate.endswith(f"none{'':11}{end}")
         # Of a time the least is the best.
-        assert float(first.split("FAIL")[1].split()[0]) == round(statistics.median(ours) / 80, 3)
+        assert float(first.split("none")[1].split()[0]) == round(statistics.median(ours) / 80, 3)
     else:
-        assert rate.endswith("FAIL")
+        assert rate.endswith("none")
 
 
 class StandIn:
     """Servers of which so many fit into memory, and what was done with them."""
 
-    def __init__(self, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, room: int, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
         self.done: list[str] = []
         self.up: list[str] = []
         self.shares: list[str] = []
+        self.warmed: list[str] = []
+        self.called: list[str] = []
         stand_in = self
 
         class Server:
@@ -468,7 +472,8 @@ class StandIn:
             if seed:
                 self.done.append(f"{server.url} {batch}/{inputs}/{outputs} {seed}")
             else:
-                assert requests == batch
+                assert (requests, outputs) == (batch, min(outputs, serve.WARM_UP_TOKENS))
+                self.warmed.append(f"{server.url} {batch}/{inputs}")
             return RESULT | {
                 "completed": requests,
                 "total_input_tokens": requests * inputs,
@@ -476,7 +481,12 @@ class StandIn:
             }
 
         monkeypatch.setattr(serve, "ServerProcess", Server)
-        monkeypatch.setattr(serve.vllm_client, "call", lambda *_: {"path": "path", "device": "CPU"})
+
+        def call(url: str, method: str, *_: str) -> dict[str, str]:
+            self.called.append(f"{url} {method}")
+            return {"path": "path", "device": "CPU"}
+
+        monkeypatch.setattr(serve.vllm_client, "call", call)
         monkeypatch.setattr(serve.vllm_client.Client, "measure", measure)
 
 
@@ -485,16 +495,19 @@ TWO_LOADS = ["bench", "serve", "--model", "m", "--rounds", "2", "--load", "1/2/3
 
 def test_engines_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All servers at once: each load is measured with both before the next, there and back."""
-    stand_in = StandIn(2, monkeypatch)
+    stand_in = StandIn(2, monkeypatch, tmp_path)
     file = tmp_path / "serve.json"
     assert cli.main([*TWO_LOADS, "--engines", "ours", "a", "--json", str(file)]) == 0
     assert stand_in.shares == ["0.450", "0.450"]
+    assert stand_in.warmed == ["ours 1/2", "A 1/2", "ours 4/5", "A 4/5"]
+    assert stand_in.called == ["ours path_for_bench", "A path_for_bench"]
     assert stand_in.done == [
         "start ours", "start A",
         "ours 1/2/3 1", "A 1/2/3 1", "A 1/2/3 2", "ours 1/2/3 2",
         "ours 4/5/6 1", "A 4/5/6 1", "A 4/5/6 2", "ours 4/5/6 2",
         "stop ours", "stop A",
     ]  # fmt: skip
+    assert list(tmp_path.iterdir()) == [file]
     rows = report.read(file)["rows"]
     assert [(row["engine"], row["batch"], len(row["tokens_per_s"])) for row in rows] == [
         ("ours", 1, 2), ("A", 1, 2), ("ours", 4, 2), ("A", 4, 2),
@@ -503,10 +516,10 @@ def test_engines_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("room", [1, 2], ids=["no-room", "asked-for"])
 def test_engines_go_back_and_forth(
-    room: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    room: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One server at a time, the last one's twice in a row; what cannot start at all is left out."""
-    stand_in = StandIn(room, monkeypatch)
+    stand_in = StandIn(room, monkeypatch, tmp_path)
     more = ["--one-by-one"] if room > 1 else []
     assert cli.main([*TWO_LOADS, "--engines", "ours", "nope", "a", *more]) == 1
     if not more:
@@ -519,14 +532,26 @@ def test_engines_go_back_and_forth(
         "start A", "A 1/2/3 1", "A 4/5/6 1", "A 1/2/3 2", "A 4/5/6 2", "stop A",
         "start ours", "ours 1/2/3 2", "ours 4/5/6 2", "stop ours",
     ]  # fmt: skip
+    assert stand_in.warmed == [f"{name} {load}" for name in ("ours", "A", "ours") for load in ("1/2", "4/5")]
+    assert len(list(tmp_path.glob("mxfp4-bench-*"))) == 1  # The logs of what failed.
     printed = capsys.readouterr().out
     assert ("not all at once: the server must be able to start; got no memory." in printed) == (room == 1)
     assert "\nNOPE     FAIL the server must be able to start; got no memory. " in printed
 
 
-def test_cut_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What was measured until then is in the file, and no server is left."""
-    stand_in = StandIn(2, monkeypatch)
+def test_weights_are_spread_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """When all has been measured with those that vLLM makes, and before the next warm-up."""
+    stand_in = StandIn(1, monkeypatch, tmp_path)
+    command = ["bench", "serve", "--rounds", "2", "--load", "1/2/3", "--engines", "ours", "--routing"]
+    assert cli.main([*command, *serve.ROUTINGS]) == 0
+    assert stand_in.called == ["ours path_for_bench", "ours spread_for_bench"]
+    assert stand_in.warmed == ["ours 1/2"] * 2
+    assert stand_in.done == ["start ours", *(f"ours 1/2/3 {seed}" for seed in (1, 2, 1, 2)), "stop ours"]
+
+
+def test_cut_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was measured until then is printed and in the file, and no server is left."""
+    stand_in = StandIn(2, monkeypatch, tmp_path)
     file = tmp_path / "serve.json"
     keep = bench.keep
 
@@ -542,6 +567,9 @@ def test_cut_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert stand_in.up == []
     rows = report.read(file)["rows"]
     assert [(row["engine"], len(row["tokens_per_s"])) for row in rows] == [("ours", 1), ("A", 1)]
+    assert capsys.readouterr().out.splitlines()[-4].split() == [
+        "routing", "batch", "in/out", "ours", "A", "ours/best", "peer",
+    ]  # fmt: skip
 
 
 @pytest.mark.engine
@@ -566,6 +594,7 @@ def test_bench_serve(
 
     No backend of vLLM for MXFP4 runs on every CPU, so the second server is one of ours, too.
     """
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     again = "AGAIN"
     arguments, call = serve.arguments, vllm_client.call
     monkeypatch.setattr(

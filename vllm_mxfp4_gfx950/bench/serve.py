@@ -263,7 +263,9 @@ class Servers:
         began = time.monotonic()
         extra = ["--gpu-memory-utilization", f"{MEMORY * share:.3f}", *self.extra]
         command = arguments(self.model, self.dummy, engine, self.measured, extra)
-        process = ServerProcess(command, os.environ | ENVIRONMENT, self.directory / f"{engine}.log")
+        log = self.directory / f"{engine}.log"
+        print(f"starting {engine}: {log}", flush=True)
+        process = ServerProcess(command, os.environ | ENVIRONMENT, log)
         self.running[engine] = Running(process, 0)
         process.wait_until_healthy()
         self.running[engine].start_s = time.monotonic() - began

@@ -19,7 +19,7 @@ from vllm_mxfp4_gfx950.process import ending_on_sigterm
 # What needs torch is imported where it measures: `plot` draws where there is none.
 if TYPE_CHECKING:
     from vllm_mxfp4_gfx950.bench.layer import Row
-    from vllm_mxfp4_gfx950.bench.serve import Turn
+    from vllm_mxfp4_gfx950.bench.serve import Servers, Turn
 
 FIGURES = {
     "tokens_per_s": ("tokens/s", max),
@@ -145,33 +145,39 @@ def run_serve(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
         "failed": {},
     }
     folder = Path(tempfile.mkdtemp(prefix="mxfp4-bench-"))
-    print(f"logs of the servers, which are kept if one fails: {folder}", flush=True)
-    with ending_on_sigterm(), serve.Servers(args.model, loads, extra, folder) as servers:
-        if together:
-            try:
-                servers.start_all(engines)
-            except Mxfp4Error as error:
-                print(f"not all at once: {error}\none by one:", flush=True)
-                servers.stop()
-                done["together"] = together = False
-        for turn in serve.turns(engines, routings, loads, args.rounds, together):
-            engine = turn[0]
-            if engine in done["failed"]:
-                continue
-            try:
-                found = servers.measure(turn)
-            except Mxfp4Error as error:
-                servers.stop(engine)
-                done["failed"][engine] = str(error)
-                print(f"{engine:8} FAIL {error}", flush=True)
-            else:
-                keep(done, turn, found)
-            if args.json:
-                report.write(args.json, done)
+    try:
+        with ending_on_sigterm(), serve.Servers(args.model, loads, extra, folder) as servers:
+            if together:
+                try:
+                    servers.start_all(engines)
+                except Mxfp4Error as error:
+                    print(f"not all at once: {error}\none by one:", flush=True)
+                    servers.stop()
+                    done["together"] = together = False
+            for turn in serve.turns(engines, routings, loads, args.rounds, together):
+                measure_turn(servers, turn, done)
+                if args.json:
+                    report.write(args.json, done)
+    finally:
+        print("\n".join(comparison(done["rows"], engines)))
     if not done["failed"]:
         shutil.rmtree(folder)
-    print("\n".join(comparison(done["rows"], engines)))
     return done, 1 if done["failed"] else 0
+
+
+def measure_turn(servers: Servers, turn: Turn, done: dict[str, Any]) -> None:
+    """Measure an engine, print its figures or why it has none, and keep them; one that failed is left out."""
+    engine = turn[0]
+    if engine in done["failed"]:
+        return
+    try:
+        found = servers.measure(turn)
+    except Mxfp4Error as error:
+        servers.stop(engine)
+        done["failed"][engine] = str(error)
+        print(f"{engine:8} FAIL {error}", flush=True)
+    else:
+        keep(done, turn, found)
 
 
 def engine_arguments(text: str) -> list[str]:
@@ -219,7 +225,7 @@ def comparison(rows: list[dict[str, Any]], engines: list[str]) -> list[str]:
             line = f"{routing:10} {batch:5} {f'{inputs}/{outputs}':12} {unit:16}"
             for name in engines:
                 some = rounds.get(name)
-                line += f"{digits(some):>9} ±{report.spread(some):5.1%} " if some else f"{'FAIL':>17}"
+                line += f"{digits(some):>9} ±{report.spread(some):5.1%} " if some else f"{'none':>17}"
             whole = {name: some for name, some in rounds.items() if len(some) > 1}
             peers = [name for name in whole if name != "ours"]
             if "ours" in whole and peers:
