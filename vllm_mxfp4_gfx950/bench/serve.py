@@ -120,6 +120,8 @@ def config(model: str) -> dict[str, Any]:
         "pad_token_id": 199999,
         "quantization_config": {"quant_method": "mxfp4"},
         "sliding_window": 128,
+        # Without it transformers suspects a large tokenizer of being one of Mistral's that needs a repair.
+        "transformers_version": "4.55.0.dev0",
         "vocab_size": 201088,
     }
 
@@ -271,7 +273,7 @@ class Servers:
         self.running[engine].start_s = time.monotonic() - began
 
     def start_all(self, engines: list[str]) -> None:
-        """Start each beside the others, one after another: a server measures what memory it finds taken."""
+        """Start each beside the others, one after another: each measures free memory, and ours times kernels."""
         for engine in engines:
             self.start(engine, 1 / len(engines))
 
