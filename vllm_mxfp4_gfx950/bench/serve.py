@@ -273,7 +273,7 @@ class Servers:
         self.running[engine].start_s = time.monotonic() - began
 
     def start_all(self, engines: list[str]) -> None:
-        """Start each beside the others, one after another: each measures free memory, and ours times kernels."""
+        """Start each beside the others, one after another, as each measures memory, and ours the kernels."""
         for engine in engines:
             self.start(engine, 1 / len(engines))
 
