@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from run_python import SUPPORT, run_python
 from test_triton_routing import launches
-from test_verification import EVERY, SERVED, LayerCase, emulated, ids
+from test_verification import EVERY, SERVED, LayerCase, emulated, ids, paths_of
 
 from vllm_mxfp4_gfx950.backends.triton import two_fp8
 from vllm_mxfp4_gfx950.gfx950.verification import MAX_FROBENIUS
@@ -111,6 +113,21 @@ def test_layer(pair: tuple[str, str], case: Case) -> None:
 def test_every_triton(pair: tuple[str, str], case: Case) -> None:
     """The same with every Triton, and more."""
     assert_right(pair, case, every=True)
+
+
+@pytest.mark.emulate
+@pytest.mark.parametrize("pair", EVERY, ids=ids)
+def test_tiles_fit(pair: tuple[str, str]) -> None:
+    """GPT-OSS-20B's compile without a spill and within the LDS; those of LARGE with its Tritons alone."""
+    result = run_python([str(SUPPORT / "compile_two_fp8.py")], path=paths_of(*pair))
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert len(found["everywhere"]) == len(two_fp8.TILES)
+    misfits = [matmul for both in found["everywhere"] for matmul in both if not matmul["fits"]]
+    assert misfits == []
+    for release, tiles in found["large"].items():
+        for both in tiles:
+            assert all(matmul["fits"] for matmul in both) == (release == release_of(pair[0])), both
 
 
 @pytest.mark.compile
