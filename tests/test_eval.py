@@ -37,6 +37,7 @@ from tokenizers import Tokenizer
 from vllm_mxfp4_gfx950 import cli
 from vllm_mxfp4_gfx950.commands.eval import Measured
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
+from vllm_mxfp4_gfx950.evaluation import measure
 from vllm_mxfp4_gfx950.evaluation.compare import LEVEL, MANY, Position, divergence, interval, kl, paired
 from vllm_mxfp4_gfx950.evaluation.measure import Question, Tasks, ask, choose_endpoint
 from vllm_mxfp4_gfx950.evaluation.report import decision_lines
@@ -808,9 +809,13 @@ def test_sglang(
     place: Path,
     packages: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A stand-in for SGLang's server says of each token what vLLM's says, and its answers count."""
+    """A stand-in for SGLang's server says of each token what vLLM's says, and its answers count.
+
+    By its URL it is asked without a log, and without metrics, which SGLang has only where it is told so.
+    """
     source = packages / "sglang-0.5.23/sglang/srt"
     package = tmp_path / "sglang"
     package.mkdir()
@@ -838,8 +843,29 @@ def test_sglang(
         assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
         assert len(other["top"]) == 5
         assert {n: one["top"][n] for n in other["top"]} == pytest.approx(other["top"], abs=1e-4)
-    assert cli.main(["eval", side, *arguments, "--top", "-1", "--out", str(out)]) == 2
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with serving(parse(side), tmp_path, []) as server:
+        assert cli.main(["eval", server.url, *arguments, "--top", "-1", "--out", str(out)]) == 2
     assert "--top must be at least 1 for a server of SGLang; got -1" in capsys.readouterr().err
+
+
+def test_nan_of_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its JSON has null for NaN, which is NaN here, and no number beside it is."""
+    triples = [[None, 3, "a"], [None, 4, "b"], [-0.5, 5, "c"]]
+    best = [None, [[None, 7, "e"], [-1.0, 4, "b"]], [[-0.5, 5, "c"], [None, 7, "e"]]]
+    answers = {
+        "/tokenize": {"tokens": [3, 4, 5]},
+        "/generate": {"meta_info": {"input_token_logprobs": triples, "input_top_logprobs": best}},
+    }
+    server = dataclasses.replace(PLAIN, owner="sglang")
+    monkeypatch.setattr(measure, "post", lambda url, *_: answers[url.removeprefix(server.url)])
+    broken, sound = measure.read(server, "a b c", 2, 256)
+    assert (broken.token, broken.text, broken.top_text) == (4, "b", "e")
+    assert math.isnan(broken.logprob)
+    assert math.isnan(broken.top[7])
+    assert (broken.top[4], sound.logprob, sound.top[5]) == (-1.0, -0.5, -0.5)
+    assert math.isnan(sound.top[7])
+    assert math.isnan(divergence([broken], [broken])[0].mean_kl)
 
 
 @pytest.mark.parametrize("release", ["sglang-0.5.16", "sglang-0.5.23"])

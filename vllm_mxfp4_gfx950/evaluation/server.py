@@ -19,7 +19,7 @@ PATHS = (
 )
 """What the log calls the path: ours, vLLM's for MXFP4, vLLM's for other checkpoints of GPT-OSS, SGLang's."""
 
-FRAMEWORKS = "vLLM or SGLang"
+ANSWERED = "answered by vLLM or SGLang"
 
 HARMONY_TOKENS = ("<|channel|>", "<|message|>")
 """A token each in harmony's vocabulary, and in none that is not for it."""
@@ -85,7 +85,7 @@ def describe(url: str, log: Path | None, access: Access) -> Server:
         tokens = [post(f"{url}/tokenize", request, access)["tokens"] for request in requests]
     except (LookupError, TypeError) as error:
         found = f"an answer that lacks a field ({type(error).__name__}: {error})"
-        raise Mxfp4Error(url, f"answered by {FRAMEWORKS}", found, "Correct the URL") from error
+        raise Mxfp4Error(url, ANSWERED, found, "Correct the URL") from error
     path = moe_path(log.read_text(errors="replace")) if log else ""
     tokenizer = served.get("root") or model
     # Elsewhere each is cut into several, or both are what stands for unknown words.
@@ -122,9 +122,7 @@ def decoded(url: str, body: str) -> Any:
     try:
         return json.loads(body)
     except ValueError as error:
-        raise Mxfp4Error(
-            url, f"answered by {FRAMEWORKS}", f"no JSON: {body[:100]!r}", "Correct the URL"
-        ) from error
+        raise Mxfp4Error(url, ANSWERED, f"no JSON: {body[:100]!r}", "Correct the URL") from error
 
 
 def answer(method: str, url: str, request: dict[str, Any] | None, access: Access) -> str:
@@ -139,13 +137,11 @@ def answer(method: str, url: str, request: dict[str, Any] | None, access: Access
                 method, url, json=request, timeout=SECONDS, headers=access.headers(), verify=access.verify
             )
     except requests.RequestException as error:
-        raise Mxfp4Error(
-            url, f"answered by {FRAMEWORKS}", type(error).__name__, "Start the server"
-        ) from error
+        raise Mxfp4Error(url, ANSWERED, type(error).__name__, "Start the server") from error
     if not response.ok:
         found = f"status {response.status_code}: {response.text[:300]}"
         fix = "Ask the server itself, and read its log"
         if response.status_code == 401:
             fix = f"Set {KEY_VARIABLE} to {'the' if access.key else 'a'} key that the server takes"
-        raise Mxfp4Error(url, f"answered by {FRAMEWORKS}", found, fix)
+        raise Mxfp4Error(url, ANSWERED, found, fix)
     return str(response.text)

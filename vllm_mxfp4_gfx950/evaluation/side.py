@@ -82,8 +82,9 @@ def parse(text: str) -> Side:
     while assigned < len(words) and ASSIGNMENT.fullmatch(words[assigned]):
         assigned += 1
     environment = tuple((n, v) for n, _, v in (word.partition("=") for word in words[:assigned]))
-    framework = "sglang" if words[assigned : assigned + 1] == ["sglang"] else "vllm"
-    command = tuple(words[assigned + (framework == "sglang") :])
+    framework, command = "vllm", tuple(words[assigned:])
+    if command[:1] == ("sglang",):
+        framework, command = "sglang", command[1:]
     if not command or command[0].startswith(("-", "http:", "https:")):
         rule = "a URL with or without its log file, the directory of a result, or a model with arguments"
         raise Mxfp4Error("a side", rule, repr(text), "Write '[NAME=VALUE ...] [sglang] MODEL [...]'")
