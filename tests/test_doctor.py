@@ -573,7 +573,7 @@ def test_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = tiny_checkpoint.write(TinyGptOss(experts=6, topk=3), tmp_path / "tiny")
     files, line = check_backends(None, str(directory), 1, 1)[-2:]
     assert (files.ok, files.what) == (True, "checkpoint")
-    assert files.found.startswith("1 safetensors file")
+    assert files.found.startswith("1 safetensors file, ")
     assert (line.ok, line.what, line.found) == (True, str(directory), "reference")
     assert line.needed.startswith("a backend for E=6 topk=3 H=128 I=128 ")
     [line] = [line for line in check_backends("cpu", "openai/gpt-oss-120b", 8, 8) if "gpt" in line.what]

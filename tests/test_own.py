@@ -162,14 +162,17 @@ def test_other_tritons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton: 
     class HopperMXValueLayout:
         pass
 
+    @dataclass
     class HopperMXScaleLayout:
-        num_warps = SM90.scale_warps
+        num_warps: int | None
 
     shape = MoeShape(32, 32, 4, 2880, 2880, 1.702, 7.0)
 
-    def own_for(arch: str, largest: int, tables: Path | None = None) -> own.Own | None:
+    def own_for(
+        arch: str, largest: int, tables: Path | None = None, warps: int | None = SM90.scale_warps
+    ) -> own.Own | None:
         scales = torch.tensor([3, largest], dtype=torch.uint8)
-        layouts = HopperMXValueLayout(), HopperMXScaleLayout()
+        layouts = HopperMXValueLayout(), HopperMXScaleLayout(warps)
         values = torch.zeros(4, dtype=torch.uint8)
         w13, w2 = (Weight(None, None, torch.zeros(4), values, some, layouts) for some in (scales * 0, scales))
         return own.own_for(arch, shape, w13, w2, None, tables)
@@ -181,6 +184,7 @@ def test_other_tritons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton: 
         assert found.most == 448
     assert own_for("gfx950", 124) is None
     assert own_for("sm90", SM90.max_scale + 1) is None
+    assert own_for("sm90", 124, warps=4) is None
     # A user's table: for up to so many tokens, with the Triton that it was timed with; or for none.
     tile = TileConfig(8, 64, 256, 1, 4, 3, 6)
     for bound in (16, 0):

@@ -19,8 +19,16 @@ from vllm_mxfp4_gfx950.settings import from_environment
 from vllm_mxfp4_gfx950.timing import progress
 
 FIGURES = (
-    "error", "worst row", "executed", "per MFMA", "scratch", "conflicts", "MB read", "no work", "seconds",
-)  # fmt: skip
+    "error",
+    "worst row",
+    "executed",
+    "per MFMA",
+    "scratch",
+    "conflicts",
+    "MB read",
+    "no work",
+    "seconds",
+)
 HEADER = "tokens stage   workgroups " + "".join(f"{name:>10}" for name in FIGURES) + "  result"
 
 

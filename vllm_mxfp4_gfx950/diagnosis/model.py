@@ -41,7 +41,7 @@ def check_backends(arch: str | None, model: str | None, tp: int, ep: int) -> lis
         tried = arch_named(first).families if asked.backend == "auto" else (asked.backend,)
     usual = layer_shape("gpt-oss-20b")
     try:
-        shape = layer_shape(model.removeprefix("openai/"), tp, ep) if model else usual
+        shape = layer_shape(model_name(model), tp, ep) if model else usual
     except Mxfp4Error:
         shape = usual  # Its own line says what is wrong with the model.
     return [
@@ -56,6 +56,11 @@ def check_backends(arch: str | None, model: str | None, tp: int, ep: int) -> lis
         ),
         *(line for _, lines in models for line in lines),
     ]
+
+
+def model_name(model: str) -> str:
+    """What `layer_shape` takes of a model as the user wrote it, who may have named its owner."""
+    return model.removeprefix("openai/")
 
 
 def check_settings(arch: str) -> tuple[list[Check], Settings | None]:
@@ -138,7 +143,7 @@ def check_model(model: str, arch: str, asked: Settings | None, tp: int, ep: int)
     from vllm_mxfp4_gfx950 import backends
     from vllm_mxfp4_gfx950.models import layer_shape
 
-    name = model.removeprefix("openai/")
+    name = model_name(model)
     try:
         whole, shape = layer_shape(name), layer_shape(name, tp, ep)
     except Mxfp4Error as error:

@@ -21,8 +21,12 @@ Write: TypeAlias = Callable[[Waves, Array], None]
 REGISTER = re.compile(r"([vas])(?:(\d+)|\[(\d+):(\d+)\])$")
 SPECIAL = {"vcc": VCC, "vcc_lo": VCC, "vcc_hi": VCC + 1, "m0": M0, "exec": EXEC}
 DTYPES: dict[str, Any] = {
-    "u32": np.uint32, "i32": np.int32, "f32": np.float32, "u16": np.uint16, "i16": np.int16,
-}  # fmt: skip
+    "u32": np.uint32,
+    "i32": np.int32,
+    "f32": np.float32,
+    "u16": np.uint16,
+    "i16": np.int16,
+}
 LANE = np.arange(WAVE)
 HINTS = {"sc0", "sc1", "nt"}
 """Cache policy: no effect on the values of loads and stores. An atomic with sc0 returns what was there."""
