@@ -13,7 +13,6 @@ from run_python import ROOT, SUPPORT, run_python
 
 from vllm_mxfp4_gfx950 import sglang_plugin
 
-SCRIPT = SUPPORT / "load_in_sglang.py"
 EXPERTS = "model.layers.0.mlp.experts"
 ON = "with VLLM_MXFP4_SGLANG=1"
 NOT_MOVED = "Leave it out: experts cannot be moved between ranks."
@@ -47,19 +46,24 @@ REFUSED = {
 }
 
 
-@pytest.fixture(
-    scope="module", name="seen", params=["0.5.23", pytest.param("0.5.16", marks=pytest.mark.load)]
-)
-def fixture_seen(
-    request: pytest.FixtureRequest, packages: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
-    """What the script saw, with this tree's entry points."""
+@pytest.fixture(scope="module", name="distribution")
+def fixture_distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with this tree's entry points."""
     distribution = tmp_path_factory.mktemp("distribution")
     info = distribution / "vllm_mxfp4_gfx950-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-mxfp4-gfx950\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text((ROOT / "entry_points.cfg").read_text())
-    result = run_python([str(SCRIPT)], [distribution, packages / f"sglang-{request.param}"])
+    return distribution
+
+
+@pytest.fixture(
+    scope="module", name="seen", params=["0.5.23", pytest.param("0.5.16", marks=pytest.mark.load)]
+)
+def fixture_seen(request: pytest.FixtureRequest, packages: Path, distribution: Path) -> dict[str, Any]:
+    """What the script saw."""
+    script = SUPPORT / "load_in_sglang.py"
+    result = run_python([str(script)], [distribution, packages / f"sglang-{request.param}"])
     assert result.returncode == 0, result.stdout + result.stderr
     seen: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return seen
@@ -131,6 +135,25 @@ def test_an_sglang_that_cannot_be_hooked_ends_the_server(monkeypatch: pytest.Mon
     monkeypatch.setenv("VLLM_MXFP4_SGLANG", "1")
     with pytest.raises(SystemExit, match=r"^VLLM_MXFP4_SGLANG: ModuleNotFoundError: .*sglang"):
         sglang_plugin.register()
+
+
+@pytest.mark.load
+@pytest.mark.parametrize("release", ["0.5.16", "0.5.23"])
+def test_run_on_a_device(release: str, packages: Path, distribution: Path, tmp_path: Path) -> None:
+    """The script for a GPU, on a CPU: whole blocks and timed layers are right; and what cannot run."""
+    path = [distribution, packages / f"sglang-{release}"]
+    arguments = [str(SUPPORT / "run_in_sglang.py"), "--device", "cpu", "--shape", "4", "2", "96", "96"]
+    arguments += ["--tokens", "1", "7", "--json", str(tmp_path / "json")]
+    ours = run_python(arguments, path, VLLM_MXFP4_SGLANG="1")
+    assert ours.returncode == 0, ours.stdout + ours.stderr
+    last = ours.stdout.splitlines()[-1]
+    assert last.startswith(f"RIGHT: SGLang {release} with reference on cpu (torch ")
+    seen = json.loads((tmp_path / "json").read_text())
+    assert [row["tokens"] for row in seen["rows"]] == [1, 7]
+    # SGLang's own needs triton_kernels, which is not here.
+    theirs = run_python(arguments, path)
+    assert theirs.returncode == 1
+    assert theirs.stdout.splitlines()[-1].startswith("FAILED: ModuleNotFoundError: No module named 'triton_")
 
 
 def test_overrides_notice() -> None:

@@ -8,51 +8,27 @@ SGLang comes first on sys.path. Prints what was seen, as a line of JSON.
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
-import sglang_stand_ins
 import torch
+from block_in_sglang import OneBlock, build, forward, load, load_plugins, publish
 from overrides import check_overrides, check_takes
+from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+from sglang.srt.layers.moe.topk import BypassedTopKOutput, TopKOutputFormat
+from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend
+from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase, QuantizationConfig
+from sglang.srt.models.gpt_oss import GptOssSparseMoeBlock
+from sglang.srt.runtime_context import get_flags
 
+from vllm_mxfp4_gfx950 import sglang_layer
 from vllm_mxfp4_gfx950.backends import reference
-from vllm_mxfp4_gfx950.checkpoint import TENSORS
-from vllm_mxfp4_gfx950.moe import MoeWeights
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_weights
 from vllm_mxfp4_gfx950.tolerance import compare
-
-sglang_stand_ins.install()
-
-# The first of SGLang that is imported, as in a server that has just started.
-from vllm_mxfp4_gfx950 import sglang_layer  # noqa: E402, I001
-from sglang.srt import plugins  # noqa: E402
-from sglang.srt.distributed import parallel_state  # noqa: E402
-from sglang.srt.layers.dp_attention import is_dp_attention_enabled  # noqa: E402
-from sglang.srt.layers.moe.topk import BypassedTopKOutput, TopKOutputFormat  # noqa: E402
-from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend  # noqa: E402
-from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase, QuantizationConfig  # noqa: E402
-from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config  # noqa: E402
-from sglang.srt.model_loader.loader import DefaultModelLoader  # noqa: E402
-from sglang.srt.models.gpt_oss import GptOssForCausalLM, GptOssSparseMoeBlock  # noqa: E402
-from sglang.srt.runtime_context import get_context, get_flags, get_parallel  # noqa: E402
-from sglang.srt.server_args import ServerArgs  # noqa: E402
-from transformers import GptOssConfig  # noqa: E402
 
 SHAPE = make_shape(8, 2, 96, 160)
 """Five blocks of the intermediate size, so that two ranks' shares differ."""
 
-MLP = "model.layers.0.mlp"
-CONFIG = GptOssConfig(
-    num_hidden_layers=1,
-    hidden_size=SHAPE.hidden,
-    intermediate_size=SHAPE.intermediate,
-    num_local_experts=SHAPE.experts,
-    num_experts_per_tok=SHAPE.topk,
-    swiglu_limit=SHAPE.limit,
-    dtype="bfloat16",
-)
-FORMAT = {"quant_method": "mxfp4"}
 WEIGHTS = random_weights(SHAPE, 1)
 
 REFUSED: dict[str, Any] = {
@@ -71,85 +47,12 @@ REFUSED: dict[str, Any] = {
 }
 
 
-class OneBlock(GptOssForCausalLM):
-    """SGLang's GPT-OSS with the MoE block of one layer alone."""
-
-    def __init__(self, quantization: Mxfp4Config | None) -> None:
-        torch.nn.Module.__init__(self)
-        self.config, self.quant_config = CONFIG, quantization
-        self.model, layer = torch.nn.Module(), torch.nn.Module()
-        layer.mlp = GptOssSparseMoeBlock(layer_id=0, config=CONFIG, quant_config=quantization, prefix=MLP)
-        self.model.layers = torch.nn.ModuleList([layer])
-
-    @property
-    def block(self) -> GptOssSparseMoeBlock:
-        """It."""
-        return self.model.layers[0].mlp
-
-
-def build(tp: tuple[int, int] = (1, 0), ep: tuple[int, int] = (1, 0)) -> OneBlock:
-    """A block as one rank has it; the size and the rank of each kind."""
-    size, rank = tp[0] * ep[0], tp[1] + ep[1]
-    ranks = {"tp_size": size, "tp_rank": rank, "attn_tp_size": size, "attn_tp_rank": rank, "tp_group": None}
-    ranks |= {"moe_tp_size": tp[0], "moe_tp_rank": tp[1], "moe_ep_size": ep[0], "moe_ep_rank": ep[1]}
-    with get_parallel().override(**ranks):
-        model = OneBlock(Mxfp4Config.from_config(FORMAT))
-    model.ranks = ranks
-    model.block.tp_size = 1  # In 0.5.16 it sums over the ranks, which `miss` does here.
-    return model
-
-
-def checkpoint(weights: MoeWeights) -> Iterator[tuple[str, torch.Tensor]]:
-    """The block's tensors by their names, as a GPT-OSS has them."""
-    generator = torch.Generator().manual_seed(2)
-    router = torch.randn(SHAPE.experts, SHAPE.hidden, generator=generator).bfloat16()
-    yield f"{MLP}.router.weight", router
-    yield f"{MLP}.router.bias", torch.randn(SHAPE.experts, generator=generator).bfloat16()
-    for field, name in TENSORS.items():
-        tensor = getattr(weights, field)
-        if field in ("w13", "w2"):
-            tensor = tensor.unflatten(-1, (-1, 16))
-        yield f"{MLP}.experts.{name}", tensor.bfloat16() if field.endswith("bias") else tensor
-
-
-def load(model: OneBlock, without: str = "nothing") -> OneBlock:
-    """Have SGLang load a checkpoint, or all of it but one tensor."""
-    tensors = [(name, tensor) for name, tensor in checkpoint(WEIGHTS) if not name.endswith(without)]
-    with get_parallel().override(**model.ranks):
-        DefaultModelLoader.load_weights_and_postprocess(model, tensors, torch.device("cpu"))
-    return model
-
-
-def forward(model: OneBlock, x: torch.Tensor) -> torch.Tensor:
-    """SGLang's forward of a block, its top-k as on a GPU: without one, SGLang would route by itself."""
-    block = model.block
-    block.topk.forward = block.topk.forward_cuda
-    with torch.inference_mode(), get_parallel().override(**model.ranks):
-        assert type(block.topk(x, block.router(x)[0])) is BypassedTopKOutput
-        return block(x)
-
-
 def miss(models: list[OneBlock], x: torch.Tensor) -> str:
     """What is wrong with the sum of some ranks' outputs, held against float64."""
     out = torch.stack([forward(model, x) for model in models]).sum(0)
     with torch.inference_mode():
         logits = models[0].block.router(x)[0]
     return compare(out, *reference.truth_and_plain(x, logits, WEIGHTS, SHAPE)).miss
-
-
-def publish(**fields: Any) -> None:
-    """Have SGLang believe that it was started with these."""
-    get_context().set_server_args(ServerArgs(model_path="dummy", **fields))
-
-
-def load_plugins() -> str:
-    """Have SGLang load its plugins anew; what ended the process, if anything did."""
-    plugins._plugins_loaded = False
-    try:
-        plugins.load_plugins()
-    except SystemExit as end:
-        return str(end)
-    return ""
 
 
 def error_of(call: Callable[[], object]) -> str:
@@ -184,8 +87,6 @@ def refusals(check: Callable[[], None]) -> dict[str, str]:
 
 def main() -> None:
     """See it all."""
-    torch.set_default_dtype(torch.bfloat16)
-    parallel_state._TP = SimpleNamespace(world_size=1)  # 0.5.16 asks for it, and does nothing with it.
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -194,7 +95,7 @@ def main() -> None:
     publish()
     seen: dict[str, Any] = {"without": {"end": load_plugins()}}
     constructor = GptOssSparseMoeBlock.__init__
-    block = build().block
+    block = build(SHAPE).block
     seen["without"] |= {"method": type(block.experts.quant_method).__name__, "lines": lines.copy()}
     seen["without"]["bypassed"] = block.topk.topk_config.output_format is TopKOutputFormat.BYPASSED
 
@@ -208,16 +109,17 @@ def main() -> None:
     check_takes(sglang_layer.build_block, constructor, "original", "block")
 
     x = torch.randn(37, SHAPE.hidden, generator=torch.Generator().manual_seed(3)).bfloat16()
-    tp = [load(build(tp=(2, rank))) for rank in range(2)]
-    ep = [load(build(ep=(2, rank))) for rank in range(2)]
-    whole = load(build())
+    tp = [load(build(SHAPE, tp=(2, rank)), WEIGHTS) for rank in range(2)]
+    ep = [load(build(SHAPE, ep=(2, rank)), WEIGHTS) for rank in range(2)]
+    whole = load(build(SHAPE), WEIGHTS)
     seen["with"] |= {"method": type(whole.block.experts.quant_method).__name__, "lines": lines}
+    assert type(whole.block.topk(x, whole.block.router(x)[0])) is BypassedTopKOutput
     seen["parameters left"] = [name for name, _ in whole.block.experts.named_parameters()]
     seen["miss"] = {"tp 1": miss([whole], x), "tp 2": miss(tp, x), "ep 2": miss(ep, x)}
     seen["wrong ranks"] = {"tp": miss([tp[0]] * 2, x), "ep": miss([ep[0]] * 2, x)}
-    seen["a tensor is missing"] = error_of(lambda: load(build(), "down_proj_scales"))
+    seen["a tensor is missing"] = error_of(lambda: load(build(SHAPE), WEIGHTS, without="down_proj_scales"))
     seen["state"] = error_of(whole.state_dict)
-    seen["not mxfp4"] = error_of(lambda: OneBlock(None))
+    seen["not mxfp4"] = error_of(lambda: OneBlock(SHAPE, None))
     seen["nothing refused"] = error_of(sglang_layer.check_servable)
     seen["refused"] = refusals(sglang_layer.check_servable)
     print(json.dumps(seen))
