@@ -79,6 +79,7 @@ def layers(report: dict[str, Any]) -> Rows:
             "ours / floor": f"{us['ours'] / row['floor_us']:.2f}",
             "ours / best": f"{us['ours'] / best:.3f}",
             "ours, fastest to slowest, us": f"{ours[0]:.1f} to {ours[-1]:.1f}",
+            **{f"host of {name}, us": f"{each:.0f}" for name, each in row.get("host_us", {}).items()},
             "error of ours, relative": f"{row['frobenius']['ours']:.1e}",
         }
 

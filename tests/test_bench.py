@@ -112,6 +112,7 @@ def test_rows() -> None:
         assert "is allowed" in one.failed["late"]  # Later it is wrong from the first call on.
         assert row.failed["absent"] == "ModuleNotFoundError: No module named 'vllm'"
         assert row.frobenius["ours"] < 0.01
+        assert row.host_us == {}
     assert five.failed["stops"] == "OutOfMemoryError: out of memory ... and more"
     assert one.layer == str(SHAPE)
     assert one.weight_bytes == 2 * layer.expert_bytes(SHAPE)

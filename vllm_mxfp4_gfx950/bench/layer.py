@@ -59,6 +59,7 @@ class Row:
         flops: of both matmuls.
         floor_us: that the work takes at the speeds that this device reaches.
         us: of each backend that computed the layer right, every replay's time over its calls.
+        host_us: of each of them, that the CPU takes to launch a call outside of a graph; empty on a CPU.
         frobenius: of each of them, its relative error against float64.
         failed: of every other backend, why it has no time.
         seconds: that the row took to measure, compilation included.
@@ -70,6 +71,7 @@ class Row:
     flops: float
     floor_us: float
     us: dict[str, list[float]]
+    host_us: dict[str, float]
     frobenius: dict[str, float]
     failed: dict[str, str]
     seconds: float
@@ -186,10 +188,22 @@ def measure(
         us: dict[str, list[float]] = {name: [] for name in right}
         for name in [*right, *reversed(right)]:
             us[name] += right[name].microseconds()
+        host = {name: host_microseconds(layers[name][0], batches) for name in right if device.type == "cuda"}
         weight_bytes, flops = work(shape, [batch[1] for batch in batches])
         least = 1e6 * max(weight_bytes / reached.copy, flops / reached.multiply)
         seconds = time.perf_counter() - began
-        yield Row(str(shape), tokens, weight_bytes, flops, least, us, frobenius, missed, seconds)
+        yield Row(str(shape), tokens, weight_bytes, flops, least, us, host, frobenius, missed, seconds)
+
+
+def host_microseconds(layer: Layer, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Median time until a call returns, begun when the GPU has nothing to do."""
+    times = []
+    for batch in batches:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        layer(*batch)
+        times.append(time.perf_counter() - began)
+    return 1e6 * statistics.median(times)
 
 
 def in_turn(

@@ -11,11 +11,11 @@ import torch
 
 from vllm_mxfp4_gfx950.backends.triton import package
 from vllm_mxfp4_gfx950.bench.layer import Builder, Layer
-from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
+from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, pad_intermediate
 
 
 def triton(weights: MoeWeights, shape: MoeShape) -> Layer:
-    """TRITON."""
+    """TRITON, padded as vLLM pads it on a GPU of NVIDIA's."""
     from vllm.model_executor.layers.fused_moe.config import mxfp4_w4a16_moe_quant_config
     from vllm.model_executor.layers.fused_moe.experts.gpt_oss_triton_kernels_moe import (
         triton_kernel_moe_forward,
@@ -23,6 +23,7 @@ def triton(weights: MoeWeights, shape: MoeShape) -> Layer:
     from vllm.model_executor.layers.quantization.utils.mxfp4_utils import _swizzle_mxfp4
 
     ogs = package.load("matmul_ogs")
+    weights = pad_intermediate(weights, 64)
     tensors, scales = [], []
     for blocks, block_scales in ((weights.w13, weights.w13_scale), (weights.w2, weights.w2_scale)):
         values, flex, swizzled = _swizzle_mxfp4(blocks, block_scales)

@@ -91,7 +91,7 @@ def run_layer(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     for shape, choice in zip(shapes, chosen, strict=True):
         print(f"\n{shape}, {layer.copies(shape, device)} layers in turn; ours: {choice}")
         columns = "".join(f"{name:>17}" for name in builders)
-        print(f"tokens MB read   GFLOP    floor{columns}  ours/floor  ours/best peer", flush=True)
+        print(f"tokens MB read   GFLOP    floor{columns}  ours/floor  ours/best peer  host: ours", flush=True)
         for row in layer.measure(shape, token_counts, builders, reached, device):
             print(layer_line(row, list(builders)), flush=True)
             done["rows"].append(dataclasses.asdict(row))
@@ -113,6 +113,7 @@ def layer_line(row: Row, names: list[str]) -> str:
         line += f"  {median['ours'] / row.floor_us:10.2f}"
         peers = [each for name, each in median.items() if name != "ours"]
         line += f"  {median['ours'] / min(peers):14.3f}" if peers else ""
+        line += f"  {row.host_us['ours']:10.1f}" if row.host_us else ""
     return "\n".join([line, *(f"       {name}: {reason}" for name, reason in row.failed.items())])
 
 
