@@ -147,7 +147,7 @@ def test_tiles_of_the_table() -> None:
     assert result.returncode == 0, result.stderr
     made = json.loads(result.stdout)
     # Where it is told to begin early, each kernel waits before it touches memory or lets in another.
-    names = ("few", "count", "place", "mxfp4_matmul", "combine")
+    names = ("few", "count", "add_up", "place", "mxfp4_matmul", "combine")
     assert made["waits"] == {name: [True, False] for name in names}
     for (tile, _), found in zip(tiles, made["tiles"], strict=True):
         small = tile[0] < 16 or tile[4] < 4

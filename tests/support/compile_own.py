@@ -25,7 +25,8 @@ PLACES = ROUTING | {"SLOTS": 4, "SMALLEST": 8, "SIZES": 1}
 LAUNCHES: dict[str, dict[str, Any]] = {
     "few": PLACES | {"BLOCK_TOKENS": 8, "BLOCK_TILES": 32},
     "count": ROUTING,
-    "place": PLACES | {"BLOCK_COUNTS": 32, "BLOCK_SCHEDULE": 16},
+    "add_up": {"BLOCK_EXPERTS": 32, "BLOCK_ROWS": 512, "BLOCK_COLUMNS": 2},
+    "place": PLACES | {"FEW_BLOCKS": 32, "SUMMED": False, "BLOCK_TILES": 16, "BLOCK_EMPTY": 512},
     "mxfp4_matmul": {
         "TOPK": 4, "GATED": False, "VARIANT": "hopper_sums", "SPLIT_K": 1, "BLOCK_T": 8, "BLOCK_N": 64,
         "BLOCK_K": 256, "STAGES": 3, "WARPS": 4,

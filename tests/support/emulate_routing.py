@@ -52,8 +52,10 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
 
     order = triton_routing.order_of(expert_map)
     given = order.roll(1) if case["spoil"] == "order" and order is not None else order
-    groups = case["groups"] or triton_routing.MAX_GROUPS
-    with presented(launch), mock.patch.object(triton_routing, "MAX_GROUPS", groups):
+    few, sums = triton_routing.FEW_BLOCKS, triton_routing.BLOCK_SUMS
+    if case["few"]:
+        few, sums = case["few"], (4, 2)
+    with presented(launch), mock.patch.multiple(triton_routing, FEW_BLOCKS=few, BLOCK_SUMS=sums):
         routing = triton_routing.route(logits, topk, experts, given, case["sizes"], smallest=case["smallest"])
     smallest = case["smallest"] * (2 if case["spoil"] == "smallest" else 1)
     twin = triton_routing.route_in_torch(logits, topk, experts, order, case["sizes"], smallest=smallest)

@@ -51,11 +51,12 @@ ROUTINGS = {
     "few tokens": (7, None),
     "one launch": (29, None),
     "two launches": (100, (-1, 0, 3, -1, 2, 1, -1, -1)),
+    "three launches": (150, (-1, 0, 3, -1, 2, 1, -1, -1)),
 }
 """Tokens and expert_map, for 8 experts and 2 choices."""
 
-GROUPS = 3
-"""Of blocks of tokens at most, so that one group has several."""
+FEW_BLOCKS, BLOCK_SUMS = 8, (8, 16)
+"""Of the routing: so few, so that adding up takes several steps."""
 
 SAMPLE = 4
 """Workgroups of each matmul, where only some are executed and compared."""
@@ -345,7 +346,7 @@ class Planter:
     def open(self, launch: Launch, stores: bool) -> list[Planted]:
         """The faults of this kind in a kernel that have not been found; none if a launch has other code."""
         stage = stage_of(launch)
-        if (stage in ("few", "count", "place")) != self.routing:
+        if (stage in ("few", "count", "add_up", "place")) != self.routing:
             return []
         if stage not in self.planted:
             program = parse(launch.name, launch.assembly)
@@ -461,7 +462,7 @@ def main(findings: str) -> None:
     torch.set_num_threads(1)
     # Memory that is allocated and not written holds NaN, or the largest integer.
     torch.use_deterministic_algorithms(True)
-    triton_routing.MAX_GROUPS = GROUPS
+    triton_routing.FEW_BLOCKS, triton_routing.BLOCK_SUMS = FEW_BLOCKS, BLOCK_SUMS
 
     layer = Layer(*INPUT_LAYER)
     inputs = {name: layer.serve(**keywords) for name, keywords in INPUTS.items()}

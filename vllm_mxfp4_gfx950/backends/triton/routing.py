@@ -1,4 +1,4 @@
-"""From the router's logits to all that triton_kernels' matmuls and our own need, in one launch or two.
+"""From the router's logits to all that triton_kernels' matmuls and our own need, in one launch to three.
 
 The package's own routing takes four launches, and about ten where a rank has some of the experts. What both
 of its generations want to know is the same.
@@ -18,11 +18,11 @@ from vllm_mxfp4_gfx950.backends.triton.package import launch_options
 
 BLOCK_TOKENS = 16
 """Tokens that a workgroup which shares the work takes at once: a block. With 32, a wave of gfx950's `place`
-executes 1.7 times as many instructions."""
+executes 1.2 times as many instructions."""
 
 MAX_WARPS = 8
-"""Warps of a workgroup; one for each token up to there. With 4, a wave of gfx950's executes 1.5 times as many
-instructions, and some scalar registers spill, each use of which is one instruction more."""
+"""Warps of a workgroup; one for each token up to there. With 4, a wave of gfx950's executes 1.2 to 1.5
+times as many instructions; an H200 is up to 2 us faster then, with 33 to 512 tokens and 128 experts."""
 
 MIN_COLUMNS = 32
 """Experts, made up ones included. With 8, Triton 3.5 and 3.6 fail on fp32's `place` for a topk of 6."""
@@ -38,15 +38,17 @@ MIN_PAIRS = 4
 ONE_LAUNCH = 32
 """Tokens up to which each workgroup counts all choices itself, instead of a launch before it, unless told."""
 
-MAX_GROUPS = 128
-"""Of blocks, each group counted by one workgroup. Each block is placed by a workgroup of its own, which reads
-the counts of all groups."""
+FEW_BLOCKS = 32
+"""Blocks up to which each workgroup adds up their counts itself, instead of a launch that adds them up."""
 
-BLOCK_COUNTS = 32
-"""Groups whose counts are read together."""
+BLOCK_SUMS = (512, 2)
+"""Blocks and columns whose counts are added up at once."""
 
-BLOCK_SCHEDULE = 16
-"""Tiles that are written together."""
+BLOCK_TILES = 16
+"""Tiles of each expert that are scheduled together."""
+
+BLOCK_EMPTY = 512
+"""Entries behind the last tile that are written together."""
 
 
 @dataclass(frozen=True)
@@ -179,19 +181,24 @@ def route(
         return routing
     blocks = triton.cdiv(tokens, BLOCK_TOKENS)
     options = launch_options(MAX_WARPS, overlaps) | {"BLOCK_TOKENS": BLOCK_TOKENS}
-    members = triton.cdiv(blocks, MAX_GROUPS)
-    groups = triton.cdiv(blocks, members)
-    counts = None
+    counts, summed = None, blocks > FEW_BLOCKS
     if tokens > one_launch:
-        counts = torch.empty(groups + groups * members, block_experts, **integers)
-        kernels.count[(groups,)](
-            router_logits, order, counts, tokens, global_experts, experts, groups, members, strides[0],
+        counts = torch.empty(blocks + 1, block_experts, **integers)
+        kernels.count[(blocks,)](
+            router_logits, order, counts, tokens, global_experts, experts, strides[0],
             TOPK=topk, BLOCK_EXPERTS=block_experts, **options,
         )  # fmt: skip
+    if summed:
+        rows, columns = BLOCK_SUMS
+        kernels.add_up[(block_experts // columns,)](
+            counts, blocks, BLOCK_EXPERTS=block_experts, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns,
+            **launch_options(MAX_WARPS, overlaps),
+        )  # fmt: skip
     place, more = (beside.place, beside.workgroups) if beside else (kernels.place, 0)
-    place[(blocks + more,)](
-        router_logits, order, counts, *into, tokens, global_experts, experts, blocks, groups, members,
-        *strides, BLOCK_COUNTS=BLOCK_COUNTS, BLOCK_SCHEDULE=BLOCK_SCHEDULE, **constants, **options,
+    place[(blocks + sizes + more,)](
+        router_logits, order, counts, *into, tokens, global_experts, experts, blocks, *strides,
+        FEW_BLOCKS=FEW_BLOCKS, SUMMED=summed, BLOCK_TILES=BLOCK_TILES, BLOCK_EMPTY=BLOCK_EMPTY, **constants,
+        **options,
     )  # fmt: skip
     return routing
 

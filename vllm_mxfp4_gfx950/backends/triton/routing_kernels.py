@@ -69,107 +69,142 @@ def few(
         tl.store(schedule + slots, -1, mask=(slots >= used) & (slots < stride_schedule))
 
 
-@triton.jit(do_not_specialize=["tokens", "groups", "members"])
+@triton.jit(do_not_specialize=["tokens"])
 def count(
-    Logits, Order, Counts, tokens, experts, local, groups, members, stride,
+    Logits, Order, Counts, tokens, experts, local, stride,
     TOPK: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """How many of a group's tokens chose each column, and of its blocks before each of them."""
+    """How many of a block's tokens chose each column."""
     await_previous(OVERLAP)
-    column = tl.arange(0, BLOCK_EXPERTS)
-    group = tl.program_id(0)
-    total = tl.zeros((BLOCK_EXPERTS,), tl.int32)
-    for block in range(group * members, group * members + members):
-        tl.store(Counts + (groups + block) * BLOCK_EXPERTS + column, total)
-        total += _count(
-            Logits, Order, block, tokens, experts, local, stride, TOPK, BLOCK_TOKENS, BLOCK_EXPERTS
-        )
-    tl.store(Counts + group * BLOCK_EXPERTS + column, total)
+    block = tl.program_id(0)
+    chosen = _count(Logits, Order, block, tokens, experts, local, stride, TOPK, BLOCK_TOKENS, BLOCK_EXPERTS)
+    tl.store(Counts + block * BLOCK_EXPERTS + tl.arange(0, BLOCK_EXPERTS), chosen)
 
 
-@triton.jit(do_not_specialize=["tokens", "blocks", "groups", "members", "stride_schedule"])
+@triton.jit(do_not_specialize=["blocks"])
+def add_up(
+    Counts, blocks,
+    BLOCK_EXPERTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Put in the place of each block's counts the sum of those before it, and behind the last that of all."""
+    await_previous(OVERLAP)
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    total = tl.zeros((BLOCK_COLUMNS,), tl.int32)
+    for first in range(0, blocks, BLOCK_ROWS):
+        block = first + tl.arange(0, BLOCK_ROWS)[:, None]
+        at = Counts + block * BLOCK_EXPERTS + column[None, :]
+        chosen = tl.load(at, mask=block < blocks, other=0)
+        tl.store(at, total[None, :] + tl.cumsum(chosen, 0) - chosen, mask=block < blocks)
+        total += tl.sum(chosen, 0)
+    tl.store(Counts + blocks * BLOCK_EXPERTS + column, total)
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks", "stride_schedule"])
 def place(
     Logits, Order, Counts, Gather, Scatter, Weights, Count, Starts, Schedule,
-    tokens, experts, local, blocks, groups, members, stride, stride_starts, stride_schedule,
+    tokens, experts, local, blocks, stride, stride_starts, stride_schedule,
     TOPK: tl.constexpr, SLOTS: tl.constexpr, SMALLEST: tl.constexpr, SIZES: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_COUNTS: tl.constexpr,
-    BLOCK_SCHEDULE: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, FEW_BLOCKS: tl.constexpr, SUMMED: tl.constexpr,
+    BLOCK_TILES: tl.constexpr, BLOCK_EMPTY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Place a block's choices among all, and write the block's share of the schedules."""
+    """Place a block's choices among all; behind the blocks, a workgroup for each size schedules its tiles."""
     await_previous(OVERLAP)
     this = tl.program_id(0)
-    column = tl.arange(0, BLOCK_EXPERTS)
-    token = this * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    key = _keys(Logits, Order, token, tokens, experts, stride, BLOCK_EXPERTS)
-    parts, taken = _take(key, token, tokens, TOPK)
-    taken = taken & (column < local)[None, :]
-    present = taken.to(tl.int32)
-    before = tl.zeros((BLOCK_EXPERTS,), tl.int32)
-    if Counts is None:
-        total = tl.sum(present, 0)
-        for other in range(1, blocks):
-            block = (this + other) % blocks
-            chosen = _count(
-                Logits, Order, block, tokens, experts, local, stride, TOPK, BLOCK_TOKENS, BLOCK_EXPERTS
-            )
-            total += chosen
-            before += tl.where(block < this, chosen, 0)
+    if this < blocks:
+        column = tl.arange(0, BLOCK_EXPERTS)
+        token = this * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+        key = _keys(Logits, Order, token, tokens, experts, stride, BLOCK_EXPERTS)
+        parts, taken = _take(key, token, tokens, TOPK)
+        taken = taken & (column < local)[None, :]
+        present = taken.to(tl.int32)
+        before, total = _counts(
+            tl.sum(present, 0), Logits, Order, Counts, this, tokens, experts, local, blocks, stride,
+            TOPK, BLOCK_TOKENS, BLOCK_EXPERTS, FEW_BLOCKS, SUMMED,
+        )  # fmt: skip
+        end = tl.cumsum(total, 0)
+        row = (end - total + before)[None, :] + tl.cumsum(present, 0) - present
+        pair = (token * TOPK)[:, None] + tl.cumsum(present, 1) - present
+        weight = tl.exp(_logit(key) - _logit(tl.max(key, 1))[:, None]) / parts[:, None]
+        tl.store(Gather + row, pair, mask=taken)
+        tl.store(Scatter + pair, row, mask=taken)
+        tl.store(Weights + row, weight.to(Weights.dtype.element_ty), mask=taken)
+        if Order is not None:
+            slot = tl.arange(0, SLOTS)[None, :]
+            absent = (slot >= tl.sum(present, 1)[:, None]) & (slot < TOPK) & (token < tokens)[:, None]
+            tl.store(Scatter + (token * TOPK)[:, None] + slot, -1, mask=absent)
+            # Where there are more slots than choices, the next block writes some of these, too.
+            empty = this * BLOCK_TOKENS * TOPK + tl.arange(0, BLOCK_TOKENS * SLOTS)
+            tl.store(Gather + empty, -1, mask=(empty >= tl.max(end, 0)) & (empty < tokens * TOPK))
     else:
-        total = tl.zeros((BLOCK_EXPERTS,), tl.int32)
-        before += tl.load(Counts + (groups + this) * BLOCK_EXPERTS + column)
-        for first in range(0, groups, BLOCK_COUNTS):
-            group = first + tl.arange(0, BLOCK_COUNTS)[:, None]
-            chosen = tl.load(Counts + group * BLOCK_EXPERTS + column[None, :], mask=group < groups, other=0)
-            total += tl.sum(chosen, 0)
-            before += tl.sum(tl.where(group < this // members, chosen, 0), 0)
-    end = tl.cumsum(total, 0)
-    begin, rows = end - total, tl.max(end, 0)
-
-    row = (begin + before)[None, :] + tl.cumsum(present, 0) - present
-    pair = (token * TOPK)[:, None] + tl.cumsum(present, 1) - present
-    weight = tl.exp(_logit(key) - _logit(tl.max(key, 1))[:, None]) / parts[:, None]
-    tl.store(Gather + row, pair, mask=taken)
-    tl.store(Scatter + pair, row, mask=taken)
-    tl.store(Weights + row, weight.to(Weights.dtype.element_ty), mask=taken)
-    if Order is not None:
-        slot = tl.arange(0, SLOTS)[None, :]
-        absent = (slot >= tl.sum(present, 1)[:, None]) & (slot < TOPK) & (token < tokens)[:, None]
-        tl.store(Scatter + (token * TOPK)[:, None] + slot, -1, mask=absent)
-        # Where there are more slots than choices, the next block writes some of these, too.
-        empty = this * BLOCK_TOKENS * TOPK + tl.arange(0, BLOCK_TOKENS * SLOTS)
-        tl.store(Gather + empty, -1, mask=(empty >= rows) & (empty < tokens * TOPK))
-
-    if this == 0:
-        tl.store(Count + column, total, mask=column < local)
-        tl.store(Starts + column, begin, mask=column < local)
-        tl.store(Starts + local, rows)
-    for size in tl.static_range(SIZES):
+        _, total = _counts(
+            tl.zeros((BLOCK_EXPERTS,), tl.int32), Logits, Order, Counts, blocks, tokens, experts, local,
+            blocks, stride, TOPK, BLOCK_TOKENS, BLOCK_EXPERTS, FEW_BLOCKS, SUMMED,
+        )  # fmt: skip
+        if this == blocks:
+            tl.store(Count + tl.arange(0, BLOCK_EXPERTS), total, mask=tl.arange(0, BLOCK_EXPERTS) < local)
+            _starts(total, Starts, local, BLOCK_EXPERTS)
+        size = this - blocks
+        needed = (total + SMALLEST - 1) // SMALLEST + (1 << size) - 1 >> size
         _schedule(
-            total, Starts + (1 + size) * stride_starts, Schedule + size * stride_schedule,
-            this, local, blocks, stride_schedule, SMALLEST << size, BLOCK_EXPERTS, BLOCK_SCHEDULE,
+            needed, Starts + (1 + size) * stride_starts, Schedule + size * stride_schedule,
+            local, stride_schedule, BLOCK_EXPERTS, BLOCK_TILES, BLOCK_EMPTY,
         )  # fmt: skip
 
 
 @triton.jit
-def _schedule(
-    total, Starts, Schedule, this, local, blocks, tiles,
-    ROWS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_SCHEDULE: tl.constexpr,
+def _counts(
+    own, Logits, Order, Counts, this, tokens, experts, local, blocks, stride,
+    TOPK: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, FEW_BLOCKS: tl.constexpr,
+    SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """Write a block's share of the tiles of so many rows, when each column has `total` rows in all."""
+    """How many chose each column in the blocks before this one, which has `own`, and in all."""
     column = tl.arange(0, BLOCK_EXPERTS)
-    needed = (total + ROWS - 1) // ROWS
-    end = tl.cumsum(needed, 0)
+    if SUMMED:
+        before = tl.load(Counts + this * BLOCK_EXPERTS + column)
+        total = tl.load(Counts + blocks * BLOCK_EXPERTS + column)
+    elif Counts is not None:
+        block = tl.arange(0, FEW_BLOCKS)[:, None]
+        counts = tl.load(Counts + block * BLOCK_EXPERTS + column[None, :], mask=block < blocks, other=0)
+        before = tl.sum(tl.where(block < this, counts, 0), 0)
+        total = tl.sum(counts, 0)
+    else:
+        before = tl.zeros((BLOCK_EXPERTS,), tl.int32)
+        total = own
+        for block in range(blocks):
+            if block != this:
+                chosen = _count(
+                    Logits, Order, block, tokens, experts, local, stride, TOPK, BLOCK_TOKENS, BLOCK_EXPERTS
+                )
+                total += chosen
+                before += tl.where(block < this, chosen, 0)
+    return before, total
+
+
+@triton.jit
+def _starts(count, Starts, local, BLOCK_EXPERTS: tl.constexpr):
+    """Write the sum of the counts before each column, and behind the last that of all; both are returned."""
+    column = tl.arange(0, BLOCK_EXPERTS)
+    end = tl.cumsum(count, 0)
     used = tl.max(end, 0)
-    if this == 0:
-        tl.store(Starts + column, end - needed, mask=column < local)
-        tl.store(Starts + local, used)
-    # The tile of an expert is the first to end behind it.
-    for first in range(this * BLOCK_SCHEDULE, tiles, blocks * BLOCK_SCHEDULE):
-        tile = first + tl.arange(0, BLOCK_SCHEDULE)
-        passed = end[None, :] <= tile[:, None]
-        expert = tl.sum(passed.to(tl.int32), 1)
-        behind = tile - tl.max(tl.where(passed, end[None, :], 0), 1)
-        tl.store(Schedule + tile, tl.where(tile < used, behind << 16 | expert, -1), mask=tile < tiles)
+    tl.store(Starts + column, end - count, mask=column < local)
+    tl.store(Starts + local, used)
+    return end - count, used
+
+
+@triton.jit
+def _schedule(
+    needed, Starts, Schedule, local, tiles,
+    BLOCK_EXPERTS: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_EMPTY: tl.constexpr,
+):  # fmt: skip
+    """Write all tiles of one size, of which each column needs so many."""
+    column = tl.arange(0, BLOCK_EXPERTS)[:, None]
+    start, used = _starts(needed, Starts, local, BLOCK_EXPERTS)
+    for first in range(0, tl.max(needed, 0), BLOCK_TILES):
+        tile = first + tl.arange(0, BLOCK_TILES)[None, :]
+        tl.store(Schedule + start[:, None] + tile, tile << 16 | column, mask=tile < needed[:, None])
+    for first in range(used, tiles, BLOCK_EMPTY):
+        empty = first + tl.arange(0, BLOCK_EMPTY)
+        tl.store(Schedule + empty, -1, mask=empty < tiles)
 
 
 @triton.jit

@@ -93,26 +93,27 @@ def few_and_split(
         )
 
 
-@triton.jit(do_not_specialize=["tokens", "blocks", "groups", "members", "stride_schedule"])
+@triton.jit(do_not_specialize=["tokens", "blocks", "stride_schedule"])
 def place_and_split(
     Logits, Order, Counts, Gather, Scatter, Weights, Count, Starts, Schedule,
-    tokens, experts, local, blocks, groups, members, stride, stride_starts, stride_schedule,
+    tokens, experts, local, blocks, stride, stride_starts, stride_schedule,
     X, Codes, Scales, stride_x,
     TOPK: tl.constexpr, SLOTS: tl.constexpr, SMALLEST: tl.constexpr, SIZES: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_COUNTS: tl.constexpr,
-    BLOCK_SCHEDULE: tl.constexpr, OVERLAP: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, FEW_BLOCKS: tl.constexpr, SUMMED: tl.constexpr,
+    BLOCK_TILES: tl.constexpr, BLOCK_EMPTY: tl.constexpr, OVERLAP: tl.constexpr, GROUPS: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """`routing_kernels.place`, and behind its workgroups those that split the tokens."""
     block = tl.program_id(0)
-    if block < blocks:
+    if block < blocks + SIZES:
         routing_kernels.place(
             Logits, Order, Counts, Gather, Scatter, Weights, Count, Starts, Schedule,
-            tokens, experts, local, blocks, groups, members, stride, stride_starts, stride_schedule,
-            TOPK, SLOTS, SMALLEST, SIZES, BLOCK_TOKENS, BLOCK_EXPERTS, BLOCK_COUNTS, BLOCK_SCHEDULE, OVERLAP,
+            tokens, experts, local, blocks, stride, stride_starts, stride_schedule,
+            TOPK, SLOTS, SMALLEST, SIZES, BLOCK_TOKENS, BLOCK_EXPERTS, FEW_BLOCKS, SUMMED, BLOCK_TILES,
+            BLOCK_EMPTY, OVERLAP,
         )  # fmt: skip
     else:
-        first = (block - blocks) * BLOCK_GROUPS
+        first = (block - blocks - SIZES) * BLOCK_GROUPS
         split_rows(X, Codes, Scales, first, tokens, stride_x, GROUPS, PADDED, BLOCK_GROUPS)
 
 
