@@ -195,7 +195,11 @@ def worker_answers(
 
 
 def random_prompts(directory: Path, inputs: int) -> list[int]:
-    """Tokens of the prompts that vLLM's client makes of a tokenizer, when so many are asked for."""
+    """Tokens of the prompts that vLLM's client makes of a tokenizer, when so many are asked for.
+
+    Raises:
+        VLLMValidationError: a server that takes so many would refuse a text for its length.
+    """
     return _in_engine_process("this-cpu", _random_prompts, directory, inputs)
 
 
@@ -381,10 +385,13 @@ def _worker_answers(
 
 def _random_prompts(directory: Path, inputs: int) -> list[int]:
     from vllm.benchmarks.datasets import RandomDataset
+    from vllm.renderers import TokenizeParams
     from vllm.tokenizers import get_tokenizer
 
     tokenizer = get_tokenizer(str(directory))
     samples = RandomDataset(random_seed=1).sample(tokenizer, 4, input_len=inputs)
+    for sample in samples:
+        TokenizeParams(inputs).apply_pre_tokenization(tokenizer, {"prompt": sample.prompt})
     return [len(tokenizer.encode(sample.prompt)) for sample in samples]
 
 

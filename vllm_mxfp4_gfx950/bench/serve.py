@@ -129,7 +129,8 @@ def config(model: str) -> dict[str, Any]:
 def write_dummy(model: str, directory: Path) -> None:
     """Write all that vLLM and its client read of a model without weights: its config and a tokenizer.
 
-    Each token is a word of its own, so that any tokens, written as text, are the same tokens again.
+    Each token is a word of its own, so that any tokens, written as text, are the same tokens again. One is
+    longer than the others: vLLM refuses a text that is longer than so many of the longest, without spaces.
 
     Args:
         model: a name in LAYERS.
@@ -137,6 +138,7 @@ def write_dummy(model: str, directory: Path) -> None:
     """
     content = config(model)
     words = [f"t{i}" for i in range(content["vocab_size"])]
+    words[content["pad_token_id"]] = "<padding>"
     tokenizer = {
         "version": "1.0",
         "pre_tokenizer": {"type": "WhitespaceSplit"},
