@@ -72,7 +72,8 @@ def layers(report: dict[str, Any]) -> Rows:
         best = min(us[name] for name in us if name != "ours")
         ours = sorted(row["us"]["ours"])
         yield {
-            "experts": row["layer"].split()[0].removeprefix("E="),
+            "experts": sizes(row)["E"],
+            "intermediate": sizes(row)["I"],
             "tokens": row["tokens"],
             "floor, us": f"{row['floor_us']:.1f}",
             **{f"{name}, us": f"{each:.1f}" for name, each in us.items()},
@@ -82,6 +83,11 @@ def layers(report: dict[str, Any]) -> Rows:
             **{f"host of {name}, us": f"{each:.0f}" for name, each in row.get("host_us", {}).items()},
             "error of ours, relative": f"{row['frobenius']['ours']:.1e}",
         }
+
+
+def sizes(row: dict[str, Any]) -> dict[str, str]:
+    """Of a row's layer, by letter."""
+    return dict(size.split("=") for size in row["layer"].split())
 
 
 def serving(report: dict[str, Any]) -> Rows:
