@@ -59,6 +59,7 @@ CASES = [
     Case(37, 128, 4),
     Case(64, 32, 4),
     Case(65, 128, 4),
+    Case(65, 8, 2, OUT_OF_ORDER, few=1),
     Case(100, 8, 1, OUT_OF_ORDER),
     Case(130, 128, 4, SOME),
     Case(64, 128, 4, SOME, "float32"),
@@ -69,6 +70,7 @@ CASES = [
     Case(150, 32, 4, smallest=64, sizes=1),
     Case(150, 32, 4, few=8),
     Case(1100, 8, 2, smallest=8, sizes=1),
+    Case(8200, 8, 2, smallest=64, sizes=1),
     Case(199, 128, 4, SOME, "float32", few=2),
     Case(97, 8, 2, OUT_OF_ORDER, smallest=8, sizes=1, few=1),
     Case(1, 128, 4, None, "float32"),
@@ -107,6 +109,8 @@ WIDEST = [
     Case(40, 512, 10),
     Case(20, 1024, 6),
     Case(40, 64, 32, None, "float32"),
+    Case(40, 512, 10, few=1),
+    Case(40, 64, 32, few=1),
 ]
 
 MISSES = {"": "", "order": "other gather", "smallest": "other block_start 0"}

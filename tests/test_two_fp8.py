@@ -12,7 +12,7 @@ from run_python import SUPPORT, run_python
 from test_triton_routing import launches
 from test_verification import EVERY, SERVED, LayerCase, emulated, ids, paths_of
 
-from vllm_mxfp4_gfx950.backends.triton import two_fp8
+from vllm_mxfp4_gfx950.backends.triton import routing, two_fp8
 from vllm_mxfp4_gfx950.gfx950.verification import MAX_FROBENIUS
 from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.tiles import release_of
@@ -38,12 +38,14 @@ class Case(LayerCase):
         expert_map: as in MoeWeights.
         dtype: of the logits.
         against_package: whether the package's kernels compute the layer as well.
+        few: the routing's FEW_BLOCKS.
     """
 
     tiles: tuple[Tile, Tile] = (PAIRED, SPLIT)
     expert_map: tuple[int, ...] | None = None
     dtype: str = "bfloat16"
     against_package: bool = True
+    few: int = routing.FEW_BLOCKS
 
     def __str__(self) -> str:
         name = f"{super().__str__()}-{self.dtype}-{'x'.join(map(str, self.tiles[0][:3]))}"
@@ -54,7 +56,7 @@ CASES = [
     Case((4, 4, 2, 288, 320), 1, (WAVES, SPLIT)),
     Case((8, 8, 4, 320, 288), 9),
     Case((4, 8, 2, 320, 320), 37, (MIDDLE, MIDDLE), expert_map=(-1, 0, 1, -1, -1, 2, 3, -1)),
-    Case((4, 4, 2, 576, 288), 70, (MANY, MANY), dtype="float32"),
+    Case((4, 4, 2, 576, 288), 70, (MANY, MANY), dtype="float32", few=4),
 ]
 """Tiles of every kind, and a depth that no step divides."""
 
@@ -91,7 +93,7 @@ def assert_right(pair: tuple[str, str], case: Case, *, every: bool = False) -> N
     assert got["spoilt"] or case.tokens == 1 or case.expert_map is not None
     assert got["misfits"] == []
     assert (got["mfma"], got["conversions"]) == (SCALED, 0)
-    *before, last = launches(case.tokens, case.shape[2], case.dtype)
+    *before, last = launches(case.tokens, case.shape[2], case.dtype, case.few)
     one = before if case.tokens > two_fp8.ONE_LAUNCH else []
     assert got["kernels"] == [*one, f"{last}_and_split", "two_fp8_matmul", "two_fp8_matmul", "combine"]
 

@@ -31,7 +31,7 @@ def check_layer(case: dict[str, Any]) -> dict[str, Any]:
         by_package = compare(prepared.run(x, logits), truth, plain) if case["against_package"] else None
     tiles = tuple(Ladder((10**6,), (TileConfig(*tile),)) for tile in case["tiles"])
     layer = two_fp8.TwoFp8(shape, prepared.w13, prepared.w2, tiles, prepared.order)
-    with presented(launches):
+    with presented(launches), mock.patch.object(routing, "FEW_BLOCKS", case["few"]):
         out = layer.run(x, logits)
     others, other_logits = random_tokens(shape, case["tokens"], seed=case["tokens"] + 1)
     others[0, 0], others[KEPT], other_logits[KEPT] = torch.inf, x[KEPT], logits[KEPT]

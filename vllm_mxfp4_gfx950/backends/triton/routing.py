@@ -22,7 +22,7 @@ executes 1.2 times as many instructions."""
 
 MAX_WARPS = 8
 """Warps of a workgroup; one for each token up to there. With 4, a wave of gfx950's executes 1.2 to 1.5
-times as many instructions; an H200 is up to 2 us faster then, with 33 to 512 tokens and 128 experts."""
+times as many instructions; an H200 is about 2 us faster then, with 128 experts and more than 32 tokens."""
 
 MIN_COLUMNS = 32
 """Experts, made up ones included. With 8, Triton 3.5 and 3.6 fail on fp32's `place` for a topk of 6."""
@@ -39,10 +39,12 @@ ONE_LAUNCH = 32
 """Tokens up to which each workgroup counts all choices itself, instead of a launch before it, unless told."""
 
 FEW_BLOCKS = 32
-"""Blocks up to which each workgroup adds up their counts itself, instead of a launch that adds them up."""
+"""Blocks, a power of two, up to which each workgroup adds up their counts itself, instead of a launch of its
+own."""
 
 BLOCK_SUMS = (512, 2)
-"""Blocks and columns whose counts are added up at once."""
+"""Blocks and columns whose counts are added up at once, in their place: no fewer than a workgroup has
+threads, so that none is read by two of them."""
 
 BLOCK_TILES = 16
 """Tiles of each expert that are scheduled together."""
@@ -181,7 +183,7 @@ def route(
         return routing
     blocks = triton.cdiv(tokens, BLOCK_TOKENS)
     options = launch_options(MAX_WARPS, overlaps) | {"BLOCK_TOKENS": BLOCK_TOKENS}
-    counts, summed = None, blocks > FEW_BLOCKS
+    counts, summed = None, tokens > one_launch and blocks > FEW_BLOCKS
     if tokens > one_launch:
         counts = torch.empty(blocks + 1, block_experts, **integers)
         kernels.count[(blocks,)](

@@ -107,7 +107,10 @@ def place(
     BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, FEW_BLOCKS: tl.constexpr, SUMMED: tl.constexpr,
     BLOCK_TILES: tl.constexpr, BLOCK_EMPTY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Place a block's choices among all; behind the blocks, a workgroup for each size schedules its tiles."""
+    """Place a block's choices among all; behind the blocks, a workgroup for each size schedules its tiles.
+
+    The first of these also writes how many rows each column has, and which is its first.
+    """
     await_previous(OVERLAP)
     this = tl.program_id(0)
     if this < blocks:
