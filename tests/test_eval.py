@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -54,7 +55,7 @@ from vllm_mxfp4_gfx950.evaluation.side import (
     parse,
     serving,
 )
-from vllm_mxfp4_gfx950.process import ServerProcess, did_not_start
+from vllm_mxfp4_gfx950.process import TIED, ServerProcess, did_not_start
 
 
 def outcomes(both: int, lost: int, won: int, neither: int) -> tuple[list[bool], list[bool]]:
@@ -584,6 +585,15 @@ def test_signal_ends_the_server(number: signal.Signals, code: int, tmp_path: Pat
         for running in (process, *servers):
             if running.is_running():
                 running.kill()
+
+
+@pytest.mark.parametrize(("lives", "code", "said"), [(True, 0, "started\n"), (False, 1, "")])
+def test_server_of_a_process_that_was_killed(lives: bool, code: int, said: str) -> None:
+    """One that ended before its server was tied to it: the server does not start."""
+    starter = os.getpid() if lives else 1
+    command = [sys.executable, "-c", TIED, str(starter), "-c", "print('started')"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (code, said)
 
 
 FOLDER = {

@@ -27,9 +27,12 @@ TIED = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("what started this server was killed meanwhile")
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
-"""Runs Python with its own arguments, so that it gets SIGTERM where the process that started it is killed.
+"""Runs Python with its own arguments but the first, the id of the process that started it: where that one is
+killed, it gets SIGTERM.
 
 Source: prctl(2).
 """
@@ -57,7 +60,7 @@ class ServerProcess:
         self.url = f"http://{self.place}"
         check_proxy(self.url)
         host, port = self.place.split(":")
-        command = [sys.executable, "-c", TIED, "-m", module, *arguments]
+        command = [sys.executable, "-c", TIED, str(os.getpid()), "-m", module, *arguments]
         with log.open("w") as output:
             self.main = subprocess.Popen(
                 [*command, "--host", host, "--port", port],
@@ -77,7 +80,7 @@ class ServerProcess:
         """Wait for as long as it is starting; the framework itself limits that.
 
         Args:
-            urls: where it may answer; the one that does is returned. None: its own.
+            urls: where it may answer; the one that does is returned; by default its own.
             look: called each time that it does not answer yet.
 
         Raises:
