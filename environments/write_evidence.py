@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from vllm_mxfp4_gfx950.bench.report import overlap, spread
+from vllm_mxfp4_gfx950.bench.report import over_best, spread
 
 FOLDER = Path(__file__).parents[1] / "docs/evidence"
 PAGE = FOLDER.with_suffix(".md")
@@ -92,7 +92,7 @@ def sizes(row: dict[str, Any]) -> dict[str, str]:
 
 def serving(report: dict[str, Any]) -> Rows:
     """Tokens a second of each load, of input where one token is asked for, and ratios of its latencies."""
-    loads: dict[tuple[object, ...], dict[str, dict[str, list[float]]]] = {}
+    loads: dict[tuple[object, ...], dict[str, dict[str, Any]]] = {}
     for row in report["rows"]:
         load = row["model"], row["routing"], row["batch"], f"{row['input']}/{row['output']}"
         loads.setdefault(load, {})[row["engine"]] = row
@@ -117,15 +117,6 @@ def serving(report: dict[str, Any]) -> Rows:
 def rounds(some: list[float]) -> str:
     """The median, and the spread of several."""
     return f"{statistics.median(some):.0f}" + (f" ±{spread(some):.1%}" if len(some) > 1 else "")
-
-
-def over_best(engines: dict[str, list[float]], best: Callable[..., list[float]]) -> str:
-    """The median of ours over that of the best of the others, and whether their rounds overlap."""
-    if not all(engines.values()):
-        return ""
-    peer = best((some for name, some in engines.items() if name != "ours"), key=statistics.median)
-    ratio = f"{statistics.median(engines['ours']) / statistics.median(peer):.3f}"
-    return f"{ratio}, within the spread" if len(peer) > 1 and overlap(engines["ours"], peer) else ratio
 
 
 def compiled(report: dict[str, Any]) -> Rows:
@@ -172,11 +163,27 @@ def executed(report: dict[str, Any]) -> Rows:
         }
 
 
+def beside(report: dict[str, Any]) -> Rows:
+    """A layer in SGLang through this package and through its own kernels: two files of run_in_sglang.py."""
+    for ours, theirs in zip(report["ours"]["rows"], report["theirs"]["rows"], strict=True):
+        us = [statistics.median(row["us"]["layer"]) for row in (ours, theirs)]
+        yield {
+            "tokens": ours["tokens"],
+            "floor, us": f"{ours['floor_us']:.1f}",
+            "this package, us": f"{us[0]:.1f}",
+            "SGLang's triton_kernel, us": f"{us[1]:.1f}",
+            "ratio": f"{us[0] / us[1]:.3f}",
+            "error of this package, relative": f"{ours['frobenius']['layer']:.1e}",
+            "error of SGLang's, relative": f"{theirs['frobenius']['layer']:.1e}",
+        }
+
+
 KINDS: dict[str, Callable[[Any], Rows]] = {
     "layer": layers,
     "serve": serving,
     "compile": compiled,
     "verify": executed,
+    "sglang": beside,
     "rows": lambda report: report["rows"],
 }
 """How each kind of file is shown."""

@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import engine
@@ -30,6 +31,7 @@ from vllm_mxfp4_gfx950.commands import bench
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.models import layer_shape
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
+from vllm_mxfp4_gfx950.process import free_port
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.settings import TABLES_VAR
 
@@ -117,6 +119,15 @@ def test_rows() -> None:
     assert one.layer == str(SHAPE)
     assert one.weight_bytes == 2 * layer.expert_bytes(SHAPE)
     assert one.floor_us == 1e6 * one.weight_bytes / 1e9
+
+
+def test_host_column() -> None:
+    """The time of ours to launch a call is the last of a row."""
+    us, host = {"ours": [10.0], "TRITON": [20.0]}, {"ours": 31.4, "TRITON": 62.6}
+    row = layer.Row("E=8 I=32", 4, 1e6, 1e9, 5.0, us, host, {"ours": 1e-3, "TRITON": 1e-3}, {}, 1.0)
+    assert bench.layer_line(row, ["ours", "TRITON"]).split()[-3:] == ["2.00", "0.500", "31.4"]
+    on_a_cpu = dataclasses.replace(row, host_us={})
+    assert bench.layer_line(on_a_cpu, ["ours", "TRITON"]).split()[-2:] == ["2.00", "0.500"]
 
 
 def test_layers_take_turns() -> None:
@@ -405,11 +416,11 @@ def rows_of(**rounds: list[float]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("ours", "end"),
     [
-        ([110.0, 115.0, 104.0], "1.100  within the spread"),
-        ([104.0, 110.0, 115.0], "1.100  within the spread"),
+        ([110.0, 115.0, 104.0], "1.100, within the spread"),
+        ([104.0, 110.0, 115.0], "1.100, within the spread"),
         ([106.0, 110.0, 115.0], "1.100"),
         ([90.0, 94.0, 95.0], "0.940"),
-        ([96.0, 96.0, 80.0], "0.960  within the spread"),
+        ([96.0, 96.0, 80.0], "0.960, within the spread"),
         ([110.0], ""),
     ],
     ids=str,
@@ -432,9 +443,9 @@ def test_comparison_says_what_is_no_finding(ours: list[float], end: str) -> None
     assert "100.0 ± 4.8%" in rate
     assert "80.000 ±37.5%              none" in rate
     if len(ours) > 1:
-        assert rate.endswith(f"none{'':11}{end}")
+        assert rate.endswith(f"none  {end}")
         # Of a time the least is the best.
-        assert float(first.split("none")[1].split()[0]) == round(statistics.median(ours) / 80, 3)
+        assert float(first.split("none")[1].split()[0].strip(",")) == round(statistics.median(ours) / 80, 3)
     else:
         assert rate.endswith("none")
 
@@ -586,6 +597,30 @@ def test_tokenizer_keeps_lengths(model: str, tmp_path: Path) -> None:
     assert 100 not in engine.random_prompts(tmp_path, 100)
 
 
+def test_worker_that_is_not_there() -> None:
+    """Nobody listens."""
+    with pytest.raises(
+        Mxfp4Error, match="path_for_bench of the server must be answered; got ConnectionError"
+    ):
+        vllm_client.call(f"http://127.0.0.1:{free_port()}", "path_for_bench", "ours")
+
+
+@pytest.mark.load
+def test_client_says_why(tmp_path: Path) -> None:
+    """vLLM's client finds no tokenizer; and a server ends while it is measured."""
+    log = tmp_path / "server.log"
+    log.write_text("ValueError: out of something\n")
+    client = vllm_client.Client(tmp_path)
+    main = SimpleNamespace(poll=lambda: None, returncode=3)
+    server: Any = SimpleNamespace(url="http://127.0.0.1:1", main=main, log=log)
+    with pytest.raises(Mxfp4Error, match=r"vLLM's client must be able to measure; got .*nowhere"):
+        client.measure(server, str(tmp_path / "nowhere"), (1, 8, 8), 1, seed=0)
+    main.poll = lambda: 3
+    rule = r"the server must be running until it is measured; got exit code 3 after: .*out of something"
+    with pytest.raises(Mxfp4Error, match=rule):
+        client.measure(server, str(tmp_path), (1, 8, 8), 1, seed=0)
+
+
 @pytest.mark.load
 @pytest.mark.engine
 def test_bench_serve(
@@ -713,10 +748,14 @@ def test_bench_serve_refuses_another_path(checkpoint: Path, tmp_path: Path) -> N
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and vLLM's kernels for it")
+@pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize("name", vllm_layers.BUILDERS)
-def test_peer(name: str) -> None:
-    """vLLM's own layers are prepared and called so that they are right, and are captured in a graph."""
-    shape, device = layer_shape("gpt-oss-20b"), torch.device("cuda")
+def test_peer(name: str, ranks: int) -> None:
+    """vLLM's own layers are prepared and called so that they are right, and are captured in a graph.
+
+    A share of four ranks has to be padded.
+    """
+    shape, device = layer_shape("gpt-oss-20b", ranks), torch.device("cuda")
     row, *_ = layer.measure(shape, [37], {name: vllm_layers.BUILDERS[name]}, REACHED, device)
     assert not row.failed
-    assert list(row.us) == [name]
+    assert list(row.us) == list(row.host_us) == [name]

@@ -41,6 +41,21 @@ def test_check_notices(tmp_path: Path) -> None:
     assert "not what write_evidence.py writes" in result.stdout
 
 
+def test_layers_show_the_host() -> None:
+    """What the CPU takes to launch a layer of each, where it was measured."""
+    row = {
+        "layer": "E=8 topk=2 H=64 I=32",
+        "tokens": 4,
+        "floor_us": 5.0,
+        "us": {"ours": [10.0], "TRITON": [20.0]},
+        "frobenius": {"ours": 1e-3},
+    }
+    (before,) = write_evidence.layers({"rows": [row]})
+    (shown,) = write_evidence.layers({"rows": [row | {"host_us": {"ours": 31.4, "TRITON": 62.6}}]})
+    assert (shown["experts"], shown["intermediate"]) == ("8", "32")
+    assert shown.items() - before.items() == {("host of ours, us", "31"), ("host of TRITON, us", "63")}
+
+
 def test_serving_shows_the_spread() -> None:
     """Of several rounds, and whether the rounds of ours and of the best other one meet."""
     load = {"model": "m", "routing": "spread", "batch": 1, "input": 2, "output": 3}

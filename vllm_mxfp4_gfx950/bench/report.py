@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import statistics
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,25 @@ def spread(some: list[float]) -> float:
 def overlap(some: list[float], others: list[float]) -> bool:
     """Whether the range of some rounds meets that of others."""
     return max(min(some), min(others)) <= min(max(some), max(others))
+
+
+def over_best(rounds: dict[str, list[float]], best: Callable[..., list[float]]) -> str:
+    """The median of ours over that of the best of the others, and whether their rounds overlap.
+
+    Args:
+        rounds: of each engine.
+        best: `max` or `min`, by which of the others is the best.
+
+    Returns:
+        "" without ours or without another.
+    """
+    ours, peers = rounds.get("ours"), [some for name, some in rounds.items() if name != "ours" and some]
+    if not ours or not peers:
+        return ""
+    peer = best(peers, key=statistics.median)
+    ratio = f"{statistics.median(ours) / statistics.median(peer):.3f}"
+    several = min(len(ours), len(peer)) > 1
+    return f"{ratio}, within the spread" if several and overlap(ours, peer) else ratio
 
 
 def load(row: dict[str, Any]) -> tuple[str, int, int, int]:

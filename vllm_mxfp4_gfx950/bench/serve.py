@@ -340,7 +340,12 @@ def figures(found: dict[str, Any], load: Load, asked: int) -> dict[str, Any]:
         raise Mxfp4Error("the answers", rule, value, "Read the server's log")
     if abs(found["total_input_tokens"] / (asked * inputs) - 1) >= 0.01:
         value = f"{found['total_input_tokens'] / asked:g}"
-        raise Mxfp4Error("the prompts", f"{inputs} tokens on average", value, "Measure another checkpoint")
+        raise Mxfp4Error(
+            "the prompts",
+            f"{inputs} tokens on average",
+            value,
+            "Measure longer prompts, or another checkpoint",
+        )
     tokens = "total_output_tokens" if outputs > 1 else "total_input_tokens"
     return {
         "tokens_per_s": found[tokens] / found["duration"],

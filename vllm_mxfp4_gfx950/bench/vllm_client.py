@@ -103,12 +103,12 @@ class Client:
 
 def run(arguments: list[str], log: Path) -> None:
     """`vllm bench serve` in this process, whose output becomes the log."""
-    from vllm.benchmarks.serve import add_cli_args, main
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
     with log.open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    from vllm.benchmarks.serve import add_cli_args, main
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
     main(parser.parse_args(arguments))

@@ -228,12 +228,7 @@ def comparison(rows: list[dict[str, Any]], engines: list[str]) -> list[str]:
                 some = rounds.get(name)
                 line += f"{digits(some):>9} ±{report.spread(some):5.1%} " if some else f"{'none':>17}"
             whole = {name: some for name, some in rounds.items() if len(some) > 1}
-            peers = [name for name in whole if name != "ours"]
-            if "ours" in whole and peers:
-                ours, peer = whole["ours"], best((whole[name] for name in peers), key=statistics.median)
-                line += f"{statistics.median(ours) / statistics.median(peer):16.3f}"
-                line += "  within the spread" if report.overlap(ours, peer) else ""
-            lines.append(line)
+            lines.append(f"{line}  {report.over_best(whole, best)}".rstrip())
     return lines
 
 
