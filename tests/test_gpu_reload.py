@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,13 @@ def test_asleep(served: list[Served]) -> None:
     assert is_near(served[0], served[1])
 
 
-def test_emptied(served: list[Served]) -> None:
+def test_emptied(served: list[Served], request: pytest.FixtureRequest) -> None:
     """The same tokens after level 2 with the same weights loaded again."""
-    if not hasattr(pytest.importorskip("vllm.model_executor.models.gpt_oss"), "make_attention_sink"):
-        pytest.skip("this vLLM loses the attention sinks at level 2, whatever computes the experts")
+    if not hasattr(importlib.import_module("vllm.model_executor.models.gpt_oss"), "make_attention_sink"):
+        reason = (
+            "by its source, this vLLM loses the attention sinks at level 2, whatever computes the experts"
+        )
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
     assert is_near(served[0], served[3])
 
 
