@@ -31,6 +31,9 @@ from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.tolerance import compare
 
+SECONDS = 250
+"""After which it ends, whatever it does."""
+
 
 def loaded(weights: MoeWeights, shape: MoeShape) -> OneBlock:
     """A block with these weights, where they are."""
@@ -103,10 +106,9 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shape", type=int, nargs=4, default=(32, 4, 2880, 2880), metavar="N")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 7, 64, 700])
-    parser.add_argument("--seconds", type=int, default=250, help="after which it ends, whatever it does")
     parser.add_argument("--json", type=Path, help="for what was seen, and with which versions")
     args = parser.parse_args()
-    faulthandler.dump_traceback_later(args.seconds, exit=True)
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
     logging.basicConfig(level=logging.INFO)
     try:
         print(f"RIGHT: {examine(args)}")

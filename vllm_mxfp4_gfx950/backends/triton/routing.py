@@ -182,19 +182,20 @@ def route(
         )  # fmt: skip
         return routing
     blocks = triton.cdiv(tokens, BLOCK_TOKENS)
-    options = launch_options(MAX_WARPS, overlaps) | {"BLOCK_TOKENS": BLOCK_TOKENS}
-    counts, summed = None, tokens > one_launch and blocks > FEW_BLOCKS
+    launch = launch_options(MAX_WARPS, overlaps)
+    options = launch | {"BLOCK_TOKENS": BLOCK_TOKENS}
+    counts, summed = None, False
     if tokens > one_launch:
         counts = torch.empty(blocks + 1, block_experts, **integers)
         kernels.count[(blocks,)](
             router_logits, order, counts, tokens, global_experts, experts, strides[0],
             TOPK=topk, BLOCK_EXPERTS=block_experts, **options,
         )  # fmt: skip
+        summed = blocks > FEW_BLOCKS
     if summed:
         rows, columns = BLOCK_SUMS
         kernels.add_up[(block_experts // columns,)](
-            counts, blocks, BLOCK_EXPERTS=block_experts, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns,
-            **launch_options(MAX_WARPS, overlaps),
+            counts, blocks, BLOCK_EXPERTS=block_experts, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns, **launch,
         )  # fmt: skip
     place, more = (beside.place, beside.workgroups) if beside else (kernels.place, 0)
     place[(blocks + sizes + more,)](
