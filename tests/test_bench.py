@@ -34,6 +34,7 @@ from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.process import free_port
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.settings import TABLES_VAR
+from vllm_mxfp4_gfx950.timing import Calls
 
 CPU = torch.device("cpu")
 SHAPE = make_shape(4, 2, 64, 32)
@@ -139,7 +140,7 @@ def test_layers_take_turns() -> None:
 
     some = [numbered(number) for number in range(layer.copies(SHAPE, CPU))]
     batches = [random_tokens(SHAPE, 1, seed) for seed in range(layer.CALLS)]
-    calls = layer.in_turn(some, batches, CPU)
+    calls = layer.in_turn(some, batches, CPU, captured=True)
     met.clear()
     calls.microseconds(2)
     assert len(met) == 3 * layer.CALLS
@@ -165,6 +166,34 @@ def test_bench_layer(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert {"ours", "floor", str(SHAPE)} <= set(re.findall("<!-- (.+) -->", plot.read_text()))
 
 
+@pytest.mark.parametrize(("captured", "graphs"), [([], [True, True]), (["--captured", "5"], [True, False])])
+def test_bench_layer_as_captured(
+    captured: list[str],
+    graphs: list[bool],
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Batches without a graph are timed without one, and what serves is chosen so."""
+    made: list[bool] = []
+
+    class Noted(Calls):
+        def __init__(self, *arguments: Any, captured: bool = True) -> None:
+            made.append(captured)
+            super().__init__(*arguments, captured=captured)
+
+    limits: list[int | None] = []
+    served = layer.as_served
+    monkeypatch.setattr(layer, "as_served", lambda *given: (limits.append(given[2]), served(*given))[1])
+    monkeypatch.setattr(layer, "speeds", lambda _: layer.Speeds(1e9, 1e9))
+    monkeypatch.setattr(layer, "Calls", Noted)
+    arguments = ["--model", str(checkpoint / "config.json"), "--tokens", "5", "6", "--peers", *captured]
+    assert cli.main(["bench", "layer", *arguments]) == 0
+    assert made == graphs
+    assert set(limits) == ({5} if captured else {None})
+    assert ("above 5 tokens without a graph" in capsys.readouterr().out) == bool(captured)
+
+
 @pytest.mark.parametrize(
     ("fault", "text"), [(without_w2_bias, " is allowed; "), (cannot_be_built, "No module named 'vllm'")]
 )
@@ -176,7 +205,7 @@ def test_bench_layer_refuses_a_wrong_layer(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Negative control: no time, the reason, and exit code 1."""
-    monkeypatch.setattr(layer, "ours", fault)
+    monkeypatch.setattr(layer, "ours", lambda weights, shape, captured: fault(weights, shape))
     arguments = ["--model", str(checkpoint / "config.json"), "--tokens", "1", "--peers"]
     assert cli.main(["bench", "layer", *arguments]) == 1
     *_, row, reason, _ = capsys.readouterr().out.splitlines()
@@ -305,6 +334,7 @@ def test_ours_has_the_users_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("arguments", "error"),
     [
         ("layer --tokens 0", "--tokens must be at least 1; got 0."),
+        ("layer --captured -1", "--captured must be at least 0; got -1."),
         ("layer --plot x.jpg", "--plot must be a name that ends in .png or .svg; got x.jpg."),
         ("layer --plot no/x.png", "--plot must be a file in a directory that exists; got no/x.png."),
         ("serve --json no/x.json", "--json must be a file in a directory that exists; got no/x.json."),

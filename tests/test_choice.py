@@ -20,6 +20,7 @@ from vllm_mxfp4_gfx950.moe import MoeWeights
 from vllm_mxfp4_gfx950.random_layer import random_weights
 from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tiles import Ladder, Plan
+from vllm_mxfp4_gfx950.timing import Calls
 
 serving = pytest.importorskip("vllm_mxfp4_gfx950.serving")
 
@@ -144,7 +145,7 @@ def served(
     asked: list[tuple[Plan, int]] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(choice, "clock", lambda shape, device: timed(curve, asked))
+    monkeypatch.setattr(choice, "clock", lambda shape, device, captured: timed(curve, asked))
     layers = serving.ModelLayers(SHAPE, "gfx950", Settings(**settings), 2048)
     return len(asked), [layers.prepare(weights, f"layers.{i}").plans for i in range(3)], len(asked), layers
 
@@ -190,6 +191,28 @@ def test_clock_on_a_cpu() -> None:
     assert 0 < cost(layer(), 3) < math.inf
     assert cost(backend("bad", lambda *_: 1 / 0).prepare(random_weights(SHAPE, seed=0)), 3) == math.inf
     assert self_check.PLAN_NAMES.keys() == {*choice.Plan.__args__}
+
+
+@pytest.mark.parametrize(("captured", "graphs"), [(None, [4, 5]), (4, [4]), (0, [])])
+def test_graphs_are_timed_where_batches_have_one(
+    captured: int | None, graphs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others are launched one behind the other, as the CPU may take longer than the GPU."""
+    made: dict[int, tuple[int, bool]] = {}
+
+    class Noted(Calls):
+        def __init__(
+            self, call: Callable[[int], Any], count: int, device: torch.device, *, alike: bool, captured: bool
+        ) -> None:
+            made[len(call(0))] = count, captured
+            super().__init__(call, count, device, alike=alike, captured=captured)
+
+    monkeypatch.setattr(choice, "Calls", Noted)
+    cost = choice.clock(SHAPE, torch.device("cpu"), captured)
+    for tokens in (4, 5):
+        assert cost(layer(), tokens) > 0
+    count = {tokens: choice.CALLS.at(tokens) if tokens in graphs else choice.UNCAPTURED for tokens in (4, 5)}
+    assert made == {tokens: (count[tokens], tokens in graphs) for tokens in (4, 5)}
 
 
 class OneWay:

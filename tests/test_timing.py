@@ -29,6 +29,22 @@ def test_calls_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("captured", "counts"), [(True, False), (False, True)])
+def test_time_of_the_cpu(captured: bool, counts: bool) -> None:
+    """It counts where there is no graph; and so does the GPU's, which is 1 ms here."""
+    a = torch.zeros(1 << 29, device="cuda")
+
+    def call(_: int) -> None:
+        a.mul_(2.0)
+        time.sleep(0.01)
+
+    (us, *_) = Calls(call, 2, a.device, captured=captured).microseconds()
+    assert us > 500
+    assert (us > 10_000) == counts
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_calls_on_a_gpu() -> None:
     """And the work is there: a copy is not faster than memory."""
     times = []

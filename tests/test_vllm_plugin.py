@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import engine  # noqa: F401  (puts the demo on sys.path)
+import load_model
 import pytest
 import tiny_checkpoint
 import torch
@@ -67,3 +68,19 @@ def test_what_is_missing(packages: Path, tmp_path: Path) -> None:
     assert "vllm.model_executor.layers.linear.LinearBase" in found
     assert "vllm.config.VllmConfig" in found
     assert not any("fused_moe" in name for name in found)
+
+
+@pytest.mark.parametrize(("sizes", "captured"), [([1, 8], 8), ([], 0)])
+def test_batches_of_an_engine(sizes: list[int], captured: int, tmp_path: Path) -> None:
+    """The largest, and the largest that has a graph."""
+    checkpoint = tiny_checkpoint.write(TinyGptOss(), tmp_path / "tiny")
+    with load_model.one_rank(checkpoint):
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.utils import initialize_model
+
+        config = load_model.create_config(checkpoint, max_num_batched_tokens=96, max_num_seqs=16)
+        config.compilation_config.cudagraph_capture_sizes = sizes
+        with set_current_vllm_config(config):
+            model = initialize_model(config)
+    layers = model.model.layers[0].mlp.experts.routed_experts.quant_method.layers
+    assert (layers.largest, layers.captured) == (96, captured)

@@ -40,6 +40,9 @@ CALLS = Ladder((8, 128, 1024, 2**30), (8, 4, 2, 1))
 """Calls in a graph, by number of tokens. Each has tokens of its own: where these are few, they read other
 experts, so that no call finds its weights in a cache."""
 
+UNCAPTURED = 3
+"""Calls in a row where there is no graph: the CPU launches one while the GPU computes the one before."""
+
 REPLAYS = 2
 
 Cost = Callable[[Layer, int], float]
@@ -142,19 +145,21 @@ def lead(us: dict[Plan, float]) -> float:
     return others[0] / fastest if others else math.inf
 
 
-def clock(shape: MoeShape, device: torch.device) -> Cost:
-    """Times a layer on a GPU, in graphs.
+def clock(shape: MoeShape, device: torch.device, captured: int | None = None) -> Cost:
+    """Times a layer on a GPU as batches will run: from graphs, or launched by the CPU, which may take longer.
 
     Args:
         shape: the layer.
         device: where it is.
+        captured: the most tokens of a batch that has a graph; None where all have one.
     """
 
     def cost(layer: Layer, tokens: int) -> float:
-        count = CALLS.at(tokens)
+        from_graph = captured is None or tokens <= captured
+        count = CALLS.at(tokens) if from_graph else UNCAPTURED
         inputs = [random_tokens(shape, tokens, seed, str(device)) for seed in range(count)]
         try:
-            calls = Calls(lambda i: layer.run(*inputs[i]), count, device, alike=True)
+            calls = Calls(lambda i: layer.run(*inputs[i]), count, device, alike=True, captured=from_graph)
             return min(calls.seconds() for _ in range(REPLAYS)) * 1e6 / count
         except torch.OutOfMemoryError:
             raise

@@ -119,6 +119,13 @@ def of_bench(parser: argparse.ArgumentParser) -> None:
     of_ranks(layer)
     layer.add_argument("--tokens", type=int, nargs="+", help="tokens of a forward")
     layer.add_argument(
+        "--captured",
+        type=int,
+        metavar="N",
+        help="run batches of more tokens without a graph, so that the CPU's time to launch them counts; "
+        "vLLM's N is 512 where it is not told otherwise; by default all have a graph",
+    )
+    layer.add_argument(
         "--peers",
         type=str.upper,
         nargs="*",

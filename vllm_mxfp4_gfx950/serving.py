@@ -28,13 +28,21 @@ class ModelLayers:
         arch: as `backends.arch_of` names it.
         wanted: what the user asked for.
         largest: the most tokens of a batch.
+        captured: as `choice.clock` takes it.
 
     Raises:
         Mxfp4Error: no backend can serve it.
     """
 
-    def __init__(self, shape: MoeShape, arch: str, wanted: settings.Settings, largest: int) -> None:
-        self.shape, self.wanted, self.largest = shape, wanted, largest
+    def __init__(
+        self,
+        shape: MoeShape,
+        arch: str,
+        wanted: settings.Settings,
+        largest: int,
+        captured: int | None = None,
+    ) -> None:
+        self.shape, self.wanted, self.largest, self.captured = shape, wanted, largest, captured
         self.selection = backends.select(shape, arch, wanted)
         self.checked = ""  # The name of the first layer that was.
         self.plans: Ladder[Plan] | None = None
@@ -83,7 +91,8 @@ class ModelLayers:
 
     def _fastest(self, weights: MoeWeights, prefix: str) -> tuple[backends.Selection, backends.Layer]:
         """The right layer that takes the least time, of all backends; where none runs, what "auto" takes."""
-        cost, arch = choice.clock(self.shape, weights.w13.device), self.selection.arch
+        cost = choice.clock(self.shape, weights.w13.device, self.captured)
+        arch = self.selection.arch
         best: tuple[dict[int, float], choice.Choice | None] | None = None
         for family in backends.TIMED:
             wanted = dataclasses.replace(self.wanted, backend=family)
@@ -112,7 +121,8 @@ class ModelLayers:
             return layer.with_plans(self.plans)
         if not self.wanted.time_at_load or layer.pinned or not torch.cuda.is_available():
             return layer
-        self.choice = choice.choose(layer, self.largest, choice.clock(self.shape, torch.device("cuda")))
+        cost = choice.clock(self.shape, torch.device("cuda"), self.captured)
+        self.choice = choice.choose(layer, self.largest, cost)
         torch.cuda.empty_cache()
         logger.info("Chosen by time: %s.", self.choice)
         return layer.with_plans(self.choice.plans)
@@ -173,9 +183,11 @@ def _report(prefix: str, name: str, outcome: self_check.Outcome) -> None:
 
 
 @functools.cache
-def model_layers(shape: MoeShape, arch: str, wanted: settings.Settings, largest: int) -> ModelLayers:
+def model_layers(
+    shape: MoeShape, arch: str, wanted: settings.Settings, largest: int, captured: int | None = None
+) -> ModelLayers:
     """What all layers of a model share."""
-    return ModelLayers(shape, arch, wanted, largest)
+    return ModelLayers(shape, arch, wanted, largest, captured)
 
 
 def check_activation_dtype(dtype: torch.dtype, arch: str) -> None:

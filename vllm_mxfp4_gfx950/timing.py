@@ -14,22 +14,29 @@ REPLAYS = 6
 
 
 class Calls:
-    """Several calls as one piece of work: a CUDA graph, or on a CPU the calls themselves.
+    """Several calls as one piece of work: a CUDA graph, or the calls themselves.
 
     Args:
         call: takes the call's number and returns its result.
         count: how many.
         device: where they run.
         alike: whether one call compiles what all of them need.
+        captured: whether a GPU replays them from a graph; else the CPU launches them each time.
     """
 
     def __init__(
-        self, call: Callable[[int], Any], count: int, device: torch.device, *, alike: bool = False
+        self,
+        call: Callable[[int], Any],
+        count: int,
+        device: torch.device,
+        *,
+        alike: bool = False,
+        captured: bool = True,
     ) -> None:
-        self.call, self.count = call, count
+        self.call, self.count, self.device = call, count, device
         self.graph: torch.cuda.CUDAGraph | None = None
         self.first = call(0) if alike else self.calls()
-        if device.type == "cuda":
+        if device.type == "cuda" and captured:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.first = self.calls()
@@ -57,8 +64,10 @@ class Calls:
     def seconds(self) -> float:
         """Time of one replay."""
         if self.graph is None:
+            self._wait()
             began = time.perf_counter()
             self.replay()
+            self._wait()
             return time.perf_counter() - began
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
@@ -66,6 +75,11 @@ class Calls:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
+
+    def _wait(self) -> None:
+        """Until the device has nothing to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def progress(done: int, total: int) -> None:

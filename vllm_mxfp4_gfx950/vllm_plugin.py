@@ -153,7 +153,8 @@ class Mxfp4TritonMoEMethod(FusedMoEMethodBase):
         # Data-parallel ranks bring their tokens together.
         ranks = config.parallel_config.data_parallel_size
         largest = ranks * config.scheduler_config.max_num_batched_tokens
-        self.layers = serving.model_layers(self.shape, arch, settings.from_environment(), largest)
+        captured = ranks * max(config.compilation_config.cudagraph_capture_sizes or (), default=0)
+        self.layers = serving.model_layers(self.shape, arch, settings.from_environment(), largest, captured)
         check_capture(config, self.layers.selection)
         self.prepared: backends.Layer | None = None
         self.from_checkpoint = config.load_config.load_format != "dummy"

@@ -77,15 +77,15 @@ class Row:
     seconds: float
 
 
-def ours(weights: MoeWeights, shape: MoeShape) -> Layer:
+def ours(weights: MoeWeights, shape: MoeShape, captured: int | None = None) -> Layer:
     """This package's, prepared, checked and chosen among as a server here would do."""
-    return as_served(shape, weights.w13.device).prepare(weights, "the layer").run
+    return as_served(shape, weights.w13.device, captured).prepare(weights, "the layer").run
 
 
-def as_served(shape: MoeShape, device: torch.device) -> serving.ModelLayers:
+def as_served(shape: MoeShape, device: torch.device, captured: int | None = None) -> serving.ModelLayers:
     """Layers of one model, for which the first one decides what serves."""
     wanted = settings.from_environment()
-    return serving.model_layers(shape, backends.arch_of(device), wanted, LARGEST)
+    return serving.model_layers(shape, backends.arch_of(device), wanted, LARGEST, captured)
 
 
 def speeds(device: torch.device) -> Speeds:
@@ -142,6 +142,7 @@ def measure(
     builders: Mapping[str, Builder],
     reached: Speeds,
     device: torch.device,
+    captured: int | None = None,
 ) -> Iterator[Row]:
     """Check and time every backend at every batch size; one that fails does not stop the others.
 
@@ -153,6 +154,7 @@ def measure(
         builders: how to prepare the layer for each backend.
         reached: what `speeds` returned.
         device: where to run.
+        captured: as `choice.clock` takes it.
     """
     failed: dict[str, str] = {}
     layers: dict[str, list[Layer]] = {}
@@ -176,7 +178,7 @@ def measure(
         right: dict[str, Calls] = {}
         for name, turns in layers.items():
             try:
-                calls = in_turn(turns, batches, device)
+                calls = in_turn(turns, batches, device, captured is None or tokens <= captured)
                 calls.first.fill_(float("nan"))  # So that only a replay can make it right.
                 found = compare(calls.replay(), truth[:tokens], plain[:tokens])
                 if found.miss:
@@ -207,7 +209,10 @@ def host_microseconds(layer: Layer, batches: list[tuple[torch.Tensor, torch.Tens
 
 
 def in_turn(
-    layers: list[Layer], batches: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device
+    layers: list[Layer],
+    batches: list[tuple[torch.Tensor, torch.Tensor]],
+    device: torch.device,
+    captured: bool,
 ) -> Calls:
     """One call for each batch, the layers taking turns."""
-    return Calls(lambda i: layers[i % len(layers)](*batches[i]), len(batches), device)
+    return Calls(lambda i: layers[i % len(layers)](*batches[i]), len(batches), device, captured=captured)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import shlex
 import shutil
 import statistics
@@ -66,17 +67,20 @@ def run_layer(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     token_counts = list(args.tokens or TOKENS)
     if min(token_counts) < 1:
         raise Mxfp4Error("--tokens", "at least 1", min(token_counts), "Correct it")
+    if args.captured is not None and args.captured < 0:
+        raise Mxfp4Error("--captured", "at least 0", args.captured, "Correct it")
     shapes = [layer_shape(model, args.tp, args.ep) for model in args.model]
     peers = peers_here() if args.peers is None else args.peers
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = [str(layer.as_served(shape, device).selection) for shape in shapes]
+    chosen = [str(layer.as_served(shape, device, args.captured).selection) for shape in shapes]
     reached = layer.speeds(device)
     done: dict[str, Any] = {
         "bench": "layer",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "versions": report.versions(),
         "ours": chosen,
+        "captured": args.captured,
         "copy_bytes_per_s": reached.copy,
         "flops_per_s": reached.multiply,
         "rows": [],
@@ -87,17 +91,20 @@ def run_layer(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
         f"microseconds of one layer, after its rows were compared with float64: the median of "
         f"{2 * REPLAYS} replays of {layer.CALLS} calls, ± half of the way from fastest to slowest"
     )
-    builders = {"ours": layer.ours} | {name: vllm_layers.BUILDERS[name] for name in peers}
+    if args.captured is not None:
+        print(f"above {args.captured} tokens without a graph, the CPU's time to launch included")
+    ours = functools.partial(layer.ours, captured=args.captured)
+    builders = {"ours": ours} | {name: vllm_layers.BUILDERS[name] for name in peers}
     for shape, choice in zip(shapes, chosen, strict=True):
         print(f"\n{shape}, {layer.copies(shape, device)} layers in turn; ours: {choice}")
         columns = "".join(f"{name:>17}" for name in builders)
         print(f"tokens MB read   GFLOP    floor{columns}  ours/floor  ours/best peer  host: ours", flush=True)
-        for row in layer.measure(shape, token_counts, builders, reached, device):
+        for row in layer.measure(shape, token_counts, builders, reached, device, args.captured):
             print(layer_line(row, list(builders)), flush=True)
             done["rows"].append(dataclasses.asdict(row))
             if args.json:
                 report.write(args.json, done)
-        print(f"ours: {layer.as_served(shape, device)}")
+        print(f"ours: {layer.as_served(shape, device, args.captured)}")
     return done, 1 if any(row["failed"] for row in done["rows"]) else 0
 
 

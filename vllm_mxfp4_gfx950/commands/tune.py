@@ -14,7 +14,7 @@ from vllm_mxfp4_gfx950.gfx950 import ranking
 from vllm_mxfp4_gfx950.models import layer_shape
 from vllm_mxfp4_gfx950.settings import TABLES_VAR
 from vllm_mxfp4_gfx950.timing import progress
-from vllm_mxfp4_gfx950.tuning.record import SIZES, Table
+from vllm_mxfp4_gfx950.tuning.record import CAPTURED, SIZES, Table
 from vllm_mxfp4_gfx950.tuning.search import Batch, Layers, tune, warm_up
 
 
@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
         f"vllm-mxfp4 tune --model {args.model} --tp {args.tp} --ep {args.ep}" + " --quick" * args.quick,
     )
     if args.quick:
-        found = choose(Layers(shape, arch, "cuda", copies=1).prepared[0], SIZES[-1], clock(shape, device))
+        cost = clock(shape, device, CAPTURED)
+        found = choose(Layers(shape, arch, "cuda", copies=1).prepared[0], SIZES[-1], cost)
         table.pin(found.plans)
         print(f"{args.model}: {shape}, {table.evidence}: {found}")
         print(f"{table.file} says so. To serve by it: {TABLES_VAR}={args.out.resolve()}")

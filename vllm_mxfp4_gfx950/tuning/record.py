@@ -30,6 +30,10 @@ SIZES = tuple(
 """Token counts that are timed. A tile serves from the count before its own on, and the fastest at a power of
 two may be slow behind the power before it."""
 
+CAPTURED = 512
+"""The most tokens of a batch for which vLLM captures a graph, where it is not told otherwise. Larger ones are
+launched by the CPU, which may take longer than the GPU."""
+
 GIVE_UP = 1.1
 """Once our own matmuls take so many times as long as the others, no larger batch is tried with them."""
 

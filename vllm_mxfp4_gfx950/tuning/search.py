@@ -25,7 +25,7 @@ from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights
 from vllm_mxfp4_gfx950.tiles import TileConfig
 from vllm_mxfp4_gfx950.timing import Calls, progress
 from vllm_mxfp4_gfx950.tolerance import compare
-from vllm_mxfp4_gfx950.tuning.record import Pair, Table
+from vllm_mxfp4_gfx950.tuning.record import CAPTURED, Pair, Table
 
 Tiles = tuple[str, Pair]
 """Kernels, and a pair for them."""
@@ -125,13 +125,18 @@ class Batch:
         except Exception as error:  # A compiler or a driver may raise anything.
             return brief(error)
 
-    def time_us(self, tiles: Tiles | None) -> float:
-        """Microseconds of a layer with these tiles; as it serves now when None."""
+    def time_us(self, tiles: Tiles | None, *, captured: bool = True) -> float:
+        """Microseconds of a layer with these tiles; as it serves now when None.
+
+        Args:
+            tiles: of some kernels.
+            captured: whether a graph launches it.
+        """
         layers: list[backends.Layer] = [*self.layers.prepared]
         if tiles is not None:
             layers = [self.layers.with_tiles(each, tiles) for each in self.layers.prepared]
         device = torch.device(self.layers.device)
-        calls = Calls(lambda i: layers[i].run(*self.inputs[i]), len(layers), device)
+        calls = Calls(lambda i: layers[i].run(*self.inputs[i]), len(layers), device, captured=captured)
         return statistics.median(calls.microseconds())
 
 
@@ -209,9 +214,13 @@ def tune(batch: Batch, table: Table) -> str:
         raise Mxfp4Error(
             f"{table.kernels} with {tokens} tokens", "right with some tile", refused[0], "Report this"
         )
-    before = batch.time_us(None)
+    captured = tokens <= CAPTURED
+    before = batch.time_us(None, captured=captured)
     # Each twice, so that a drift of the clocks falls on both alike.
-    times = [(kernels, batch.time_us((kernels, found[kernels]))) for kernels in [*found, *reversed(found)]]
+    times = [
+        (kernels, batch.time_us((kernels, found[kernels]), captured=captured))
+        for kernels in [*found, *reversed(found)]
+    ]
     us = {kernels: sum(each for name, each in times if name == kernels) / 2 for kernels in found}
     table.add(tokens, {kernels: (pair, us[kernels]) for kernels, pair in found.items()})
     best = min(us, key=us.__getitem__)
