@@ -238,7 +238,8 @@ def start(cpu: str = "this-cpu") -> None:
         os.environ.pop(name, None)
     os.environ.update(ENVIRONMENT | CPUS[cpu])
     if cpu == "avx2":  # vLLM asks torch what the CPU has, not what torch was told to use.
-        torch.cpu._is_avx512_supported = torch.cpu._is_avx512_bf16_supported = lambda: False
+        for name in ("_is_avx512_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            setattr(torch.cpu, name, lambda: False)
     torch.set_num_threads(1)
     import vllm  # noqa: F401
 
