@@ -25,12 +25,16 @@ SERVED: dict[str, Any] = {
     "attention_backend": "FLASH_ATTN",
     "enforce_eager": False,
     "cudagraph_capture_sizes": [1, 8, 32, 120],
+    "max_num_seqs": 120,
 }
 PATHS: dict[str, dict[str, Any]] = {"ours": {"quantization": FLAG}, "TRITON": {"moe_backend": "triton"}}
 """vLLM's own backend is held to the same, so that no more is asked than rounding allows."""
 
 ASKED = 40
 """Questions of each skill, all in one batch."""
+
+MANY = 334
+"""Questions of each skill for data-parallel ranks: a thousand requests, which take many batches."""
 
 TOKENS = 12
 WIDER = 8
@@ -64,19 +68,19 @@ def write(directory: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) 
     return directory
 
 
-def ask() -> list[list[int]]:
-    """Questions of all skills, as tokens."""
+def ask(count: int) -> list[list[int]]:
+    """So many questions of each skill, as tokens."""
     numbers = {token: number for number, token in enumerate(questions.VOCABULARY)}
     return [
         [numbers[token] for token in asked["question"]]
         for skill in questions.SKILLS
-        for asked in questions.read(skill)[:ASKED]
+        for asked in questions.read(skill)[:count]
     ]
 
 
-def answers(checkpoint: Path, path: str, **arguments: Any) -> Served:
+def answers(checkpoint: Path, path: str, asked: int = ASKED, **arguments: Any) -> Served:
     """To those questions."""
-    served = engine.serve(checkpoint, ask(), TOKENS, **SERVED, **PATHS[path], **arguments)
+    served = engine.serve(checkpoint, ask(asked), TOKENS, **SERVED, **PATHS[path], **arguments)
     assert (served.moe_methods == {OUR_METHOD}) == (path == "ours")
     return served
 
@@ -88,9 +92,9 @@ def fixture_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @functools.cache
-def alone(checkpoint: Path, path: str) -> Served:
+def alone(checkpoint: Path, path: str, asked: int = ASKED) -> Served:
     """The answers of one GPU."""
-    return answers(checkpoint, path)
+    return answers(checkpoint, path, asked)
 
 
 def is_near(one: Served, other: Served) -> bool:
@@ -123,20 +127,24 @@ def test_two_gpus_answer_as_one(checkpoint: Path, path: str, expert_parallel: bo
     assert is_near(alone(checkpoint, path), two)
 
 
-@pytest.mark.parametrize("expert_parallel", [False, True], ids=["DP2", "DP2-EP"])
-def test_two_data_parallel_gpus_answer_as_one(checkpoint: Path, expert_parallel: bool) -> None:
-    """Each its own requests, ten times as many of them to the first: the other is idle in the end."""
-    prompts = ask()
+@pytest.mark.parametrize(
+    ("path", "expert_parallel"),
+    [("ours", False), ("ours", True), ("TRITON", False), ("TRITON", True)],
+    ids=["DP2", "DP2-EP", "DP2-TRITON", "DP2-EP-TRITON"],
+)
+def test_two_data_parallel_gpus_answer_as_one(checkpoint: Path, path: str, expert_parallel: bool) -> None:
+    """Each its own of a thousand requests, ten times as many to the first: the other is idle in the end."""
+    prompts = ask(MANY)
     split = len(prompts) * 10 // 11
-    ours = SERVED | PATHS["ours"] | {"enable_expert_parallel": expert_parallel}
-    ranks = engine.serve_on_ranks(checkpoint, [prompts[:split], prompts[split:]], TOKENS, **ours)
-    assert [rank.moe_methods for rank in ranks] == [{OUR_METHOD}] * 2
+    arguments = SERVED | PATHS[path] | {"enable_expert_parallel": expert_parallel}
+    ranks = engine.serve_on_ranks(checkpoint, [prompts[:split], prompts[split:]], TOKENS, **arguments)
+    assert {rank.moe_methods == {OUR_METHOD} for rank in ranks} == {path == "ours"}
     both = Served(
-        {OUR_METHOD},
+        ranks[0].moe_methods,
         ranks[0].token_ids + ranks[1].token_ids,
         ranks[0].logprobs + ranks[1].logprobs,
     )
-    assert is_near(alone(checkpoint, "ours"), both)
+    assert is_near(alone(checkpoint, path, MANY), both)
 
 
 def test_a_bias_twice_is_seen(checkpoint: Path, tmp_path: Path) -> None:
