@@ -108,7 +108,7 @@ def test_table() -> None:
             for (kind, _, g), each in table.tiles.items()
             if kind == kernels and g.experts == gemm.experts and g.name != gemm.name
         )
-        assert rungs.bounds == other.bounds == SIZES[: SIZES.index({32: 448, 128: 896}[gemm.experts]) + 1]
+        assert rungs.bounds == other.bounds == SIZES[: SIZES.index(2048) + 1]
         assert [tile.block_m for tile in rungs.rungs] == [tile.block_m for tile in other.rungs], (
             kernels,
             triton,
@@ -181,7 +181,7 @@ def test_other_tritons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton: 
     found = own_for("sm90", 124)
     assert (found is not None) == (triton == "3.6.0")
     if found is not None:
-        assert found.most == 448
+        assert found.most == 2048
     assert own_for("gfx950", 124) is None
     assert own_for("sm90", SM90.max_scale + 1) is None
     assert own_for("sm90", 124, warps=4) is None
@@ -193,7 +193,7 @@ def test_other_tritons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton: 
         store.write(tmp_path / str(bound) / "sm90.json", "sm90", store.Content(tiles=tiles))
     found = own_for("sm90", 124, tmp_path / "16")
     assert (found and found.tiles[0].bounds) == {
-        "3.6.0": SIZES[: SIZES.index(448) + 1],
+        "3.6.0": SIZES[: SIZES.index(2048) + 1],
         "3.8.0": (16,),
     }.get(triton)
     assert (own_for("sm90", 124, tmp_path / "0") is not None) == (triton == "3.6.0")
