@@ -20,7 +20,6 @@ from vllm_mxfp4_gfx950.moe import MoeWeights
 from vllm_mxfp4_gfx950.random_layer import random_weights
 from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tiles import Ladder, Plan
-from vllm_mxfp4_gfx950.timing import Calls
 
 serving = pytest.importorskip("vllm_mxfp4_gfx950.serving")
 
@@ -80,6 +79,38 @@ def test_best_at_batches_that_were_not_timed(curve: str) -> None:
     found = choice.choose(layer(), LARGEST, timed(CURVES[curve]))
     assert behind(found.plans, CURVES[curve], {*found.us}) < 1.02
     assert (behind(layer().plans, CURVES[curve], {*found.us}) > 1.04) == (curve != "own first")
+
+
+class Stepped(SeveralPlans):
+    """A layer whose table has other tiles from some batches on."""
+
+    STEPS = frozenset({897, 3073})
+
+    def with_plans(self, plans: Ladder[Plan]) -> Stepped:
+        """As in TiledLayer."""
+        return Stepped(self.weights, self.wrong, plans)
+
+    def first_batches(self) -> set[int]:
+        """As in TiledLayer."""
+        return {*self.STEPS} if "table" in self.plans.rungs else {65}
+
+
+def jumps(plan: Plan, tokens: int) -> float:
+    """A table's tile is slower than the package's up to a tenth of the way to the next one."""
+    since = min((tokens / first for first in Stepped.STEPS if first <= tokens), default=2.0)
+    return {"own": 50, "table": 112 if since < 1.1 else 99, "package": 100}[plan] * tokens**0.8
+
+
+@pytest.mark.parametrize(("kind", "seen"), [(Stepped, True), (SeveralPlans, False)])
+def test_tiles_that_change(kind: type[SeveralPlans], seen: bool) -> None:
+    """Just above the last batch of a tile the next one may be slow: it is looked at there."""
+    found = choice.choose(kind(random_weights(SHAPE, seed=0), ()), LARGEST, timed(jumps))
+    ratios = [
+        jumps(found.plans.at(tokens), tokens) / min(jumps("table", tokens), jumps("package", tokens))
+        for first in Stepped.STEPS
+        for tokens in (first, first + 10)
+    ]
+    assert (max(ratios) < 1.02) == seen
 
 
 def test_table_that_is_slow_serves_nothing() -> None:
@@ -193,26 +224,40 @@ def test_clock_on_a_cpu() -> None:
     assert self_check.PLAN_NAMES.keys() == {*choice.Plan.__args__}
 
 
-@pytest.mark.parametrize(("captured", "graphs"), [(None, [4, 5]), (4, [4]), (0, [])])
-def test_graphs_are_timed_where_batches_have_one(
-    captured: int | None, graphs: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("captured", "us"), [(None, [30, 50, 30]), (4, [30, 50, 40]), (3, [30, 50, 40]), (0, [40, 50, 40])]
+)
+def test_the_cpu_counts_where_no_graph_is(
+    captured: int | None, us: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Others are launched one behind the other, as the CPU may take longer than the GPU."""
-    made: dict[int, tuple[int, bool]] = {}
+    """It takes 40 us to launch a layer, and the GPU 10 for each token; it is asked once."""
+    asked: list[int] = []
 
-    class Noted(Calls):
-        def __init__(
-            self, call: Callable[[int], Any], count: int, device: torch.device, *, alike: bool, captured: bool
-        ) -> None:
-            made[len(call(0))] = count, captured
-            super().__init__(call, count, device, alike=alike, captured=captured)
+    class Clock:
+        def __init__(self, call: Callable[[int], Any], count: int, *_: Any, **__: Any) -> None:
+            self.us = 10e-6 * count * len(call(0))
 
-    monkeypatch.setattr(choice, "Calls", Noted)
+        def seconds(self) -> float:
+            return self.us
+
+        def launch_us(self, times: int) -> float:
+            asked.append(times)
+            return 40
+
+    monkeypatch.setattr(choice, "Calls", Clock)
     cost = choice.clock(SHAPE, torch.device("cpu"), captured)
-    for tokens in (4, 5):
-        assert cost(layer(), tokens) > 0
-    count = {tokens: choice.CALLS.at(tokens) if tokens in graphs else choice.UNCAPTURED for tokens in (4, 5)}
-    assert made == {tokens: (count[tokens], tokens in graphs) for tokens in (4, 5)}
+    one = layer().with_plans(Ladder((1,), ("table",)))
+    assert [cost(one, tokens) for tokens in (3, 5, 3)] == pytest.approx([us[0], us[1], us[0]])
+    assert len(asked) == (captured is not None)
+
+
+@pytest.mark.parametrize(
+    ("pair", "tokens"),
+    [((1, 4), 2), ((64, 512), 182), ((512, 1024), 769), ((768, 1024), 769), ((769, 1024), 888)],
+)
+def test_between(pair: tuple[int, int], tokens: int) -> None:
+    """Where something changes, if it does."""
+    assert choice.between(pair, {3 * 512, 769, 513, 640}) == tokens
 
 
 class OneWay:

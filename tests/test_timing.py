@@ -27,6 +27,19 @@ def test_calls_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert times == pytest.approx([50_000, 50_000])
 
 
+def test_launch_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The median of so many calls, which take turns."""
+    numbers: list[int] = []
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.05 * sum(numbers))
+
+    def call(number: int) -> None:
+        numbers.append(number + 1)
+
+    calls = Calls(call, 3, torch.device("cpu"), alike=True)
+    assert calls.launch_us(5) == pytest.approx(100_000)
+    assert numbers == [1, 1, 2, 3, 1, 2]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("captured", "counts"), [(True, False), (False, True)])
@@ -38,9 +51,11 @@ def test_time_of_the_cpu(captured: bool, counts: bool) -> None:
         a.mul_(2.0)
         time.sleep(0.01)
 
-    (us, *_) = Calls(call, 2, a.device, captured=captured).microseconds()
+    calls = Calls(call, 2, a.device, captured=captured)
+    (us, *_) = calls.microseconds()
     assert us > 500
     assert (us > 10_000) == counts
+    assert calls.launch_us(3) > 10_000
 
 
 @pytest.mark.gpu

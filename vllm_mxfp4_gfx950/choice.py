@@ -33,17 +33,17 @@ APART, CLOSE_APART = 1.03, 1.15
 """Two neighbours that were timed are close enough when no more than this factor lies between them: where
 different plans serve them, and where one does that does not lead clearly."""
 
-BATCHES = 40
+BATCHES = 44
 """The most numbers of tokens that are timed."""
 
 CALLS = Ladder((8, 128, 1024, 2**30), (8, 4, 2, 1))
 """Calls in a graph, by number of tokens. Each has tokens of its own: where these are few, they read other
 experts, so that no call finds its weights in a cache."""
 
-UNCAPTURED = 3
-"""Calls in a row where there is no graph: the CPU launches one while the GPU computes the one before."""
-
 REPLAYS = 2
+
+LAUNCHES = 8
+"""Times that the CPU's is taken."""
 
 Cost = Callable[[Layer, int], float]
 """Microseconds that a layer takes for so many tokens; infinite where it does not run."""
@@ -76,6 +76,8 @@ class Choice:
 def choose(layer: TiledLayer, largest: int, cost: Cost) -> Choice:
     """Time a layer's plans: at powers of four and the largest batch, then where they are close or change.
 
+    Between two batches it looks where a plan's tiles change, as what serves just above may be much slower.
+
     Args:
         layer: as a backend has prepared it.
         largest: the largest batch that will be served.
@@ -96,14 +98,18 @@ def choose(layer: TiledLayer, largest: int, cost: Cost) -> Choice:
 
     for tokens in coarse_batches(largest):
         timed(tokens, layer.offered(tokens))
+    alone = [layer.with_plans(Ladder((1,), (plan,))) for plan in layer.offered(1)]
+    changes = {tokens for each in alone for tokens in each.first_batches()}
     while len(us) < BATCHES and (pair := furthest(us, best)):
-        tokens = math.isqrt(math.prod(pair) - 1) + 1
+        tokens = between(pair, changes)
         timed(tokens, [plan for plan in layer.offered(tokens) if any(near(us[n], plan) for n in pair)])
     return Choice(Ladder.of(best).merged(), us, time.perf_counter() - began)
 
 
 def furthest(us: dict[int, dict[Plan, float]], best: dict[int, Plan]) -> tuple[int, int] | None:
     """The neighbours that are furthest apart where they should be closer; None where all are close enough.
+
+    Where the plan changes between them, half as far is as far.
 
     Args:
         us: microseconds of each plan, by number of tokens.
@@ -112,10 +118,20 @@ def furthest(us: dict[int, dict[Plan, float]], best: dict[int, Plan]) -> tuple[i
     found, widest = None, 1.0
     for low, high in itertools.pairwise(sorted(us)):
         close = min(lead(us[low]), lead(us[high])) < CLOSE
-        enough = APART if best[low] != best[high] else CLOSE_APART if close else math.inf
-        if high > max(enough * low, low + 1) and high / low > widest:
-            found, widest = (low, high), high / low
+        changes = best[low] != best[high]
+        enough = APART if changes else CLOSE_APART if close else math.inf
+        apart = (high / low) ** (2 if changes else 1)
+        if high > max(enough * low, low + 1) and apart > widest:
+            found, widest = (low, high), apart
     return found
+
+
+def between(pair: tuple[int, int], changes: set[int]) -> int:
+    """The change between two numbers of tokens that is nearest to their geometric mean; else that mean."""
+    low, high = pair
+    mean = math.isqrt(low * high - 1) + 1
+    inside = [tokens for tokens in changes if low < tokens < high]
+    return min(inside, key=lambda tokens: (abs(math.log(tokens / mean)), tokens), default=mean)
 
 
 def near(us: dict[Plan, float], plan: Plan) -> bool:
@@ -146,21 +162,28 @@ def lead(us: dict[Plan, float]) -> float:
 
 
 def clock(shape: MoeShape, device: torch.device, captured: int | None = None) -> Cost:
-    """Times a layer on a GPU as batches will run: from graphs, or launched by the CPU, which may take longer.
+    """Times a layer on a GPU, in graphs. Without one a batch also waits for the CPU, if that takes longer.
 
     Args:
         shape: the layer.
         device: where it is.
         captured: the most tokens of a batch that has a graph; None where all have one.
     """
+    launch_us: dict[tuple[type, Plan | None], float] = {}
+    """Of each plan, which takes the CPU as long for any number of tokens."""
 
     def cost(layer: Layer, tokens: int) -> float:
-        from_graph = captured is None or tokens <= captured
-        count = CALLS.at(tokens) if from_graph else UNCAPTURED
+        count = CALLS.at(tokens)
         inputs = [random_tokens(shape, tokens, seed, str(device)) for seed in range(count)]
         try:
-            calls = Calls(lambda i: layer.run(*inputs[i]), count, device, alike=True, captured=from_graph)
-            return min(calls.seconds() for _ in range(REPLAYS)) * 1e6 / count
+            calls = Calls(lambda i: layer.run(*inputs[i]), count, device, alike=True)
+            gpu_us = min(calls.seconds() for _ in range(REPLAYS)) * 1e6 / count
+            if captured is None or tokens <= captured:
+                return gpu_us
+            kind = type(layer), layer.plans.at(tokens) if isinstance(layer, TiledLayer) else None
+            if kind not in launch_us:
+                launch_us[kind] = calls.launch_us(LAUNCHES)
+            return max(gpu_us, launch_us[kind])
         except torch.OutOfMemoryError:
             raise
         except Exception:  # A compiler or a driver may raise anything: that plan does not serve.

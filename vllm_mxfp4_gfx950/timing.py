@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -60,6 +61,20 @@ class Calls:
         """Time of a call, once for each replay, after one that is not timed."""
         self.replay()
         return [self.seconds() * 1e6 / self.count for _ in range(replays)]
+
+    def launch_us(self, times: int) -> float:
+        """Median time until a call returns, begun when the GPU has nothing to do: what the CPU takes.
+
+        Args:
+            times: that it is taken; the calls take turns.
+        """
+        found = []
+        for number in range(times):
+            self._wait()
+            began = time.perf_counter()
+            self.call(number % self.count)
+            found.append(time.perf_counter() - began)
+        return 1e6 * statistics.median(found)
 
     def seconds(self) -> float:
         """Time of one replay."""

@@ -190,22 +190,11 @@ def measure(
         us: dict[str, list[float]] = {name: [] for name in right}
         for name in [*right, *reversed(right)]:
             us[name] += right[name].microseconds()
-        host = {name: host_microseconds(layers[name][0], batches) for name in right if device.type == "cuda"}
+        host = {name: calls.launch_us(CALLS) for name, calls in right.items() if device.type == "cuda"}
         weight_bytes, flops = work(shape, [batch[1] for batch in batches])
         least = 1e6 * max(weight_bytes / reached.copy, flops / reached.multiply)
         seconds = time.perf_counter() - began
         yield Row(str(shape), tokens, weight_bytes, flops, least, us, host, frobenius, missed, seconds)
-
-
-def host_microseconds(layer: Layer, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Median time until a call returns, begun when the GPU has nothing to do."""
-    times = []
-    for batch in batches:
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        layer(*batch)
-        times.append(time.perf_counter() - began)
-    return 1e6 * statistics.median(times)
 
 
 def in_turn(
