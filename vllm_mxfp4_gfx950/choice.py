@@ -43,7 +43,7 @@ experts, so that no call finds its weights in a cache."""
 REPLAYS = 2
 
 LAUNCHES = 8
-"""Times that the CPU's is taken."""
+"""Calls of each plan that are timed while the CPU launches them."""
 
 Cost = Callable[[Layer, int], float]
 """Microseconds that a layer takes for so many tokens; infinite where it does not run."""
@@ -170,7 +170,7 @@ def clock(shape: MoeShape, device: torch.device, captured: int | None = None) ->
         captured: the most tokens of a batch that has a graph; None where all have one.
     """
     launch_us: dict[tuple[type, Plan | None], float] = {}
-    """Of each plan, which takes the CPU as long for any number of tokens."""
+    """Of each plan: the CPU takes as long for any number of tokens."""
 
     def cost(layer: Layer, tokens: int) -> float:
         count = CALLS.at(tokens)
