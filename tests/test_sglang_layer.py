@@ -102,6 +102,13 @@ def test_numbers_notice(seen: dict[str, Any]) -> None:
         assert "errs by" in miss
 
 
+def test_dummy_weights_are_the_same(seen: dict[str, Any]) -> None:
+    """Those that two servers are timed with; negative control: SGLang's own, which hang on the dtype."""
+    biases = {f"model.layers.0.mlp.experts.{name}_weight_bias" for name in ("w13", "w2")}
+    assert seen["dummies that differ"]["spread"] == []
+    assert biases <= {*seen["dummies that differ"]["by SGLang"]}
+
+
 def test_refused(seen: dict[str, Any]) -> None:
     """Each way to run that is not served, by what SGLang's own configuration says; and none without one."""
     assert seen["nothing refused"] == "nothing"

@@ -9,8 +9,10 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import spread_in_sglang
 import torch
 from block_in_sglang import OneBlock, build, forward, load, load_plugins, publish
 from overrides import check_overrides, check_takes
@@ -18,6 +20,7 @@ from sglang.srt.layers.dp_attention import is_dp_attention_enabled
 from sglang.srt.layers.moe.topk import BypassedTopKOutput, TopKOutputFormat
 from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase, QuantizationConfig
+from sglang.srt.model_loader.weight_utils import initialize_dummy_weights
 from sglang.srt.models.gpt_oss import GptOssSparseMoeBlock
 from sglang.srt.runtime_context import get_flags
 
@@ -85,6 +88,15 @@ def refusals(check: Callable[[], None]) -> dict[str, str]:
     return texts
 
 
+def differing(ours: OneBlock, theirs: OneBlock, fill: Callable[[torch.nn.Module], None]) -> list[str]:
+    """The parameters of two blocks that are not the same once each is filled."""
+    for model in (ours, theirs):
+        fill(model)
+    found = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    assert [*found[0]] == [*found[1]]
+    return [name for name, one in found[0].items() if not torch.equal(one.float(), found[1][name].float())]
+
+
 def main() -> None:
     """See it all."""
     lines: list[str] = []
@@ -95,7 +107,8 @@ def main() -> None:
     publish()
     seen: dict[str, Any] = {"without": {"end": load_plugins()}}
     constructor = GptOssSparseMoeBlock.__init__
-    block = build(SHAPE).block
+    theirs = build(SHAPE)
+    block = theirs.block
     seen["without"] |= {"method": type(block.experts.quant_method).__name__, "lines": lines.copy()}
     seen["without"]["bypassed"] = block.topk.topk_config.output_format is TopKOutputFormat.BYPASSED
 
@@ -116,6 +129,11 @@ def main() -> None:
     assert type(whole.block.topk(x, whole.block.router(x)[0])) is BypassedTopKOutput
     seen["parameters left"] = [name for name, _ in whole.block.experts.named_parameters()]
     seen["miss"] = {"tp 1": miss([whole], x), "tp 2": miss(tp, x), "ep 2": miss(ep, x)}
+    spread = partial(spread_in_sglang.fill, initialize_dummy_weights)
+    seen["dummies that differ"] = {
+        "by SGLang": differing(build(SHAPE), theirs, initialize_dummy_weights),
+        "spread": differing(build(SHAPE), theirs, spread),
+    }
     seen["wrong ranks"] = {"tp": miss([tp[0]] * 2, x), "ep": miss([ep[0]] * 2, x)}
     seen["a tensor is missing"] = error_of(lambda: load(build(SHAPE), WEIGHTS, without="down_proj_scales"))
     seen["state"] = error_of(whole.state_dict)
