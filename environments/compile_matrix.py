@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 VENV = ROOT / ".venv"
 KERNELS = {
     "matmul_ogs": VENV / "packages/vllm-0.33.0/vllm/third_party",
+    "ragged_ogs": VENV / "packages/sglang-kernel",
     "matmul": VENV / "packages/tokenspeed-triton-kernels",
 }
 TABLE = ROOT / "vllm_mxfp4_gfx950/tables/gfx950.json"
@@ -38,6 +39,7 @@ def pairs(tritons: list[str]) -> Iterator[tuple[str, str]]:
     """Each Triton with each generation of triton_kernels that imports with it."""
     for triton in tritons:
         yield triton, "matmul_ogs"
+        yield triton, "ragged_ogs"
         if tuple(map(int, triton.split(".")[:2])) >= MATMUL_SINCE:
             yield triton, "matmul"
 
@@ -45,6 +47,8 @@ def pairs(tritons: list[str]) -> Iterator[tuple[str, str]]:
 def tune(tritons: list[str]) -> int:
     """Search the tiles anew."""
     for triton, kernels in pairs(tritons):
+        if kernels == "ragged_ogs":  # It takes the tiles of matmul_ogs.
+            continue
         print(f"triton {triton} {kernels}", flush=True)
         run(triton, kernels, "tune", "--arch", "gfx950", "--table", str(TABLE)).check_returncode()
     return 0

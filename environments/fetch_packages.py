@@ -18,7 +18,7 @@ LOCK = Path(__file__).with_name("packages.toml")
 PIP_DOWNLOAD = [sys.executable, "-m", "pip", "-qq", "download", "--no-deps", "--require-hashes"]
 # One platform's wheel, and so one hash, on every machine: only its Python sources are read.
 ONE_PLATFORM = ["--only-binary=:all:"]
-ONE_PLATFORM += [f"--platform=manylinux_2_{glibc}_x86_64" for glibc in (28, 34)]
+ONE_PLATFORM += [f"--platform=manylinux{glibc}_x86_64" for glibc in ("_2_28", "_2_34", "2014")]
 
 
 def fetch(package: Path, requirement: str, sha256: str) -> None:

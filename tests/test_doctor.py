@@ -46,8 +46,10 @@ EVERYTHING = [
     "settings",
     "triton",
     "triton_ogs",
+    "triton_ragged",
     "triton_matmul",
     "two_fp8_ogs",
+    "two_fp8_ragged",
     "two_fp8_matmul",
     "ck",
     "aiter_triton",
@@ -131,7 +133,7 @@ def test_cpu_is_served_by_the_reference(tmp_path: Path) -> None:
         "VLLM_MXFP4_BACKEND=auto, VLLM_MXFP4_STRICT=0, VLLM_MXFP4_SELF_CHECK=first, VLLM_MXFP4_TABLES=unset, "
         "VLLM_MXFP4_TIME_AT_LOAD=1"
     )
-    for what in ("triton_ogs", "triton_matmul"):
+    for what in ("triton_ogs", "triton_ragged", "triton_matmul"):
         assert checks[what]["found"] == (
             "it runs on gfx950, gfx942, sm90, not on cpu; "
             "triton_kernels is not installed, and there is no vLLM that vendors it"
@@ -169,7 +171,14 @@ def test_impostor_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, HOST | ours() | impostor)
     exit_code, checks = doctor(path, arch="gfx950")
     assert exit_code == 1
-    assert failed(checks) == ["triton_ogs", "triton_matmul", "ck", "gpt-oss-20b", "gpt-oss-120b"]
+    assert failed(checks) == [
+        "triton_ogs",
+        "triton_ragged",
+        "triton_matmul",
+        "ck",
+        "gpt-oss-20b",
+        "gpt-oss-120b",
+    ]
     assert IMPOSTOR in checks["triton_ogs"]["found"]
     assert str(tmp_path / "triton_kernels") in checks["triton_ogs"]["found"]
     assert IMPOSTOR in checks["gpt-oss-20b"]["found"]
@@ -313,7 +322,7 @@ def test_settings(tmp_path: Path) -> None:
         ({"VLLM_MXFP4_BACKEND": "reference"}, "gfx1100", []),
         ({}, "gfx1100", ["GPU", "gpt-oss-20b", "gpt-oss-120b"]),
         ({"VLLM_MXFP4_BACKEND": "ck"}, "gfx950", ["ck", "gpt-oss-20b", "gpt-oss-120b"]),
-        ({}, "gfx942", ["triton_ogs", "triton_matmul", "gpt-oss-20b", "gpt-oss-120b"]),
+        ({}, "gfx942", ["triton_ogs", "triton_ragged", "triton_matmul", "gpt-oss-20b", "gpt-oss-120b"]),
     ]
     code = (
         "import json, os, sys\n"

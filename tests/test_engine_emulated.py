@@ -129,7 +129,7 @@ def fixture_reference(checkpoint: Path, prompts: list[list[int]]) -> Served:
     return serve_reference(checkpoint, prompts)
 
 
-@pytest.fixture(scope="module", name="backend", params=["triton_matmul", "triton_ogs"])
+@pytest.fixture(scope="module", name="backend", params=["triton_matmul", "triton_ragged", "triton_ogs"])
 def fixture_backend(request: pytest.FixtureRequest) -> str:
     """Each generation of triton_kernels."""
     return str(request.param)

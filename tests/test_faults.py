@@ -118,8 +118,9 @@ def test_texts_notice() -> None:
 
 # --- in what `prepare` does -------------------------------------------------------------------------
 
-NAMES = ["triton_ogs", pytest.param("triton_matmul", marks=pytest.mark.emulate)]
-"""The second by `pytest -m emulate`."""
+OTHERS = ("triton_ragged", "triton_matmul")
+NAMES = ["triton_ogs", *(pytest.param(name, marks=pytest.mark.emulate) for name in OTHERS)]
+"""The others by `pytest -m emulate`."""
 
 LAYERS = 2
 """Sound layers of every commit; MANY with `-m emulate`."""
@@ -191,7 +192,7 @@ def test_first_launch(name: str, fault: str, text: str) -> None:
     for place, tokens in (("first", 1), ("last", 65)):
         found = plant(name, LAYERS)["launches"][f"{fault}-{place}"]
         assert re.match(f"{tokens} tokens: {text}", found["miss"])
-        serves = {"triton_ogs": "triton_ogs", "triton_matmul": "reference"}[name]
+        serves = "reference" if name == "triton_matmul" else name
         assert (found["serves"], found["left"]) == (serves, "")
 
 

@@ -68,7 +68,7 @@ def write(directory: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) 
     return directory
 
 
-def ask(count: int) -> list[list[int]]:
+def ask(count: int = ASKED) -> list[list[int]]:
     """So many questions of each skill, as tokens."""
     numbers = {token: number for number, token in enumerate(questions.VOCABULARY)}
     return [

@@ -4,6 +4,7 @@ Each situation is a real directory in front of an interpreter's sys.path, and th
 every GPU and setting at once.
 """
 
+import functools
 import itertools
 import json
 from dataclasses import asdict, dataclass
@@ -71,7 +72,7 @@ OLD_AITER = AITER_METADATA | {
     "aiter/fused_moe.py": "def fused_moe(hidden_states, w1, w2, topk_weight, topk_ids, expert_mask=None, "
     "activation=None, quant_type=None, w1_scale=None, w2_scale=None): ..."
 }
-OGS, MATMUL = "vllm-0.33.0", "tokenspeed-triton-kernels"
+OGS, RAGGED, MATMUL = "vllm-0.33.0", "sglang-kernel", "tokenspeed-triton-kernels"
 
 SITUATIONS: dict[str, tuple[dict[str, str], str]] = {
     "nothing": (NO_COPY_IN_VLLM | NO_AITER, ""),
@@ -82,13 +83,14 @@ SITUATIONS: dict[str, tuple[dict[str, str], str]] = {
     "ogs": (NO_AITER, OGS),
     "ogs-no-triton": (NO_AITER | NO_TRITON, OGS),
     "ogs-aiter": (AITER, OGS),
+    "ragged": (NO_COPY_IN_VLLM | NO_AITER, RAGGED),
     "matmul": (NO_COPY_IN_VLLM | NO_AITER, MATMUL),
     "aiter": (NO_COPY_IN_VLLM | AITER, ""),
     "old-aiter": (NO_COPY_IN_VLLM | OLD_AITER, ""),
 }
 """Files to write, and a genuine package of .venv/packages to put behind them."""
 
-NEED_TRITON = ("old-layouts", "ogs", "ogs-aiter", "matmul")
+NEED_TRITON = ("old-layouts", "ogs", "ogs-aiter", "ragged", "matmul")
 ALL = tuple(SITUATIONS)
 WITHOUT_AITER = tuple(name for name, (files, _) in SITUATIONS.items() if NO_AITER.items() <= files.items())
 WITH_AITER = tuple(name for name in ALL if name not in WITHOUT_AITER)
@@ -123,10 +125,18 @@ def rows() -> dict[tuple[tuple[str, ...], tuple[str, ...], str, str], str]:
         f"{kernels} has neither matmul_ogs nor matmul, so it is not OpenAI's "
         "(the triton-kernels on PyPI is an unrelated package; pip uninstall triton-kernels)"
     )
+    no_ragged = f"triton_ragged: {kernels} is of the matmul_ogs generation and has no ragged_ogs"
     no_matmul = f"triton_matmul: {kernels} is of the matmul_ogs generation and has no matmul"
-    no_matmul_ogs = f"triton_ogs: {kernels} is of the matmul generation and has no matmul_ogs"
-    no_ogs_layout = f"triton_ogs: {kernels} has no CDNA4MXScaleLayout or GFX950MXScaleLayout"
-    no_matmul_layout = f"triton_matmul: {kernels} has no CDNA4MXScaleLayout or GFX950MXScaleLayout"
+    is_ragged = f"triton_ogs: {kernels} is of the ragged_ogs generation and has no matmul_ogs"
+    is_matmul = (
+        f"triton_ogs: {kernels} is of the matmul generation and has no matmul_ogs",
+        f"triton_ragged: {kernels} is of the matmul generation and has no ragged_ogs",
+    )
+    no_layout = (
+        f"triton_ogs: {kernels} has no CDNA4MXScaleLayout or GFX950MXScaleLayout",
+        no_ragged,
+        f"triton_matmul: {kernels} has no CDNA4MXScaleLayout or GFX950MXScaleLayout",
+    )
     no_triton = f"triton_ogs: {kernels} does not import here: No module named 'triton'"
     unknown = f"triton_ogs: {kernels} is of an unknown generation: no matmul_ogs.FlexCtx"
     wrong_gpu = "it runs on gfx950, gfx942, sm90, not on {arch}"
@@ -140,10 +150,12 @@ def rows() -> dict[tuple[tuple[str, ...], tuple[str, ...], str, str], str]:
     )
     second_choice = "ck: a second choice, and VLLM_MXFP4_STRICT=1 forbids falling back"
     uses_ogs = f"triton_ogs on {{arch}} ({kernels}, triton {{triton}})"
-    uses_matmul = f"triton_matmul on {{arch}} ({kernels}, triton {{triton}}); not {no_matmul_ogs}"
+    uses_ragged = f"triton_ragged on {{arch}} ({kernels}, triton {{triton}}); not {is_ragged}"
+    uses_matmul = f"triton_matmul on {{arch}} ({kernels}, triton {{triton}}); not {'; not '.join(is_matmul)}"
     uses_ck = "ck on gfx950 (aiter 0.1.20 in {aiter})"
-    no_kernels = (f"triton_ogs: {not_installed}", f"triton_matmul: {not_installed}")
-    impostors = (f"triton_ogs: {impostor}", f"triton_matmul: {impostor}")
+    generations = ("triton_ogs", "triton_ragged", "triton_matmul")
+    no_kernels = tuple(f"{name}: {not_installed}" for name in generations)
+    impostors = tuple(f"{name}: {impostor}" for name in generations)
     gfx950, others = ("gfx950",), ("gfx942", "sm90")
     table = {
         (ALL, GPUS, "reference", "01"): "reference on {arch} (torch {torch})",
@@ -152,7 +164,7 @@ def rows() -> dict[tuple[tuple[str, ...], tuple[str, ...], str, str], str]:
             "{arch}, for which there is none (there is for gfx950, gfx942, sm90, cpu)"
         ),
         (ALL, ("sm100", "gfx1100", "cpu"), "triton", "01"): refused(
-            f"triton_ogs: {wrong_gpu}", f"triton_matmul: {wrong_gpu}"
+            *(f"{name}: {wrong_gpu}" for name in generations)
         ),
         (ALL, GPUS[1:], "aiter_triton", "01"): refused("aiter_triton: it runs on gfx950, not on {arch}"),
         (WITH_AITER, gfx950, "aiter_triton", "01"): refused(
@@ -167,14 +179,16 @@ def rows() -> dict[tuple[tuple[str, ...], tuple[str, ...], str, str], str]:
         (WITHOUT_AITER, gfx950, "ck", "01"): refused(no_aiter),
         (("old-layouts",), others, "auto", "01"): uses_ogs,
         (("old-layouts",), others, "triton", "01"): uses_ogs,
-        (("old-layouts",), gfx950, "triton", "01"): refused(no_ogs_layout, no_matmul_layout),
-        (("old-layouts",), gfx950, "auto", "0"): refused(no_ogs_layout, no_matmul_layout, no_aiter),
-        (("old-layouts",), gfx950, "auto", "1"): refused(no_ogs_layout, no_matmul_layout, second_choice),
+        (("old-layouts",), gfx950, "triton", "01"): refused(*no_layout),
+        (("old-layouts",), gfx950, "auto", "0"): refused(*no_layout, no_aiter),
+        (("old-layouts",), gfx950, "auto", "1"): refused(*no_layout, second_choice),
         (("ogs", "ogs-aiter"), gfx950 + others, "auto", "01"): uses_ogs,
         (("ogs", "ogs-aiter"), gfx950 + others, "triton", "01"): uses_ogs,
+        (("ragged",), gfx950 + others, "auto", "01"): uses_ragged,
+        (("ragged",), gfx950 + others, "triton", "01"): uses_ragged,
         (("matmul",), gfx950 + others, "auto", "01"): uses_matmul,
         (("matmul",), gfx950 + others, "triton", "01"): uses_matmul,
-        (("aiter",), gfx950, "auto", "0"): f"{uses_ck}; not {no_kernels[0]}; not {no_kernels[1]}",
+        (("aiter",), gfx950, "auto", "0"): f"{uses_ck}; not {'; not '.join(no_kernels)}",
         (("aiter",), gfx950, "auto", "1"): refused(*no_kernels, second_choice),
         (("old-aiter",), gfx950, "auto", "0"): refused(*no_kernels, old_aiter),
         (("old-aiter",), gfx950, "auto", "1"): refused(*no_kernels, second_choice),
@@ -185,8 +199,8 @@ def rows() -> dict[tuple[tuple[str, ...], tuple[str, ...], str, str], str]:
     }
     for situations, reasons in (
         (("impostor", "impostor-ogs"), impostors),
-        (("unknown",), (unknown, no_matmul)),
-        (("ogs-no-triton",), (no_triton, no_matmul)),
+        (("unknown",), (unknown, no_ragged, no_matmul)),
+        (("ogs-no-triton",), (no_triton, no_ragged, no_matmul)),
     ):
         table |= {
             (situations, gfx950, "auto", "0"): refused(*reasons, no_aiter),
@@ -195,11 +209,12 @@ def rows() -> dict[tuple[tuple[str, ...], tuple[str, ...], str, str], str]:
             (situations, gfx950 + others, "triton", "01"): refused(*reasons),
         }
     not_of = "its matrix instructions are those of gfx950, not of {arch}"
-    table[ALL, GPUS[1:], "two_fp8", "01"] = refused(f"two_fp8_ogs: {not_of}", f"two_fp8_matmul: {not_of}")
+    in_front = {name: name.replace("triton", "two_fp8") for name in generations}
+    table[ALL, GPUS[1:], "two_fp8", "01"] = refused(*(f"{name}: {not_of}" for name in in_front.values()))
     # They stand in front of triton_kernels, and need what it needs.
     table |= {
-        (situations, gfx950, "two_fp8", strict): text.replace("triton_ogs", "two_fp8_ogs").replace(
-            "triton_matmul", "two_fp8_matmul"
+        (situations, gfx950, "two_fp8", strict): functools.reduce(
+            lambda said, names: said.replace(*names), in_front.items(), text
         )
         for (situations, gpus, backend, strict), text in table.items()
         if backend == "triton" and "gfx950" in gpus

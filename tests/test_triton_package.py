@@ -86,10 +86,20 @@ def test_the_impostor(install: Install) -> None:
     assert triton_package.why_not("matmul_ogs", NEEDS) == IMPOSTOR_REASON.format(directory)
 
 
-@pytest.mark.parametrize(("here", "wanted"), [("matmul", "matmul_ogs"), ("matmul_ogs", "matmul")])
-def test_another_generation(install: Install, here: str, wanted: str) -> None:
+@pytest.mark.parametrize(
+    ("here", "files", "wanted"),
+    [
+        ("matmul", ("matmul.py", "tensor_details/ragged_tensor.py"), "matmul_ogs"),
+        ("matmul", ("matmul.py", "tensor_details/ragged_tensor.py"), "ragged_ogs"),
+        ("matmul_ogs", ("matmul_ogs.py",), "matmul"),
+        ("matmul_ogs", ("matmul_ogs.py",), "ragged_ogs"),
+        ("ragged_ogs", ("matmul_ogs.py", "tensor_details/ragged_tensor.py"), "matmul_ogs"),
+    ],
+)
+def test_another_generation(install: Install, here: str, files: tuple[str, ...], wanted: str) -> None:
     """It is named, and not imported."""
-    directory = install("triton_kernels", {"__init__.py": "", f"{here}.py": "raise AssertionError"})
+    content = {"__init__.py": ""} | dict.fromkeys(files, "raise AssertionError")
+    directory = install("triton_kernels", content)
     reason = triton_package.why_not(wanted, {wanted: (wanted,)})
     assert reason == f"triton_kernels in {directory} is of the {here} generation and has no {wanted}"
 
@@ -195,13 +205,16 @@ def test_arch_of_target(backend: str, arch: object, name: str, monkeypatch: pyte
 
 @pytest.mark.parametrize("kernels", triton_package.NEEDS)
 def test_needs_are_what_our_file_imports(kernels: str) -> None:
-    """Each name that is looked up before the file is loaded, and no other."""
-    tree = ast.parse((Path(triton_package.__file__).parent / f"{kernels}.py").read_text())
+    """Each name that is looked up before the file and what it shares are loaded, and no other."""
     found: dict[str, set[str]] = {}
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("triton_kernels."):
-            found[str(node.module).removeprefix("triton_kernels.")] = {alias.name for alias in node.names}
-    found.pop("matmul_ogs_details", None)  # It takes a whole module of that one.
+    for file in (kernels, *(["ogs"] if kernels.endswith("_ogs") else [])):
+        tree = ast.parse((Path(triton_package.__file__).parent / f"{file}.py").read_text())
+        for node in tree.body:
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("triton_kernels."):
+                name = str(node.module).removeprefix("triton_kernels.")
+                found.setdefault(name, set()).update(alias.name for alias in node.names)
     needs = {name: set(some) for name, some in triton_package.NEEDS[kernels].items()}
-    needs.pop("matmul_ogs_details.opt_flags", None)
+    for name in ("matmul_ogs_details", "matmul_ogs_details.opt_flags"):  # A whole module is taken, too.
+        found.pop(name, None)
+        needs.pop(name, None)
     assert found == needs

@@ -18,15 +18,20 @@ from vllm_mxfp4_gfx950.tables import store
 PACKAGES, TRITONS = ROOT / ".venv/packages", ROOT / ".venv/triton"
 KERNELS = {
     "matmul_ogs": PACKAGES / "vllm-0.33.0/vllm/third_party",
+    "ragged_ogs": PACKAGES / "sglang-kernel",
     "matmul": PACKAGES / "tokenspeed-triton-kernels",
 }
-BACKENDS = {"matmul_ogs": "triton_ogs", "matmul": "triton_matmul"}
-IN_CI = [("3.6.0", "matmul_ogs"), ("3.8.0", "matmul")]
-SERVED = [IN_CI[0], pytest.param(IN_CI[1], marks=pytest.mark.emulate)]
-"""The same, the second by `pytest -m emulate`."""
+BACKENDS = {"matmul_ogs": "triton_ogs", "ragged_ogs": "triton_ragged", "matmul": "triton_matmul"}
+IN_CI = [("3.6.0", "matmul_ogs"), ("3.6.0", "ragged_ogs"), ("3.8.0", "matmul")]
+SERVED = [IN_CI[0], *(pytest.param(pair, marks=pytest.mark.emulate) for pair in IN_CI[1:])]
+"""The same, but for the first by `pytest -m emulate`."""
 OF_BACKEND = {BACKENDS[kernels]: (triton, kernels) for triton, kernels in IN_CI}
 EVERY = [
-    *((release, "matmul_ogs") for release in ("3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")),
+    *(
+        (release, kernels)
+        for kernels in ("matmul_ogs", "ragged_ogs")
+        for release in ("3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
+    ),
     *((release, "matmul") for release in ("3.8.0", "3.9.0")),
 ]
 
@@ -159,7 +164,7 @@ def assert_right(pair: tuple[str, str], cases: list[Case], case: Case) -> None:
     assert list(checks) == ["routing", "w13", "w2", *(["layer"] if case.sample is None else [])]
     for stage, check in checks.items():
         assert check["miss"] == "", stage
-    # A split K leaves partial sums, and the matmul generation splits w13 only.
+    # A split K leaves partial sums, and only matmul_ogs splits w2.
     split = case.tile is not None and case.tile[3] > 1
     partial = {"routing", "w13", *(["w2"] if kernels == "matmul_ogs" else [])} if split else {"routing"}
     for stage, check in checks.items():
@@ -183,6 +188,13 @@ def assert_right(pair: tuple[str, str], cases: list[Case], case: Case) -> None:
 def test_layer(pair: tuple[str, str], case: Case) -> None:
     """Routing, w13 with SwiGLU, w2 and the sum over a token's experts, on gfx950's instructions."""
     assert_right(pair, FEW, case)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("case", [FEW[3], FEW[7]], ids=ids)
+def test_layer_of_ragged_tensors(case: Case) -> None:
+    """Two of them with the generation of triton_kernels between those two."""
+    assert_right(IN_CI[1], [FEW[3], FEW[7]], case)
 
 
 @pytest.mark.compile

@@ -16,8 +16,8 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
     layer = EmulatedLayer(weights, shape)
     if case["tile"] is not None:
         tile = TileConfig(*case["tile"])
-        # The matmul generation refuses to split K where it scatters rows.
-        splits = layer.backend.NAME == "triton_matmul" and tile.split_k > 1
+        # K is not split where rows are scattered.
+        splits = layer.prepared.SCATTERS and tile.split_k > 1
         w2 = layer.prepared.tiles_at(case["tokens"])[1] if splits else tile
         layer.prepared = layer.prepared.with_tiles(tile, w2)
     x, logits = random_tokens(shape, case["tokens"], seed=case["tokens"], unchosen=case["unchosen"])

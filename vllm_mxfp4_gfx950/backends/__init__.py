@@ -141,11 +141,19 @@ class Entry:
 FAMILIES: dict[str, tuple[Entry, ...]] = {
     "triton": tuple(
         Entry(name, partial(package.why_not_layer, kernels), partial(package.backend, kernels))
-        for name, kernels in (("triton_ogs", "matmul_ogs"), ("triton_matmul", "matmul"))
+        for name, kernels in (
+            ("triton_ogs", "matmul_ogs"),
+            ("triton_ragged", "ragged_ogs"),
+            ("triton_matmul", "matmul"),
+        )
     ),
     "two_fp8": tuple(
         Entry(name, partial(package.why_not_two_fp8, kernels), partial(package.two_fp8, kernels))
-        for name, kernels in (("two_fp8_ogs", "matmul_ogs"), ("two_fp8_matmul", "matmul"))
+        for name, kernels in (
+            ("two_fp8_ogs", "matmul_ogs"),
+            ("two_fp8_ragged", "ragged_ogs"),
+            ("two_fp8_matmul", "matmul"),
+        )
     ),
     "ck": (Entry(ck.NAME, ck.why_not, lambda: ck),),
     "aiter_triton": (Entry(aiter_triton.NAME, aiter_triton.why_not, lambda: aiter_triton),),

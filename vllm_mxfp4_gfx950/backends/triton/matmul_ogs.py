@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
-from triton_kernels.matmul_ogs import FlexCtx, FnSpecs, FusedActivation, PrecisionConfig, matmul_ogs
-from triton_kernels.matmul_ogs_details import opt_flags
-from triton_kernels.numerics import InFlexData
+from triton_kernels.matmul_ogs import FnSpecs, FusedActivation
+from triton_kernels.matmul_ogs_details.opt_flags import OptFlags
 from triton_kernels.routing import ExptData, GatherIndx, RoutingData, ScatterIndx
 from triton_kernels.swiglu import swiglu_fn
-from triton_kernels.tensor import FP4, Storage, Tensor
-from triton_kernels.tensor_details.layout import (
-    StridedLayout,
-    make_default_matmul_mxfp4_w_layout,
-    make_default_matmul_mxfp4_w_scale_layout,
-)
 
-from vllm_mxfp4_gfx950.arch import ARCHES
 from vllm_mxfp4_gfx950.backends.triton import package
-from vllm_mxfp4_gfx950.backends.triton.layer import Prepared
+from vllm_mxfp4_gfx950.backends.triton.ogs import Ogs
 from vllm_mxfp4_gfx950.backends.triton.routing import Routing
 from vllm_mxfp4_gfx950.tiles import TileConfig
 
@@ -30,35 +19,10 @@ TILE_ROWS = (16, 32, 64, 128, 256)
 """The sizes of tiles that matmul_ogs may choose among."""
 
 
-class MatmulOgs(Prepared):
-    """A layer for matmul_ogs."""
+class MatmulOgs(Ogs):
+    """A layer for matmul_ogs with a dictionary of tiles."""
 
-    KERNELS = "matmul_ogs"
-    OWN = True
     SCATTERS = False
-
-    @staticmethod
-    def pads() -> bool:
-        """Whether the layout of the values is Hopper's, whose depth ends at whole groups only."""
-        return make_default_matmul_mxfp4_w_layout(mx_axis=1)[0] is not StridedLayout
-
-    @staticmethod
-    def to_weight(blocks: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor) -> package.Weight:
-        """Swizzle uint8 blocks [E, N, K/2] and scales [E, N, K/32]; the bias is fp32[E, N]."""
-        experts, rows, packed = blocks.shape
-        layout, options = make_default_matmul_mxfp4_w_layout(mx_axis=1)
-        value_layout = layout((experts, packed, rows), **options)
-        values = package.swizzle(blocks, value_layout.swizzle_data)
-        tensor = Tensor(Storage(values, value_layout), dtype=FP4, shape=[experts, 2 * packed, rows])
-
-        scales = package.pad_scales(scales)
-        layout, options = make_default_matmul_mxfp4_w_scale_layout(mx_axis=1)
-        scale_layout = layout(scales.mT.shape, **options)
-        swizzled = package.swizzle(scales, scale_layout.swizzle_data)
-        precision = PrecisionConfig(
-            weight_scale=Tensor(Storage(swizzled, scale_layout)), flex_ctx=FlexCtx(rhs_data=InFlexData())
-        )
-        return package.Weight(tensor, precision, bias, values.mT, swizzled.mT, (value_layout, scale_layout))
 
     @staticmethod
     def fused_swiglu(alpha: float, limit: float) -> Any:
@@ -73,46 +37,14 @@ class MatmulOgs(Prepared):
     @staticmethod
     def to_opt_flags(tile: TileConfig, arch: str) -> Any:
         """A tile as OptFlags."""
-        return opt_flags.OptFlags(**package.opt_flags_fields(tile, arch), fused_scatter=False)
+        return OptFlags(**package.opt_flags_fields(tile, arch), fused_scatter=False)
 
-    def matmuls(self, x: torch.Tensor, routed: Routing, w13_flags: Any, w2_flags: Any) -> torch.Tensor:
-        """Two calls, the second of which adds up a token's experts."""
+    def arguments(self, routed: Routing) -> tuple[Any, Any, Any]:
+        """A routing as RoutingData, GatherIndx and ScatterIndx."""
         blocks = (dict(zip(TILE_ROWS, each, strict=True)) for each in (routed.block_start, routed.schedule))
         tiles = ExptData(routed.count, routed.start, *blocks)
         experts = RoutingData(routed.weights, routed.count, len(routed.count), self.shape.topk, tiles)
-        with _opt_flags(w13_flags, self.arch):
-            rows = matmul_ogs(
-                x,
-                self.w13.tensor,
-                self.w13.bias,
-                experts,
-                gather_indx=GatherIndx(routed.gather, routed.scatter),
-                precision_config=self.w13.precision,
-                fused_activation=self.activation,
-            )
-        with _opt_flags(w2_flags, self.arch):
-            out: torch.Tensor = matmul_ogs(
-                rows,
-                self.w2.tensor,
-                self.w2.bias,
-                experts,
-                scatter_indx=ScatterIndx(routed.scatter, routed.gather),
-                precision_config=self.w2.precision,
-                gammas=routed.weights,
-            )
-        return out
-
-
-@contextmanager
-def _opt_flags(flags: Any, arch: str) -> Iterator[None]:
-    """Hand OptFlags, or constraints on the package's own, to the call inside; put back what was set."""
-    before = opt_flags._opt_flags, opt_flags._opt_flags_constraints
-    opt_flags._opt_flags = flags
-    opt_flags._opt_flags_constraints = {} if flags else dict(ARCHES[arch].constraints)
-    try:
-        yield
-    finally:
-        opt_flags._opt_flags, opt_flags._opt_flags_constraints = before
+        return experts, GatherIndx(routed.gather, routed.scatter), ScatterIndx(routed.scatter, routed.gather)
 
 
 source, prepare, to_opt_flags = package.source, MatmulOgs.prepare, MatmulOgs.to_opt_flags

@@ -55,6 +55,23 @@ NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
         "tensor": ("FP4", "Storage", "Tensor"),
         "tensor_details.layout": LAYOUTS,
     },
+    "ragged_ogs": {
+        "matmul_ogs": (
+            "FlexCtx",
+            "FnSpecs",
+            "FusedActivation",
+            "GatherIndx",
+            "PrecisionConfig",
+            "RoutingData",
+            "ScatterIndx",
+            "matmul_ogs",
+        ),
+        "matmul_ogs_details.opt_flags": ("OptFlags", "_opt_flags", "_opt_flags_constraints"),
+        "numerics": ("InFlexData",),
+        "swiglu": ("swiglu_fn",),
+        "tensor": ("FP4", "RaggedTensorMetadata", "Storage", "Tensor"),
+        "tensor_details.layout": LAYOUTS,
+    },
     "matmul": {
         "matmul": (
             "FlexCtx",
@@ -125,7 +142,7 @@ def why_not_layer(kernels: str, shape: MoeShape, arch: str) -> str | None:
     """The reason why a shape cannot run on an arch with the package at hand.
 
     Args:
-        kernels: the generation: "matmul_ogs" or "matmul".
+        kernels: the generation, of NEEDS.
         shape: the layer.
         arch: as `backends.arch_of` names it.
 
@@ -181,7 +198,7 @@ def why_not(entry: str, needs: dict[str, tuple[str, ...]]) -> str | None:
     """The reason why the package at hand lacks an interface.
 
     Args:
-        entry: the module that makes the generation: "matmul_ogs" or "matmul".
+        entry: the generation, of NEEDS.
         needs: the names that are used, by module of the package.
     """
     directory = locate()
@@ -209,8 +226,10 @@ def why_not(entry: str, needs: dict[str, tuple[str, ...]]) -> str | None:
 
 
 def generations_of(directory: Path) -> list[str]:
-    """Which of the two generations a package is of; none of an unrelated one."""
-    return [name for name in ("matmul_ogs", "matmul") if (directory / f"{name}.py").is_file()]
+    """Which of the generations a package is of; none of an unrelated one."""
+    is_ragged = (directory / "tensor_details/ragged_tensor.py").is_file()
+    files = {"ragged_ogs" if is_ragged else "matmul_ogs": "matmul_ogs.py", "matmul": "matmul.py"}
+    return [name for name, file in files.items() if (directory / file).is_file()]
 
 
 def is_leftover(directory: Path) -> bool:

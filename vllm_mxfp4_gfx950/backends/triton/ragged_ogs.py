@@ -1,0 +1,50 @@
+"""The experts through triton_kernels' `matmul_ogs` on ragged tensors, the generation of Triton 3.6."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton_kernels.matmul_ogs import FnSpecs, FusedActivation, GatherIndx, RoutingData, ScatterIndx
+from triton_kernels.matmul_ogs_details.opt_flags import OptFlags
+from triton_kernels.swiglu import swiglu_fn
+from triton_kernels.tensor import RaggedTensorMetadata
+
+from vllm_mxfp4_gfx950.backends.triton import package
+from vllm_mxfp4_gfx950.backends.triton.ogs import Ogs
+from vllm_mxfp4_gfx950.backends.triton.routing import Routing
+from vllm_mxfp4_gfx950.tiles import TileConfig
+
+NAME = "triton_ragged"
+
+
+class RaggedOgs(Ogs):
+    """A layer for matmul_ogs with RaggedTensorMetadata."""
+
+    SCATTERS = True
+
+    @staticmethod
+    def fused_swiglu(alpha: float, limit: float) -> Any:
+        """The SwiGLU that w13 ends in, as FusedActivation."""
+        return FusedActivation(
+            FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"), reduction_n=2), (alpha, limit)
+        )
+
+    @staticmethod
+    def count_sizes() -> int:
+        """How many sizes of tiles matmul_ogs may choose among on this GPU, which it asks the driver."""
+        return len(RaggedTensorMetadata.block_sizes())
+
+    @staticmethod
+    def to_opt_flags(tile: TileConfig, arch: str) -> Any:
+        """A tile as OptFlags."""
+        return OptFlags(**package.opt_flags_fields(tile, arch))
+
+    def arguments(self, routed: Routing) -> tuple[Any, Any, Any]:
+        """A routing as RoutingData, GatherIndx and ScatterIndx."""
+        tiles = RaggedTensorMetadata(routed.count, routed.start, routed.block_start, routed.schedule)
+        experts = RoutingData(routed.weights, routed.count, len(routed.count), self.shape.topk, tiles)
+        return experts, GatherIndx(routed.gather, routed.scatter), ScatterIndx(routed.scatter, routed.gather)
+
+
+source, prepare, to_opt_flags = package.source, RaggedOgs.prepare, RaggedOgs.to_opt_flags
+KERNELS = RaggedOgs.KERNELS
