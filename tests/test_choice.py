@@ -113,6 +113,34 @@ def test_tiles_that_change(kind: type[SeveralPlans], seen: bool) -> None:
     assert (max(ratios) < 1.02) == seen
 
 
+@pytest.mark.parametrize(("captured", "worst"), [(800, 1.0), (None, 1.25)])
+def test_where_graphs_end(captured: int | None, worst: float) -> None:
+    """Above 800 tokens the CPU decides, and below the GPU: both sides of it are looked at."""
+
+    def curve(plan: Plan, tokens: int) -> float:
+        launched = 2000 if plan != "own" and tokens > 800 else 0
+        return max(tokens * {"own": 50, "table": 40, "package": 60}[plan] / 50, launched)
+
+    found = choice.choose(OfAnySize(random_weights(SHAPE, seed=0), ()), 2000, timed(curve), captured)
+    ratios = [
+        curve(found.plans.at(n), n) / min(curve(plan, n) for plan in ("own", "table"))
+        for n in range(300, 1900)
+    ]
+    assert max(ratios) == pytest.approx(worst)
+
+
+class OfAnySize(SeveralPlans):
+    """A layer whose plans all take batches of any size."""
+
+    def with_plans(self, plans: Ladder[Plan]) -> OfAnySize:
+        """As in TiledLayer."""
+        return OfAnySize(self.weights, self.wrong, plans)
+
+    def offered(self, tokens: int) -> tuple[Plan, ...]:
+        """As in TiledLayer."""
+        return "own", "table", "package"
+
+
 def test_table_that_is_slow_serves_nothing() -> None:
     """Nor do our own matmuls, where they are."""
     found = choice.choose(layer(), LARGEST, timed(CURVES["slow table"]))

@@ -240,7 +240,8 @@ def test_a_kernel_that_does_not_fit(serve: Serve, backend: str, tmp_path: Path) 
     shape = make_shape(MODEL.experts, MODEL.topk, MODEL.hidden, MODEL.intermediate)
     tiles = Ladder((8192,), (TileConfig(256, 256, 256, 1, 8, 2, 0),))
     triton, kernels = OF_BACKEND[backend]
-    table = store.Content(tiles={(kernels, release_of(triton), gemm): tiles for gemm in gemms(shape)})
+    name = "matmul" if kernels == "matmul" else "matmul_ogs"
+    table = store.Content(tiles={(name, release_of(triton), gemm): tiles for gemm in gemms(shape)})
     store.write(tmp_path / "gfx950.json", "gfx950", table)
     with pytest.raises(RuntimeError, match="OutOfResources: out of resource: shared memory"):
         serve("sound", self_check="off", VLLM_MXFP4_TABLES=str(tmp_path))

@@ -261,10 +261,10 @@ def fixture_chosen(captured: int, layer: Layer) -> choice.Choice:
     if shape.intermediate < 2880:
         pytest.skip("as the larger ones, which take longest")
     cost = choice.clock(shape, torch.device("cuda"), captured)
-    choice.choose(prepared, 8192, cost)
+    choice.choose(prepared, 8192, cost, captured)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
-    found = choice.choose(prepared, 8192, cost)
+    found = choice.choose(prepared, 8192, cost, captured)
     print(found)
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() == before

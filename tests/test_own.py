@@ -89,7 +89,7 @@ def test_layer(pair: tuple[str, str], case: Case) -> None:
 def test_table() -> None:
     """Hopper's has both matmuls of each shape, and says where it comes from.
 
-    Ours have the same rows to a tile in both, and serve up to where matmul_ogs was as fast.
+    Ours have the same rows to a tile in both, up to where matmul_ogs is as fast without a graph.
     """
     table = store.read(ROOT / "vllm_mxfp4_gfx950/tables/sm90.json", "sm90")
     kinds = ("matmul_ogs", "own")

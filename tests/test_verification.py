@@ -1,4 +1,4 @@
-"""Layers on the emulated gfx950, through the code that serves, with Tritons of both generations."""
+"""Layers on the emulated gfx950, through the code that serves, with Tritons of each generation."""
 
 from __future__ import annotations
 

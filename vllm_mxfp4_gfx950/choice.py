@@ -73,7 +73,7 @@ class Choice:
         return f"{'; '.join(spans)}; {len(self.us)} batches were timed in {self.seconds:.2f} s"
 
 
-def choose(layer: TiledLayer, largest: int, cost: Cost) -> Choice:
+def choose(layer: TiledLayer, largest: int, cost: Cost, captured: int | None = None) -> Choice:
     """Time a layer's plans: at powers of four and the largest batch, then where they are close or change.
 
     Between two batches it looks where a plan's tiles change, as what serves just above may be much slower.
@@ -82,6 +82,7 @@ def choose(layer: TiledLayer, largest: int, cost: Cost) -> Choice:
         layer: as a backend has prepared it.
         largest: the largest batch that will be served.
         cost: times it.
+        captured: as in `clock`; on both sides of it other plans may be the fastest.
 
     Returns:
         the choice; a batch that was not timed is served as the next larger one that was.
@@ -96,7 +97,8 @@ def choose(layer: TiledLayer, largest: int, cost: Cost) -> Choice:
         tied = us[tokens].get(served, math.inf) <= TIE * us[tokens][fastest]
         best[tokens] = served if tied else fastest
 
-    for tokens in coarse_batches(largest):
+    borders = set() if captured is None else {captured, captured + 1} & {*range(1, largest)}
+    for tokens in sorted(borders.union(coarse_batches(largest))):
         timed(tokens, layer.offered(tokens))
     alone = [layer.with_plans(Ladder((1,), (plan,))) for plan in layer.offered(1)]
     changes = {tokens for each in alone for tokens in each.first_batches()}

@@ -122,7 +122,7 @@ class ModelLayers:
         if not self.wanted.time_at_load or layer.pinned or not torch.cuda.is_available():
             return layer
         cost = choice.clock(self.shape, torch.device("cuda"), self.captured)
-        self.choice = choice.choose(layer, self.largest, cost)
+        self.choice = choice.choose(layer, self.largest, cost, self.captured)
         torch.cuda.empty_cache()
         logger.info("Chosen by time: %s.", self.choice)
         return layer.with_plans(self.choice.plans)

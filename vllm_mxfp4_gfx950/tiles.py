@@ -14,7 +14,7 @@ T_co = TypeVar("T_co", covariant=True)
 U = TypeVar("U")
 
 KERNELS = ("matmul_ogs", "matmul", "own")
-"""Those that have tiles: triton_kernels' two generations, and our own matmuls."""
+"""Those that have tiles: triton_kernels' two matmuls, and our own."""
 
 
 @dataclass(frozen=True)

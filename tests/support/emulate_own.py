@@ -31,7 +31,7 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
         scales = prepared.w13.scales
         scales.copy_(scales.roll(256, dims=2))
     tiles = tuple(Ladder((10**6,), (TileConfig(*tile),)) for tile in case["tiles"])
-    # Of either generation, though they stand in front of one of them only.
+    # Of any generation, though they stand in front of one of them only.
     layer = own.make(ARCH, shape, prepared.w13, prepared.w2, prepared.order, tiles)
     with presented(launches):
         out = layer.run(x, logits)

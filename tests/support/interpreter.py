@@ -130,7 +130,7 @@ def outcomes(backend: str, package: Path) -> dict[str, Any]:
     """Compute all CASES with a backend.
 
     Args:
-        backend: "triton_ogs" or "triton_matmul".
+        backend: "triton_ogs", "triton_ragged" or "triton_matmul".
         package: a directory for sys.path with a genuine triton_kernels of its generation.
 
     Returns:

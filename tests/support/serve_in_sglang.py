@@ -49,7 +49,7 @@ ROUNDS = 2
 AT_ONCE = 64
 ANSWER_TOKENS = 32
 REQUEST_SECONDS = 100
-"""All requests of one load may take so long."""
+"""That a request may take."""
 
 OURS, THEIRS = ENGINES = ("ours", "SGLang's triton_kernel")
 OUR_LINE, THEIR_LINE = "MoE layers run through ", "moe_runner_backend='triton_kernel'"

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.quick:
         cost = clock(shape, device, CAPTURED)
-        found = choose(Layers(shape, arch, "cuda", copies=1).prepared[0], SIZES[-1], cost)
+        found = choose(Layers(shape, arch, "cuda", copies=1).prepared[0], SIZES[-1], cost, CAPTURED)
         table.pin(found.plans)
         print(f"{args.model}: {shape}, {table.evidence}: {found}")
         print(f"{table.file} says so. To serve by it: {TABLES_VAR}={args.out.resolve()}")

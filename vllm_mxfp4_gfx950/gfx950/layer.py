@@ -20,7 +20,7 @@ from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tiles import Ladder, Plan, TileConfig
 
 MATMULS = ("_matmul", "_p_matmul", "mxfp4_matmul", "two_fp8_matmul")
-"""How the names of the two matmuls' kernels begin: in both generations of triton_kernels, and of ours."""
+"""How the names of the two matmuls' kernels begin: in all generations of triton_kernels, and of ours."""
 
 SMALL = TileConfig(16, 64, 256, 1, 4, 1, 0)
 """A tile that fits with every Triton."""

@@ -35,7 +35,8 @@ CAPTURED = 512
 launched by the CPU, which may take longer than the GPU."""
 
 GIVE_UP = 1.1
-"""Once our own matmuls take so many times as long as the others, no larger batch is tried with them."""
+"""Once our own matmuls take so many times as long as the others, no larger batch is tried with them: above
+CAPTURED, from where on the CPU counts, which is their strength."""
 
 
 class Table:
@@ -88,7 +89,11 @@ class Table:
     def gave_up(self, tokens: int) -> bool:
         """Whether our own matmuls were too slow for fewer tokens, or not right."""
         others, own = self.times(self.kernels), self.times("own")
-        return any(own.get(fewer, math.inf) > GIVE_UP * us for fewer, us in others.items() if fewer < tokens)
+        return any(
+            own.get(fewer, math.inf) > GIVE_UP * us
+            for fewer, us in others.items()
+            if CAPTURED < fewer < tokens
+        )
 
     @contextmanager
     def changed(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""A layer prepared for triton_kernels: what both generations of the package share."""
+"""A layer prepared for triton_kernels: what all generations of the package share."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Prepared(ABC):
         pinned: whether the user's table says so.
         tiles: w13's and w2's by number of tokens; None leaves a call to the package.
         flags: the same as triton_kernels' OptFlags.
-        own: our own matmuls, for few tokens; None where they do not serve.
+        own: our own matmuls, for as many tokens as their table has tiles; None where they do not serve.
         two_fp8: those with two FP8 addends, for any number of tokens; None where the GPU has no such thing.
     """
 
     KERNELS: ClassVar[str]
-    """The package's generation, as the tile tables name it."""
+    """The package's matmul, as the tile tables name it."""
 
     OWN: ClassVar[bool]
     """Whether our own matmuls may serve in front of it."""

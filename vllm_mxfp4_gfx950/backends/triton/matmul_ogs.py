@@ -22,6 +22,7 @@ TILE_ROWS = (16, 32, 64, 128, 256)
 class MatmulOgs(Ogs):
     """A layer for matmul_ogs with a dictionary of tiles."""
 
+    OWN = True
     SCATTERS = False
 
     @staticmethod

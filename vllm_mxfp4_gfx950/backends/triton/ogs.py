@@ -28,7 +28,6 @@ class Ogs(Prepared):
     """A layer for matmul_ogs."""
 
     KERNELS = "matmul_ogs"
-    OWN = True
 
     @staticmethod
     def pads() -> bool:

@@ -324,7 +324,7 @@ def swizzle(data: torch.Tensor, layout: Callable[[torch.Tensor], torch.Tensor]) 
 
 
 def opt_flags_fields(tile: TileConfig, arch: str) -> dict[str, Any]:
-    """The OptFlags that both generations have; what a tile does not say is as they have it on that GPU."""
+    """The OptFlags that all generations have; what a tile does not say is as they have it on that GPU."""
     return {
         "block_m": tile.block_m,
         "block_n": tile.block_n,

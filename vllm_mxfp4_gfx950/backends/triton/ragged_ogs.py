@@ -20,6 +20,7 @@ NAME = "triton_ragged"
 class RaggedOgs(Ogs):
     """A layer for matmul_ogs with RaggedTensorMetadata."""
 
+    OWN = False
     SCATTERS = True
 
     @staticmethod
