@@ -130,8 +130,10 @@ def end_at_work(server: Server, asked: list[Quiet]) -> None:
     bodies = [load_server.body(each.prompt, len(each.answer)) for each in asked]
     with ThreadPoolExecutor(len(asked)) as pool:
         replies = [pool.submit(requests.post, f"{server.url}/v1/completions", json=body) for body in bodies]
-        while server.metric("vllm:num_requests_running") < len(asked):
-            time.sleep(0.1)
+        # The first may be answered before the last is at work.
+        while server.metric("vllm:num_requests_running") < sum(not reply.done() for reply in replies):
+            time.sleep(0.01)
+        assert not all(reply.done() for reply in replies)
         server.end()
     answers = [load_server.read(reply.result().json()) for reply in replies]
     assert answers == [(each.answer, False) for each in asked]
