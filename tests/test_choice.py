@@ -222,6 +222,25 @@ def test_first_layer_decides(
     ]
 
 
+def test_both_sides_of_the_largest_graph(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
+    """The first layer is timed there, by a clock that knows it."""
+    choose_from(monkeypatch, backend("some", prepare=lambda weights, *_: SeveralPlans(weights, ())))
+    known: list[int | None] = []
+
+    def clock(_shape: Any, _device: Any, captured: int | None) -> choice.Cost:
+        known.append(captured)
+        return timed(CURVES["own first"])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(choice, "clock", clock)
+    layers = serving.ModelLayers(SHAPE, "gfx950", Settings(), 2048, 100)
+    layers.prepare(weights, "layers.0")
+    assert known == [100]
+    assert layers.choice is not None
+    assert {100, 101} <= layers.choice.us.keys()
+
+
 def test_fast_and_wrong_serves_nothing(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
     """The check comes after the choice, and the next plan takes over."""
     _, plans, _, layers = served(monkeypatch, weights, CURVES["slow table"], wrong=("package",))

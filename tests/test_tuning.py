@@ -11,6 +11,7 @@ import re
 import threading
 from dataclasses import astuple, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -243,6 +244,24 @@ def test_table(tmp_path: Path) -> None:
     assert all(table_in(tmp_path).has(tokens) for tokens in record.SIZES)
     with pytest.raises(Mxfp4Error, match="must be timed on one Y, torch 2; got timed on one X, torch 2"):
         table_in(tmp_path, "timed on one Y, torch 2")
+
+
+@pytest.mark.parametrize(("tokens", "captured"), [(512, True), (640, False)])
+def test_kernels_are_compared_as_batches_run(
+    tokens: int, captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a graph up to what vLLM captures, and launched above it."""
+    timed: list[bool] = []
+
+    def time_us(_tiles: Any, *, captured: bool) -> float:
+        timed.append(captured)
+        return 1.0
+
+    monkeypatch.setattr(tune, "search", lambda *_: (A, A))
+    batch = SimpleNamespace(layers=SimpleNamespace(kernels=("matmul_ogs",)), tokens=tokens, time_us=time_us)
+    table = SimpleNamespace(kernels="matmul_ogs", add=lambda *_: None)
+    tune.tune(batch, table)  # type: ignore[arg-type]
+    assert timed == [captured] * 3
 
 
 def test_pin(tmp_path: Path) -> None:

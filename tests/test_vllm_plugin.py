@@ -70,9 +70,9 @@ def test_what_is_missing(packages: Path, tmp_path: Path) -> None:
     assert not any("fused_moe" in name for name in found)
 
 
-@pytest.mark.parametrize(("sizes", "captured"), [([1, 8], 8), ([], 0)])
-def test_batches_of_an_engine(sizes: list[int], captured: int, tmp_path: Path) -> None:
-    """The largest, and the largest that has a graph."""
+@pytest.mark.parametrize(("sizes", "ranks", "captured"), [([1, 8], 1, 8), ([], 1, 0), ([1, 8], 2, 16)])
+def test_batches_of_an_engine(sizes: list[int], ranks: int, captured: int, tmp_path: Path) -> None:
+    """The largest, and the largest that has a graph, of all ranks that bring their tokens together."""
     checkpoint = tiny_checkpoint.write(TinyGptOss(), tmp_path / "tiny")
     with load_model.one_rank(checkpoint):
         from vllm.config import set_current_vllm_config
@@ -80,7 +80,8 @@ def test_batches_of_an_engine(sizes: list[int], captured: int, tmp_path: Path) -
 
         config = load_model.create_config(checkpoint, max_num_batched_tokens=96, max_num_seqs=16)
         config.compilation_config.cudagraph_capture_sizes = sizes
+        config.parallel_config.data_parallel_size = ranks
         with set_current_vllm_config(config):
             model = initialize_model(config)
     layers = model.model.layers[0].mlp.experts.routed_experts.quant_method.layers
-    assert (layers.largest, layers.captured) == (96, captured)
+    assert (layers.largest, layers.captured) == (96 * ranks, captured)

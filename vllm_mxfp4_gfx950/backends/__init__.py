@@ -138,22 +138,17 @@ class Entry:
     load: Callable[[], Backend]
 
 
+GENERATIONS = (("ogs", "matmul_ogs"), ("ragged", "ragged_ogs"), ("matmul", "matmul"))
+"""Of triton_kernels: how a backend's name ends, and the backend's file."""
+
 FAMILIES: dict[str, tuple[Entry, ...]] = {
     "triton": tuple(
-        Entry(name, partial(package.why_not_layer, kernels), partial(package.backend, kernels))
-        for name, kernels in (
-            ("triton_ogs", "matmul_ogs"),
-            ("triton_ragged", "ragged_ogs"),
-            ("triton_matmul", "matmul"),
-        )
+        Entry(f"triton_{name}", partial(package.why_not_layer, kernels), partial(package.backend, kernels))
+        for name, kernels in GENERATIONS
     ),
     "two_fp8": tuple(
-        Entry(name, partial(package.why_not_two_fp8, kernels), partial(package.two_fp8, kernels))
-        for name, kernels in (
-            ("two_fp8_ogs", "matmul_ogs"),
-            ("two_fp8_ragged", "ragged_ogs"),
-            ("two_fp8_matmul", "matmul"),
-        )
+        Entry(f"two_fp8_{name}", partial(package.why_not_two_fp8, kernels), partial(package.two_fp8, kernels))
+        for name, kernels in GENERATIONS
     ),
     "ck": (Entry(ck.NAME, ck.why_not, lambda: ck),),
     "aiter_triton": (Entry(aiter_triton.NAME, aiter_triton.why_not, lambda: aiter_triton),),

@@ -60,26 +60,17 @@ class Ogs(Prepared):
         """Two calls, the second of which adds up a token's experts."""
         experts, gather, scatter = self.arguments(routed)
         with _opt_flags(w13_flags, self.arch):
-            rows = matmul_ogs(
-                x,
-                self.w13.tensor,
-                self.w13.bias,
-                experts,
-                gather_indx=gather,
-                precision_config=self.w13.precision,
-                fused_activation=self.activation,
-            )
+            rows = _multiply(x, self.w13, experts, gather_indx=gather, fused_activation=self.activation)
         with _opt_flags(w2_flags, self.arch):
-            out: torch.Tensor = matmul_ogs(
-                rows,
-                self.w2.tensor,
-                self.w2.bias,
-                experts,
-                scatter_indx=scatter,
-                precision_config=self.w2.precision,
-                gammas=routed.weights,
-            )
-        return out
+            return _multiply(rows, self.w2, experts, scatter_indx=scatter, gammas=routed.weights)
+
+
+def _multiply(x: torch.Tensor, weight: package.Weight, experts: Any, **fused: Any) -> torch.Tensor:
+    """One call of matmul_ogs, with what is fused into it."""
+    out: torch.Tensor = matmul_ogs(
+        x, weight.tensor, weight.bias, experts, precision_config=weight.precision, **fused
+    )
+    return out
 
 
 @contextmanager
