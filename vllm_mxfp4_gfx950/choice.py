@@ -5,6 +5,7 @@ And, where the user wants that, which backend.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
@@ -23,20 +24,21 @@ from vllm_mxfp4_gfx950.timing import Calls
 TIE = 1.02
 """What serves where nothing is timed is given up for a plan that is faster by more than this factor."""
 
-CLOSE = 1.15
-"""Where the best plan leads by less than this factor, another may lead at a number of tokens nearby."""
+CLOSE, SUSPECTED = 1.1, 0.01
+"""Where the best plan leads by less than this factor, another may lead at a batch nearby: so much of the time
+is thought to be lost there."""
 
 SLOW = 1.25
 """A plan that takes longer than so many times the fastest, at both neighbours, is not timed between them."""
 
-APART, CLOSE_APART = 1.03, 1.15
-"""Two neighbours that were timed are close enough when no more than this factor lies between them: where
-different plans serve them, and where one does that does not lead clearly."""
+WORTH = 0.002
+"""What is lost between two neighbours, times the logarithm of how far they are apart, is looked into above
+this: 1% up to a batch that is larger by a fifth, or a tenth up to one that is larger by 2%."""
 
-BATCHES = 44
+BATCHES = 48
 """The most numbers of tokens that are timed."""
 
-CALLS = Ladder((8, 128, 1024, 2**30), (8, 4, 2, 1))
+CALLS = Ladder((8, 1024, 2**30), (4, 2, 1))
 """Calls in a graph, by number of tokens. Each has tokens of its own: where these are few, they read other
 experts, so that no call finds its weights in a cache."""
 
@@ -74,9 +76,9 @@ class Choice:
 
 
 def choose(layer: TiledLayer, largest: int, cost: Cost, captured: int | None = None) -> Choice:
-    """Time a layer's plans: at powers of four and the largest batch, then where they are close or change.
+    """Time a layer's plans: at powers of four and the largest batch, then where most is lost between two.
 
-    Between two batches it looks where a plan's tiles change, as what serves just above may be much slower.
+    There it looks where a plan's tiles change, as what serves just above may be much slower.
 
     Args:
         layer: as a backend has prepared it.
@@ -101,38 +103,47 @@ def choose(layer: TiledLayer, largest: int, cost: Cost, captured: int | None = N
     for tokens in sorted(borders.union(coarse_batches(largest))):
         timed(tokens, layer.offered(tokens))
     alone = [layer.with_plans(Ladder((1,), (plan,))) for plan in layer.offered(1)]
-    changes = {tokens for each in alone for tokens in each.first_batches()}
-    while len(us) < BATCHES and (pair := furthest(us, best)):
-        tokens = between(pair, changes)
+    firsts = {tokens for each in alone for tokens in each.first_batches()}
+    while len(us) < BATCHES:
+        pair = max(itertools.pairwise(sorted(us)), key=lambda pair: lost(us, best, *pair), default=None)
+        if pair is None or lost(us, best, *pair) <= WORTH:
+            break
+        tokens = between(pair, firsts)
         timed(tokens, [plan for plan in layer.offered(tokens) if any(near(us[n], plan) for n in pair)])
     return Choice(Ladder.of(best).merged(), us, time.perf_counter() - began)
 
 
-def furthest(us: dict[int, dict[Plan, float]], best: dict[int, Plan]) -> tuple[int, int] | None:
-    """The neighbours that are furthest apart where they should be closer; None where all are close enough.
-
-    Where the plan changes between them, half as far is as far.
+def lost(us: dict[int, dict[Plan, float]], best: dict[int, Plan], low: int, high: int) -> float:
+    """What serving all between two neighbours as the larger one may lose, times how far they are apart.
 
     Args:
         us: microseconds of each plan, by number of tokens.
         best: the plan that serves them.
+        low, high: the neighbours.
+
+    Returns:
+        a share of the time, times the logarithm of the batches' ratio; 0 where none is between them.
     """
-    found, widest = None, 1.0
-    for low, high in itertools.pairwise(sorted(us)):
-        close = min(lead(us[low]), lead(us[high])) < CLOSE
-        changes = best[low] != best[high]
-        enough = APART if changes else CLOSE_APART if close else math.inf
-        apart = (high / low) ** (2 if changes else 1)
-        if high > max(enough * low, low + 1) and apart > widest:
-            found, widest = (low, high), apart
-    return found
+    if high == low + 1:
+        return 0
+    above_low = min(us[low].get(best[high], math.inf) / min(us[low].values()), 2)
+    share = above_low - 1 if above_low > TIE else 0
+    if min(lead(us[low]), lead(us[high])) < CLOSE:
+        share = max(share, SUSPECTED)
+    return share * math.log(high / low)
 
 
-def between(pair: tuple[int, int], changes: set[int]) -> int:
-    """The change between two numbers of tokens that is nearest to their geometric mean; else that mean."""
+def between(pair: tuple[int, int], firsts: set[int]) -> int:
+    """The batch to look at between two: the first of a tile, else the last before one, else their mean.
+
+    Args:
+        pair: the two.
+        firsts: of all plans; of several the one nearest to the geometric mean is taken.
+    """
     low, high = pair
     mean = math.isqrt(low * high - 1) + 1
-    inside = [tokens for tokens in changes if low < tokens < high]
+    inside = [tokens for tokens in firsts if low < tokens < high]
+    inside = inside or [tokens - 1 for tokens in firsts if low < tokens - 1 < high]
     return min(inside, key=lambda tokens: (abs(math.log(tokens / mean)), tokens), default=mean)
 
 
@@ -174,11 +185,14 @@ def clock(shape: MoeShape, device: torch.device, captured: int | None = None) ->
     launch_us: dict[tuple[type, Plan | None], float] = {}
     """Of each plan: the CPU takes as long for any number of tokens."""
 
+    @functools.lru_cache(maxsize=1)
+    def inputs(tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [random_tokens(shape, tokens, seed, str(device)) for seed in range(CALLS.at(tokens))]
+
     def cost(layer: Layer, tokens: int) -> float:
-        count = CALLS.at(tokens)
-        inputs = [random_tokens(shape, tokens, seed, str(device)) for seed in range(count)]
+        given, count = inputs(tokens), CALLS.at(tokens)
         try:
-            calls = Calls(lambda i: layer.run(*inputs[i]), count, device, alike=True)
+            calls = Calls(lambda i: layer.run(*given[i]), count, device, alike=True)
             gpu_us = min(calls.seconds() for _ in range(REPLAYS)) * 1e6 / count
             if captured is None or tokens <= captured:
                 return gpu_us
