@@ -21,9 +21,10 @@ import pytest
 import tiny_checkpoint
 import torch
 from engine import FLAG
+from test_self_check import backend, choose_from
 from tiny_checkpoint import TinyGptOss
 
-from vllm_mxfp4_gfx950 import cli, options, timing
+from vllm_mxfp4_gfx950 import cli, options, self_check, serving, timing
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.bench import layer, report, serve, vllm_client, vllm_layers, vllm_worker
 from vllm_mxfp4_gfx950.bench.layer import Layer
@@ -33,7 +34,7 @@ from vllm_mxfp4_gfx950.models import layer_shape
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.process import free_port
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
-from vllm_mxfp4_gfx950.settings import TABLES_VAR
+from vllm_mxfp4_gfx950.settings import TABLES_VAR, Settings
 from vllm_mxfp4_gfx950.timing import Calls
 
 CPU = torch.device("cpu")
@@ -328,6 +329,19 @@ def test_ours_has_the_users_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(TABLES_VAR, str(tmp_path))
     layer.ours(random_weights(SHAPE, 0), SHAPE)
     assert given == [None, tmp_path]
+
+
+def test_the_first_copy_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a server checks one layer of a model, and not the others."""
+    choose_from(monkeypatch, backend("some"))
+    served = serving.ModelLayers(SHAPE, "gfx950", Settings(time_at_load=False), 64)
+    monkeypatch.setattr(layer, "as_served", lambda *_: served)
+    checked: list[Any] = []
+    check = self_check.check
+    monkeypatch.setattr(self_check, "check", lambda *given: (checked.append(given), check(*given))[1])
+    for seed in range(3):
+        layer.ours(random_weights(SHAPE, seed), SHAPE)
+    assert len(checked) == 1
 
 
 @pytest.mark.parametrize(

@@ -415,6 +415,28 @@ def test_fastest_backend(
     assert f"Timed: a takes (us by tokens) 1: {us['a']:.1f}, 4: {us['a']:.1f}, 16: " in caplog.text
 
 
+def test_fastest_that_does_not_run(
+    monkeypatch: pytest.MonkeyPatch, weights: MoeWeights, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A backend that is right and fails in a graph at some batch is left out, whether first or later."""
+    us = {"a": 10.0, "b": 50.0, "c": 20.0}
+    choose_from(
+        monkeypatch,
+        *(backend(name, prepare=lambda w, *_, each=each: OneWay(w, each)) for name, each in us.items()),
+    )
+    monkeypatch.setattr(backends, "TIMED", tuple(us))
+    monkeypatch.setattr(
+        choice,
+        "clock",
+        lambda *_: lambda layer, tokens: math.inf if layer.us < 50 and tokens == 16 else layer.us,
+    )
+    layers = serving.ModelLayers(SHAPE, "gfx950", Settings("fastest"), 64)
+    with caplog.at_level(logging.INFO, logger="vllm.mxfp4_triton"):
+        layers.prepare(weights, "layers.0")
+    assert layers.selection.backend.NAME == "b"
+    assert "Not timed: a does not run batches of 16 tokens." in caplog.text
+
+
 def test_fastest_without_any(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
     """Where none can be timed, as on a CPU, it is what auto takes."""
     layers = serving.ModelLayers(SHAPE, "cpu", Settings("fastest"), 64)

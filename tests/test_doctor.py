@@ -314,6 +314,7 @@ def test_pyproject_requires_nothing() -> None:
 def test_settings(tmp_path: Path) -> None:
     """Only what the settings and the GPU ask for can be at fault."""
     wrong = ["settings", "gpt-oss-20b", "gpt-oss-120b"]
+    none = ["triton_ogs", "triton_ragged", "triton_matmul", "ck", "gpt-oss-20b", "gpt-oss-120b"]
     cases: list[tuple[dict[str, str], str, list[str]]] = [
         ({"VLLM_MXFP4_BACKEND": "cuda"}, "cpu", wrong),
         ({"VLLM_MXFP4_STRICT": "yes"}, "cpu", wrong),
@@ -322,6 +323,7 @@ def test_settings(tmp_path: Path) -> None:
         ({"VLLM_MXFP4_BACKEND": "reference"}, "gfx1100", []),
         ({}, "gfx1100", ["GPU", "gpt-oss-20b", "gpt-oss-120b"]),
         ({"VLLM_MXFP4_BACKEND": "ck"}, "gfx950", ["ck", "gpt-oss-20b", "gpt-oss-120b"]),
+        ({"VLLM_MXFP4_BACKEND": "fastest"}, "gfx950", none),
         ({}, "gfx942", ["triton_ogs", "triton_ragged", "triton_matmul", "gpt-oss-20b", "gpt-oss-120b"]),
     ]
     code = (
@@ -565,10 +567,15 @@ def test_tables(tmp_path: Path) -> None:
     tile = tiles.Ladder((64,), (tiles.TileConfig(16, 64, 256, 1, 4, 1, 0),))
     release = tiles.release_of(importlib.import_module("triton").__version__)
     table = store.Content(tiles={("matmul_ogs", release, gemm): tile for gemm in gemms})
-    store.write(tables / "gfx950.json", "gfx950", table)
-    exit_code, checks = doctor(path, VLLM, arch="gfx950", VLLM_MXFP4_TABLES=str(tables))
-    assert exit_code == 0
-    assert checks["tables"]["found"] == f"2 matmuls in {tables / 'gfx950.json'}"
+    pinned = store.Content(plans={(release, gemms[0]): tiles.Ladder((64,), ("package",))})
+    for content, found in (
+        (pinned, "0 matmuls and plans of 1 layers"),
+        (table, "2 matmuls and plans of 0 layers"),
+    ):
+        store.write(tables / "gfx950.json", "gfx950", content)
+        exit_code, checks = doctor(path, VLLM, arch="gfx950", VLLM_MXFP4_TABLES=str(tables))
+        assert exit_code == 0
+        assert checks["tables"]["found"] == f"tiles of {found} in {tables / 'gfx950.json'}"
     assert checks["gpt-oss-20b"]["found"] == f"triton_ogs, tiles of {tables / 'gfx950.json'}"
     assert checks["gpt-oss-120b"]["found"].startswith("triton_ogs, tiles of this package (")
     (tables / "gfx950.json").write_text("{}")

@@ -112,6 +112,14 @@ def choose_from(monkeypatch: pytest.MonkeyPatch, *some: Any) -> backends.Selecti
     return backends.select(SHAPE, "gfx950", Settings())
 
 
+def test_fault_of_the_check(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
+    """What the check itself raises is blamed on no backend, and no other one is taken for it."""
+    selection = choose_from(monkeypatch, backend("good"), backend("other"))
+    monkeypatch.setattr(self_check.reference, "truth_and_plain", raises)
+    with pytest.raises(RuntimeError, match="out of resource"):
+        self_check.prepare(selection, weights, SHAPE, Settings(), lambda *_: None)
+
+
 def test_right(weights: MoeWeights) -> None:
     """A right layer passes, its weights stay, and the line says how far from wrong it was."""
     before = weights.w13.clone()

@@ -42,10 +42,10 @@ class Outcome:
 
     Args:
         miss: why the layer must not serve; "" when it may.
-        missed: the batch that says so; 0 when there is none.
         row: the worst row's error over what `tolerance` allows.
         tokens: the batches that were tried.
         seconds: that it took, compilation included.
+        missed: the batch that says why it must not; 0 when there is none.
     """
 
     miss: str
@@ -171,11 +171,12 @@ def prepare(
         name, wrong = backend.NAME, dict[Plan, str]()
         try:
             layer = arrange(backend.prepare(weights.clone(), shape, settings.tables))
-            outcome = check(layer, weights, shape)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             outcome = Outcome(f"while preparing, {brief(error)}", 0.0, (), 0.0)
+        else:
+            outcome = check(layer, weights, shape)
         report(name, outcome)
         while outcome.miss and isinstance(layer, backends.TiledLayer):
             wrong[layer.plans.at(outcome.missed)] = outcome.miss

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Iterator
 
 import torch
@@ -104,6 +105,12 @@ class ModelLayers:
                 logger.info("Not timed: %s: %s", family, error)
                 continue
             us = choice.times(layer, self.largest, cost)
+            if math.inf in us.values():
+                failed = ", ".join(str(tokens) for tokens in us if us[tokens] == math.inf)
+                logger.info(
+                    "Not timed: %s does not run batches of %s tokens.", selection.backend.NAME, failed
+                )
+                continue
             figures = ", ".join(f"{tokens}: {each:.1f}" for tokens, each in us.items())
             logger.info("Timed: %s takes (us by tokens) %s.", selection.backend.NAME, figures)
             if best is None or choice.TIE * choice.ratio(us, best[0]) < 1:

@@ -189,6 +189,12 @@ def arch_of(device: torch.device) -> str:
     return f"sm{properties.major}{properties.minor}"
 
 
+def families(arch: str, settings: Settings) -> tuple[str, ...]:
+    """Of which families a backend may be taken for a model whose layers are not timed yet, best first."""
+    any_of_them = settings.backend in ("auto", "fastest")
+    return arch_named(arch).families if any_of_them else (settings.backend,)
+
+
 def select(
     shape: MoeShape, arch: str, settings: Settings, failed: Mapping[str, str] = MappingProxyType({})
 ) -> Selection:
@@ -207,10 +213,8 @@ def select(
     """
     if settings.tables is not None:
         content(settings.tables, arch)
-    any_family = settings.backend in ("auto", "fastest")
-    wanted = arch_named(arch).families if any_family else (settings.backend,)
     refused: list[tuple[str, str]] = []
-    for family in wanted:
+    for family in families(arch, settings):
         if refused and settings.strict:
             refused.append((family, f"a second choice, and {STRICT_VAR}=1 forbids falling back"))
             continue

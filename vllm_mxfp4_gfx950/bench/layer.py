@@ -79,7 +79,8 @@ class Row:
 
 def ours(weights: MoeWeights, shape: MoeShape, captured: int | None = None) -> Layer:
     """This package's, prepared, checked and chosen among as a server here would do."""
-    return as_served(shape, weights.w13.device, captured).prepare(weights, "the layer").run
+    layers = as_served(shape, weights.w13.device, captured)
+    return layers.prepare(weights, "another layer" if layers.checked else "the first layer").run
 
 
 def as_served(shape: MoeShape, device: torch.device, captured: int | None = None) -> serving.ModelLayers:

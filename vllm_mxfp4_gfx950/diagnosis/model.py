@@ -24,7 +24,6 @@ def check_backends(arch: str | None, model: str | None, tp: int, ep: int) -> lis
         Mxfp4Error: there is no such model, or its ranks do not fit.
     """
     from vllm_mxfp4_gfx950 import backends
-    from vllm_mxfp4_gfx950.arch import arch_named
     from vllm_mxfp4_gfx950.models import GPT_OSS, layer_shape
 
     masks = check_masks(arch is None)
@@ -36,9 +35,7 @@ def check_backends(arch: str | None, model: str | None, tp: int, ep: int) -> lis
     models = [check_model(name, first, asked, tp, ep) for name in ([model] if model else GPT_OSS)]
     served = all(line.ok for _, lines in models for line in lines)
     chosen = {name for name, _ in models}
-    tried: tuple[str, ...] = ()
-    if asked and not served:
-        tried = arch_named(first).families if asked.backend == "auto" else (asked.backend,)
+    tried = backends.families(first, asked) if asked and not served else ()
     usual = layer_shape("gpt-oss-20b")
     try:
         shape = layer_shape(model_name(model), tp, ep) if model else usual
@@ -79,10 +76,16 @@ def check_settings(arch: str) -> tuple[list[Check], Settings | None]:
     checks = [Check(True, "settings", found, "values that exist")]
     if asked.tables:
         try:
-            matmuls = len(tables.content(asked.tables, arch).tiles)
+            content = tables.content(asked.tables, arch)
         except Mxfp4Error as error:
             return [*checks, refusal("tables", error)], None
-        found = f"{matmuls} matmuls in {asked.tables / arch}.json" if matmuls else f"none for {arch}"
+        found = f"none for {arch}"
+        if content.tiles or content.plans:
+            matmuls, layers = (
+                f"tiles of {len(content.tiles)} matmuls",
+                f"plans of {len(content.plans)} layers",
+            )
+            found = f"{matmuls} and {layers} in {asked.tables / arch}.json"
         checks.append(Check(True, "tables", found, f"none, or a table of {arch}"))
     return checks, asked
 
