@@ -258,7 +258,7 @@ BAD = {
     "experts": (put("rows", 0, 5, 0), ": rows[0].experts must be an integer from 1 to 4096; got 0"),
     "tokens": (put("rows", 2, 7, 0), ": rows[2].tokens must be an integer from 1 to 16384; got 0"),
     "many tokens": (put("rows", 2, 7, 16385), ": rows[2].tokens must be an integer from 1 to 16384; got 163"),
-    "negative": (put("rows", 0, 7, -1), ": rows[0].tokens must be an integer from 0 to 16384; got -1"),
+    "negative": (put("rows", 0, 7, -1), ": rows[0].tokens must be an integer from 1 to 16384; got -1"),
     "float": (tile(0, 0, 16.0), f": rows[0].block_m must be {POWERS}; got 16.0"),
     "bool": (tile(0, 6, True), ": rows[0].waves_per_eu must be an integer from 0 to 8; got T"),
     "null": (tile(0, 0, None), f": rows[0].block_m must be {POWERS}; got None"),

@@ -20,7 +20,7 @@ import triton
 from run_python import ROOT, SUPPORT, run_python
 from test_verification import EVERY, PACKAGES, TRITONS, ids, paths_of
 
-from vllm_mxfp4_gfx950 import backends, cli, tables
+from vllm_mxfp4_gfx950 import backends, choice, cli, tables
 from vllm_mxfp4_gfx950.arch import ARCHES
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.commands import tune as tune_command
@@ -47,9 +47,9 @@ def emulated(directory: Path, triton: str, kernels: str) -> dict[str, Any]:
     return found
 
 
-def assert_tuned(found: dict[str, Any], kernels: str) -> None:
+def assert_tuned(found: dict[str, Any], kernels: str, *, own: bool) -> None:
     """Measured once, resumed, written when whole, and served from."""
-    assert found["kernels"] == ([kernels, "own"] if kernels == "matmul_ogs" else [kernels])
+    assert found["kernels"] == ([kernels, "own"] if own else [kernels])
     # Half of it does not serve yet; the rest takes no second look at what was measured, nor a third run any.
     assert found["interrupted"]["rows"] == []
     assert {row["tokens"] for row in found["interrupted"]["measured"]} == {1}
@@ -67,17 +67,19 @@ def assert_tuned(found: dict[str, Any], kernels: str) -> None:
     for served, name in zip(found["served"], ("w13", "w2"), strict=True):
         assert served == [best[kernels, release, name, tokens] for tokens in (1, 3)]
     assert found["miss"] == ""
+    # The plans are chosen among all that there are, with these tiles, and written down.
+    assert found["pinned"] == [False, False, True, True]
+    for us in found["plans"]:
+        serves = us.pop("serves")
+        assert {"table", "package", "two_fp8"} <= us.keys()
+        assert us[serves] == min(us.values())
 
 
 @pytest.mark.compile
 def test_tune_emulated(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Our own matmuls take more instructions for one token and for three: they never serve."""
+    """And a tile that computes wrongly is not taken."""
     found = emulated(tmp_path_factory.mktemp("tune"), "3.6.0", "matmul_ogs")
-    assert_tuned(found, "matmul_ogs")
-    us = {(row["kernels"], row["tokens"]): row["us"] for row in found["whole"]["measured"]}
-    assert us["own", 1] > us["matmul_ogs", 1]
-    assert {row["tokens"] for row in found["whole"]["rows"] if row["kernels"] == "own"} == {0}
-    assert found["own"] is None
+    assert_tuned(found, "matmul_ogs", own=True)
     # Negative control: the best tile of w13 computes wrongly. It is named, and is in no row.
     (line,) = found["spoilt_lines"]
     assert f"refused; matmul_ogs {tuple(found['wrong'])}" in line
@@ -90,8 +92,9 @@ def test_tune_emulated(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.mark.emulate
 @pytest.mark.parametrize("pair", EVERY, ids=ids)
 def test_every_triton(tmp_path: Path, pair: tuple[str, str]) -> None:
-    """The same with every Triton, and with the other generation of triton_kernels."""
-    assert_tuned(emulated(tmp_path, *pair), pair[1])
+    """The same with every Triton, and with the other generations of triton_kernels."""
+    kernels = "matmul" if pair[1] == "matmul" else "matmul_ogs"
+    assert_tuned(emulated(tmp_path, *pair), kernels, own=pair[1] == "matmul_ogs")
 
 
 @pytest.mark.parametrize("arch", ["sm90", "gfx950"])
@@ -191,30 +194,16 @@ def test_fastest() -> None:
     assert tune.fastest([([A], [A]), ([B], [B])], cost.__getitem__) == (B, B)
 
 
-@pytest.mark.parametrize(
-    ("own", "others", "last"),
-    [
-        ({1: 30.0, 2: 40.0}, {1: 60.0, 2: 70.0}, 2),
-        ({1: 30.0, 2: 40.0, 4: 80.0}, {1: 60.0, 2: 70.0, 4: 70.0}, 2),
-        ({1: 30.0, 2: 71.0, 4: 60.0}, {1: 60.0, 2: 70.0, 4: 70.0}, 4),
-        ({1: 30.0, 2: 90.0, 4: 69.0}, {1: 60.0, 2: 70.0, 4: 70.0}, 1),
-        ({1: 61.0}, {1: 60.0}, 0),
-        ({2: 40.0}, {1: 60.0, 2: 70.0}, 0),
-    ],
-)
-def test_crossover(own: dict[int, float], others: dict[int, float], last: int) -> None:
-    """The last batch that is faster, unless what lies before it loses more."""
-    assert record.crossover(own, others) == last
-
-
-def table_in(directory: Path, evidence: str = "timed on one X, torch 2") -> record.Table:
+def table_in(
+    directory: Path, evidence: str = "timed on one X, torch 2", release: str = "3.6.0"
+) -> record.Table:
     """A table for GPT-OSS-20B."""
-    return record.Table(directory / "sm90.json", "sm90", SHAPE, "matmul_ogs", "3.6.0", evidence, "tune")
+    return record.Table(directory / "sm90.json", "sm90", SHAPE, "matmul_ogs", release, evidence, "tune")
 
 
-def fill(directory: Path, own_us: dict[int, float]) -> record.Table:
+def fill(directory: Path, own_us: dict[int, float], *given: str) -> record.Table:
     """Measure all: matmul_ogs takes 100 us each, with A up to 64 tokens and B above."""
-    table = table_in(directory)
+    table = table_in(directory, *given)
     for tokens in record.SIZES:
         tile = A if tokens <= 64 else B
         found = {"matmul_ogs": ((tile, tile), 100.0)}
@@ -232,36 +221,16 @@ def ladders(directory: Path, gemm: Gemm) -> tuple[Any, Any]:
 
 
 def test_table(tmp_path: Path) -> None:
-    """Rows for our own matmuls up to the crossover; equal neighbours of matmul_ogs are one."""
-    table = fill(tmp_path, {1: 50.0, 2: 60.0, 3: 60.0, 4: 70.0, 6: 110.0, 8: 120.0})
+    """Rows for our own matmuls as far as they have tiles; equal neighbours of matmul_ogs are one."""
+    fill(tmp_path, {1: 50.0, 2: 60.0, 3: 160.0, 4: 170.0})
     for gemm in gemms(SHAPE):
         matmul, own = ladders(tmp_path, gemm)
         assert matmul == Ladder((64, 8192), (A, B))
         assert own.bounds == (1, 2, 3, 4)
         assert [tile.block_m for tile in own.rungs] == [8, 8, 8, 16]
-    assert not table.gave_up(640)
-    assert table.gave_up(768)
     assert all(table_in(tmp_path).has(tokens) for tokens in record.SIZES)
     with pytest.raises(Mxfp4Error, match="must be timed on one Y, torch 2; got timed on one X, torch 2"):
         table_in(tmp_path, "timed on one Y, torch 2")
-
-
-@pytest.mark.parametrize(("tokens", "captured"), [(512, True), (640, False)])
-def test_kernels_are_compared_as_batches_run(
-    tokens: int, captured: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From a graph up to what vLLM captures, and launched above it."""
-    timed: list[bool] = []
-
-    def time_us(_tiles: Any, *, captured: bool) -> float:
-        timed.append(captured)
-        return 1.0
-
-    monkeypatch.setattr(tune, "search", lambda *_: (A, A))
-    batch = SimpleNamespace(layers=SimpleNamespace(kernels=("matmul_ogs",)), tokens=tokens, time_us=time_us)
-    table = SimpleNamespace(kernels="matmul_ogs", add=lambda *_: None)
-    tune.tune(batch, table)  # type: ignore[arg-type]
-    assert timed == [captured] * 3
 
 
 def test_pin(tmp_path: Path) -> None:
@@ -276,13 +245,10 @@ def test_pin(tmp_path: Path) -> None:
     for release, shape in (("3.7.1", SHAPE), ("3.6.1", layer_shape("gpt-oss-120b"))):
         assert tables.plans("sm90", release, shape, tmp_path) is None
     assert tables.plans("sm90", "3.6.0", SHAPE, tmp_path) == Ladder((64, 8192), ("two_fp8", "package"))
-    assert tables.has_layer("sm90", "matmul_ogs", "3.6.0", SHAPE, tmp_path)
-    assert not tables.has_layer("sm90", "matmul_ogs", "3.6.0", layer_shape("gpt-oss-120b"), tmp_path)
-    assert not tables.has_layer("sm90", "matmul_ogs", "3.6.0", SHAPE, None)
-    (tmp_path / "whole").mkdir()
-    fill(tmp_path / "whole", {})
-    assert tables.has_layer("sm90", "matmul_ogs", "3.6.0", SHAPE, tmp_path / "whole")
+    assert tables.plans("sm90", "3.6.0", SHAPE, None) is None
+    assert table.pinned
     table.add(1, {"matmul_ogs": ((A, A), 100.0)})
+    assert not table.pinned
     assert store.read(table.file, "sm90").plans == {}
 
 
@@ -343,13 +309,6 @@ def test_compiler_that_aborts() -> None:
         tune.compile_all(jobs, workers=1)
 
 
-def test_table_where_own_are_never_faster(tmp_path: Path) -> None:
-    """A row for up to 0 tokens keeps our own table's tiles from serving."""
-    fill(tmp_path, {1: 101.0})
-    _, own = ladders(tmp_path, gemms(SHAPE)[0])
-    assert own.bounds == (0,)
-
-
 def test_table_keeps_other_rows(tmp_path: Path) -> None:
     """Those of another layer, and of another Triton."""
     other = Gemm("w13", 2880, 5760, 128, 128)
@@ -386,6 +345,48 @@ def test_run_refuses(
     assert capsys.readouterr().err.startswith(f"vllm-mxfp4 tune: {text}")
 
 
+@pytest.mark.parametrize(
+    ("quick", "pinned", "chosen"), [(True, True, 1), (False, False, 1), (False, True, 0)]
+)
+def test_run_ends_in_a_choice(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    quick: bool,
+    pinned: bool,
+    chosen: int,
+) -> None:
+    """Among the tiles of the table that it is written to; not again where nothing is new."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "X")
+    monkeypatch.setattr(backends, "arch_of", lambda _: "sm90")
+    backend = SimpleNamespace(KERNELS="matmul_ogs", NAME="triton_ogs", source=lambda: "")
+    monkeypatch.setattr(backends, "select_tiled", lambda *_: backend)
+    given: list[Any] = []
+    plans = Ladder((8192,), ("package",))
+
+    def layers(*_: Any, copies: int, tables: Path) -> Any:
+        assert copies == 1
+        return SimpleNamespace(prepared=[tables])
+
+    def choose(layer: Any, *_: Any) -> choice.Choice:
+        given.append(layer)
+        return choice.Choice(plans, {8192: {"package": 1.0}}, 0.0)
+
+    monkeypatch.setattr(tune_command, "Layers", layers)
+    monkeypatch.setattr(tune_command, "choose", choose)
+    fill(tmp_path, {}, f"timed on one X, torch {torch.__version__}", triton.__version__)
+    if pinned:
+        table_in(tmp_path, f"timed on one X, torch {torch.__version__}", triton.__version__).pin(plans)
+    options = {"model": "gpt-oss-20b", "tp": 1, "ep": 1, "arch": None, "table": None}
+    assert tune_command.run(argparse.Namespace(out=tmp_path, quick=quick, **options)) == 0
+    assert given == [tmp_path] * chosen
+    assert tables.plans("sm90", triton.__version__, SHAPE, tmp_path) == plans
+    assert ("package for 1 to 8192 tokens (us at 8192: package 1.0)" in capsys.readouterr().out) == (
+        chosen == 1
+    )
+
+
 @pytest.mark.gpu
 @on_gpu
 def test_run_on_a_gpu(
@@ -405,16 +406,19 @@ def test_run_on_a_gpu(
     assert store.read(tmp_path / "tables" / f"{arch}.json", arch).tiles
     capsys.readouterr()
     assert tune_command.run(args) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    tables.content.cache_clear()
     shape = layer_shape(args.model)
     layers = tune.Layers(shape, arch, "cuda", copies=1)
     prepared = layers.backend.prepare(layers.weights(0), shape, tmp_path / "tables")
+    assert prepared.pinned
     for tokens in (1, 7, 64, 999, 1024):
         x, logits = random_tokens(shape, tokens, tokens, "cuda")
         out = prepared.run(x, logits)
         assert_rows_close(out, *reference.truth_and_plain(x, logits, layers.weights(0), shape))
     args.quick, args.out = True, tmp_path / "quick"
     assert tune_command.run(args) == 0
+    tables.content.cache_clear()
     pinned = layers.backend.prepare(layers.weights(0), shape, args.out)
     assert pinned.pinned
     assert pinned.plans == tables.plans(arch, triton.__version__, shape, args.out)

@@ -8,6 +8,7 @@ as time on an emulator says nothing.
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ import torch
 import triton
 
 from vllm_mxfp4_gfx950.arch import ARCHES
-from vllm_mxfp4_gfx950.backends import reference
+from vllm_mxfp4_gfx950.backends import Layer, reference
+from vllm_mxfp4_gfx950.choice import choose
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH, Launch, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens
-from vllm_mxfp4_gfx950.tables import store
+from vllm_mxfp4_gfx950.tables import content, store
 from vllm_mxfp4_gfx950.tiles import TileConfig
 from vllm_mxfp4_gfx950.tolerance import compare
 from vllm_mxfp4_gfx950.tuning import record
@@ -40,18 +42,30 @@ class Counted(tune.Batch):
 
     asked = 0
 
-    def time_us(self, tiles: tune.Tiles | None, *, captured: bool = True) -> float:
+    def time_us(self, tiles: tune.Tiles) -> float:
         """What the layer executes."""
         Counted.asked += 1
-        counts = []
+        return executed(self.layers.with_tiles(self.layers.prepared[0], tiles), self.tokens)
 
-        def count(launch: Launch) -> None:
-            counts.append(sum(execute(launch).instructions.values()))
 
-        layer = self.layers.prepared[0]
-        with presented(count):
-            (layer if tiles is None else self.layers.with_tiles(layer, tiles)).run(*self.inputs[0])
-        return sum(counts) / 1e3
+def executed(layer: Layer, tokens: int) -> float:
+    """Thousands of instructions for so many tokens."""
+    counts = []
+
+    def count(launch: Launch) -> None:
+        counts.append(sum(execute(launch).instructions.values()))
+
+    with presented(count):
+        layer.run(*random_tokens(SHAPE, tokens, 0))
+    return sum(counts) / 1e3
+
+
+def cost(layer: Layer, tokens: int) -> float:
+    """What it executes; infinite where it does not compile, as some of the package's own tiles do not."""
+    try:
+        return executed(layer, tokens)
+    except Exception:  # As of `choice.clock`.
+        return math.inf
 
 
 class Spoilt(tune.Layers):
@@ -73,7 +87,14 @@ class Spoilt(tune.Layers):
 
 def tuned(layers: tune.Layers, directory: Path, tokens: tuple[int, ...]) -> tuple[list[str], dict[str, Any]]:
     """Bring a table up to date; its lines and its content."""
-    table = record.Table(
+    table = table_in(directory, layers)
+    lines = [tune.tune(Counted(layers, n), table) for n in tokens if not table.has(n)]
+    return lines, shown(store.read(table.file, ARCH))
+
+
+def table_in(directory: Path, layers: tune.Layers) -> record.Table:
+    """Of these layers, as far as it is made."""
+    return record.Table(
         directory / f"{ARCH}.json",
         ARCH,
         SHAPE,
@@ -82,8 +103,6 @@ def tuned(layers: tune.Layers, directory: Path, tokens: tuple[int, ...]) -> tupl
         "emulated",
         "this",
     )
-    lines = [tune.tune(Counted(layers, n), table) for n in tokens if not table.has(n)]
-    return lines, shown(store.read(table.file, ARCH))
 
 
 def shown(content: store.Content) -> dict[str, Any]:
@@ -115,10 +134,16 @@ def main(directory: Path) -> dict[str, Any]:
         found["asked"] = asked, Counted.asked - asked
         found["again"], _ = tuned(layers, directory, TOKENS)
 
+        chosen = tune.Layers(SHAPE, ARCH, "cpu", copies=1, tables=directory).prepared[0]
+        choice = choose(chosen, TOKENS[-1], cost)
+        table = table_in(directory, layers)
+        found["pinned"] = [chosen.pinned, table.pinned]
+        table.pin(choice.plans)
+        content.cache_clear()
         served = layers.backend.prepare(layers.weights(0), SHAPE, directory)
+        found["pinned"] += [served.pinned, table.pinned]
+        found["plans"] = [choice.us[n] | {"serves": served.plans.at(n)} for n in TOKENS]
         found["served"] = [[rungs.at(n).block_n for n in TOKENS] for rungs in served.tiles]
-        own = served.own
-        found["own"] = own and [[rung.block_n for rung in rungs.rungs] for rungs in own.tiles]
         x, logits = random_tokens(SHAPE, 3, 9)
         truth = reference.truth_and_plain(x, logits, layers.weights(0), SHAPE)
         found["miss"] = compare(served.run(x, logits), *truth).miss

@@ -50,20 +50,19 @@ def run(args: argparse.Namespace) -> int:
         f"timed on one {torch.cuda.get_device_name()}, torch {torch.__version__}",
         f"vllm-mxfp4 tune --model {args.model} --tp {args.tp} --ep {args.ep}" + " --quick" * args.quick,
     )
-    if args.quick:
-        cost = clock(shape, device, CAPTURED)
-        found = choose(Layers(shape, arch, "cuda", copies=1).prepared[0], SIZES[-1], cost, CAPTURED)
-        table.pin(found.plans)
-        print(f"{args.model}: {shape}, {table.evidence}: {found}")
-        print(f"{table.file} says so. To serve by it: {TABLES_VAR}={args.out.resolve()}")
-        return 0
-    missing = [tokens for tokens in SIZES if not table.has(tokens)]
+    print(f"{args.model}: {shape}, {backend.NAME}, {backend.source()}, {table.evidence}")
+    missing = [] if args.quick else [tokens for tokens in SIZES if not table.has(tokens)]
     if missing:
         layers = Layers(shape, arch, "cuda")
         warm_up(layers, missing)
-        print(f"{args.model}: {shape}, {layers.backend.NAME}, {layers.backend.source()}, {table.evidence}")
-        print("tokens  us before  us after  kernels     w13 tile, w2 tile")
+        print("tokens  kernels, us of the layer, w13's tile and w2's")
         for tokens in missing:
             print(tune(Batch(layers, tokens), table), flush=True)
-    print(f"{table.file} is complete for this layer. To serve with it: {TABLES_VAR}={args.out.resolve()}")
+        del layers
+    if args.quick or not table.pinned:
+        layer = Layers(shape, arch, "cuda", copies=1, tables=args.out).prepared[0]
+        found = choose(layer, SIZES[-1], clock(shape, device, CAPTURED), CAPTURED)
+        table.pin(found.plans)
+        print(found)
+    print(f"{table.file} has this layer. To serve by it: {TABLES_VAR}={args.out.resolve()}")
     return 0

@@ -72,21 +72,12 @@ def plans(arch: str, triton: str, shape: MoeShape, tables: Path | None) -> Ladde
     Raises:
         Mxfp4Error: as `content`.
     """
-    layer = release_of(triton), gemms(shape)[0]
-    return None if tables is None else content(tables, arch).plans.get(layer)
-
-
-def has_layer(arch: str, kernels: str, triton: str, shape: MoeShape, tables: Path | None) -> bool:
-    """Whether the user's table has plans or these kernels' tiles for a layer.
-
-    Raises:
-        Mxfp4Error: as `content`.
-    """
     if tables is None:
-        return False
-    tiles, release = content(tables, arch).tiles, release_of(triton)
-    of_tiles = all((kernels, release, gemm) in tiles for gemm in gemms(shape))
-    return of_tiles or plans(arch, triton, shape, tables) is not None
+        return None
+    found = content(tables, arch).plans.get((release_of(triton), gemms(shape)[0]))
+    if found is not None:
+        _log_once(f"which tiles serve how many tokens is pinned by {tables / arch}.json", logging.INFO)
+    return found
 
 
 def whose(arch: str, kernels: str, triton: str, gemm: Gemm, tables: Path | None = None) -> str:

@@ -42,9 +42,9 @@ ROW_BOUNDS: dict[str, Integers] = {
     "experts": range(1, 2**12 + 1),
     "global_experts": range(1, 2**12 + 1),
     # No more, as the self-check runs a batch of each rung's first number through float64.
-    "tokens": range(2**14 + 1),
+    "tokens": range(1, 2**14 + 1),
 }
-"""What the integers of a row may be, beside its tile's. A row for up to 0 tokens: its kernels serve none."""
+"""What the integers of a row may be, beside its tile's."""
 
 COLUMNS = ["kernels", "triton", *(each.name for each in fields(Gemm)), "tokens", "tile"]
 TILE_COLUMNS = [each.name for each in fields(TileConfig)]
@@ -159,9 +159,7 @@ def _tile(width: int, tiles: list[list[Any]], arch: str, row: Any, at: str) -> t
         _require(values[name] in some, f"{at}.{name}", _one_of(some), values[name])
     _check_release(values["triton"], at)
     bounds = ROW_BOUNDS | arch_named(arch).takes(values["kernels"])
-    if values["kernels"] != "own":
-        bounds["tokens"] = ROW_BOUNDS["tokens"][1:]
-    elif values["name"] == "w13":
+    if values["kernels"] == "own" and values["name"] == "w13":
         bounds["split_k"] = (1,)  # The SwiGLU needs whole sums.
     _check_integers(values, bounds, at)
     tile = TileConfig(*tiles[number])
@@ -185,7 +183,7 @@ def _plan(row: Any, at: str) -> tuple[PlanKey, int, Plan]:
     _require(is_row, at, f"of {', '.join(PLAN_COLUMNS)}", row)
     values = dict(zip(PLAN_COLUMNS, row, strict=True))
     _check_release(values["triton"], at)
-    _check_integers(values, ROW_BOUNDS | {"tokens": ROW_BOUNDS["tokens"][1:]}, at)
+    _check_integers(values, ROW_BOUNDS, at)
     _require(values["plan"] in PLANS, f"{at}.plan", _one_of(PLANS), values["plan"])
     return (values["triton"], Gemm("w13", *row[1:5])), values["tokens"], values["plan"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,9 +33,9 @@ CAPTURED = 512
 """The most tokens of a batch for which vLLM captures a graph, where it is not told otherwise. Larger ones are
 launched by the CPU, which may take longer than the GPU."""
 
-GIVE_UP = 1.1
-"""Once our own matmuls take so many times as long as the others, no larger batch is tried with them: above
-CAPTURED, from where on the CPU counts, which is their strength."""
+OWN_MOST = 2048
+"""The most tokens for which our own matmuls get tiles: what they are faster at above CAPTURED is to be
+launched, which no longer counts behind it."""
 
 
 class Table:
@@ -77,23 +76,14 @@ class Table:
         """The name of these kernels' provenance."""
         return f"{kernels} {self.release}"
 
-    def times(self, kernels: str) -> dict[int, float]:
-        """Microseconds of the layer by tokens, as far as they are measured."""
-        found = self.content.measured.get((kernels, self.release, self.gemms[0]), {})
-        return {tokens: us for tokens, (_, us) in found.items()}
-
     def has(self, tokens: int) -> bool:
         """Whether so many tokens are measured."""
-        return tokens in self.times(self.kernels)
+        return tokens in self.content.measured.get((self.kernels, self.release, self.gemms[0]), {})
 
-    def gave_up(self, tokens: int) -> bool:
-        """Whether our own matmuls were too slow for fewer tokens, or not right."""
-        others, own = self.times(self.kernels), self.times("own")
-        return any(
-            own.get(fewer, math.inf) > GIVE_UP * us
-            for fewer, us in others.items()
-            if CAPTURED < fewer < tokens
-        )
+    @property
+    def pinned(self) -> bool:
+        """Whether it says which plan serves how many tokens of the layer."""
+        return (self.release, self.gemms[0]) in self.content.plans
 
     @contextmanager
     def changed(self) -> Iterator[None]:
@@ -138,33 +128,8 @@ def serving(measured: dict[Key, Measured]) -> dict[Key, Ladder[TileConfig]]:
     tiles: dict[Key, Ladder[TileConfig]] = {}
     for (kernels, release, gemm), found in measured.items():
         peers = measured.get(("matmul_ogs", release, gemm), {}) if kernels == "own" else found
-        if not set(SIZES) <= set(peers):
-            continue
-        rungs = {n: tile for n, (tile, _) in found.items()}
-        if kernels == "own":
-            last = crossover(*({n: us for n, (_, us) in each.items()} for each in (found, peers)))
-            few = {n: tile for n, tile in rungs.items() if n <= last}
-            tiles[kernels, release, gemm] = Ladder.of(few or {0: rungs[min(rungs)]})
-        else:
-            tiles[kernels, release, gemm] = Ladder.of({n: rungs[n] for n in SIZES}).merged()
+        if {*SIZES} <= {*peers}:
+            rungs = Ladder.of({n: tile for n, (tile, _) in found.items()})
+            # Our own matmuls need as many rungs for w13 as for w2.
+            tiles[kernels, release, gemm] = rungs if kernels == "own" else rungs.merged()
     return tiles
-
-
-def crossover(own: dict[int, float], others: dict[int, float]) -> int:
-    """Up to how many tokens our own matmuls should serve; 0 if none.
-
-    One slow batch among fast ones does not end it: what counts is the time over all batches up to there,
-    each against the other kernels'.
-
-    Args:
-        own, others: microseconds by tokens.
-    """
-    gain = best = 0.0
-    last = 0
-    for tokens in sorted(others):
-        if tokens not in own:
-            break
-        gain += math.log(others[tokens] / own[tokens])
-        if gain > best:
-            best, last = gain, tokens
-    return last

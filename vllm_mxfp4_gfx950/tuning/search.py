@@ -13,6 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import astuple, replace
+from pathlib import Path
 
 import torch
 
@@ -25,7 +26,7 @@ from vllm_mxfp4_gfx950.random_layer import random_tokens, random_weights
 from vllm_mxfp4_gfx950.tiles import TileConfig
 from vllm_mxfp4_gfx950.timing import Calls, progress
 from vllm_mxfp4_gfx950.tolerance import compare
-from vllm_mxfp4_gfx950.tuning.record import CAPTURED, Pair, Table
+from vllm_mxfp4_gfx950.tuning.record import OWN_MOST, Pair, Table
 
 Tiles = tuple[str, Pair]
 """Kernels, and a pair for them."""
@@ -58,12 +59,20 @@ class Layers:
         arch: of the GPU.
         device: where it is.
         copies: how many; as many as it takes to get round the caches when None.
+        tables: the directory of the user's tile tables.
 
     Raises:
         Mxfp4Error: no Triton backend can serve it, or none that takes tiles here.
     """
 
-    def __init__(self, shape: MoeShape, arch: str, device: str, copies: int | None = None) -> None:
+    def __init__(
+        self,
+        shape: MoeShape,
+        arch: str,
+        device: str,
+        copies: int | None = None,
+        tables: Path | None = None,
+    ) -> None:
         backend = backends.select_tiled(shape, arch)
         if not ARCHES[arch].candidates.get(backend.KERNELS):
             fix = "Serve without a table of your own"
@@ -76,7 +85,7 @@ class Layers:
         if copies is None:
             copies = min(max(-(-ROTATED_BYTES // layer_bytes), COPIES[0]), COPIES[1])
         self.layer_bytes = layer_bytes
-        self.prepared = [backend.prepare(self.weights(seed), shape) for seed in range(copies)]
+        self.prepared = [backend.prepare(self.weights(seed), shape, tables) for seed in range(copies)]
         # Whether our own matmuls read this layout is theirs to say, of any tile.
         own = ARCHES[arch].candidates.get("own", ())[:1]
         self.has_own = any(self.prepared[0].with_own_tiles(tile, tile) is not None for tile in own)
@@ -125,18 +134,11 @@ class Batch:
         except Exception as error:  # A compiler or a driver may raise anything.
             return brief(error)
 
-    def time_us(self, tiles: Tiles | None, *, captured: bool = True) -> float:
-        """Microseconds of a layer with these tiles; as it serves now when None.
-
-        Args:
-            tiles: of some kernels.
-            captured: whether a graph launches it.
-        """
-        layers: list[backends.Layer] = [*self.layers.prepared]
-        if tiles is not None:
-            layers = [self.layers.with_tiles(each, tiles) for each in self.layers.prepared]
+    def time_us(self, tiles: Tiles) -> float:
+        """Microseconds of a layer with these tiles."""
+        layers = [self.layers.with_tiles(each, tiles) for each in self.layers.prepared]
         device = torch.device(self.layers.device)
-        calls = Calls(lambda i: layers[i].run(*self.inputs[i]), len(layers), device, captured=captured)
+        calls = Calls(lambda i: layers[i].run(*self.inputs[i]), len(layers), device)
         return statistics.median(calls.microseconds())
 
 
@@ -203,34 +205,30 @@ def tune(batch: Batch, table: Table) -> str:
     """
     layers, tokens = batch.layers, batch.tokens
     refused: list[str] = []
-    found: dict[str, Pair] = {}
+    found: dict[str, tuple[Pair, float]] = {}
     for kernels in layers.kernels:
-        if kernels == "own" and table.gave_up(tokens):
+        if kernels == "own" and tokens > OWN_MOST:
             continue
-        pair = search(batch, kernels, refused)
-        if pair is not None:
-            found[kernels] = pair
+        best = search(batch, kernels, refused)
+        if best is not None:
+            found[kernels] = best
     if table.kernels not in found:
         raise Mxfp4Error(
             f"{table.kernels} with {tokens} tokens", "right with some tile", refused[0], "Report this"
         )
-    captured = tokens <= CAPTURED
-    before = batch.time_us(None, captured=captured)
-    # Each twice, so that a drift of the clocks falls on both alike.
-    times = [
-        (kernels, batch.time_us((kernels, found[kernels]), captured=captured))
-        for kernels in [*found, *reversed(found)]
-    ]
-    us = {kernels: sum(each for name, each in times if name == kernels) / 2 for kernels in found}
-    table.add(tokens, {kernels: (pair, us[kernels]) for kernels, pair in found.items()})
-    best = min(us, key=us.__getitem__)
-    tiles = ", ".join(str(astuple(tile)) for tile in found[best])
-    line = f"{tokens:6} {before:10.1f} {us[best]:9.1f}  {best:10}  {tiles}"
-    return line + (f"  ({len(refused)} refused; {refused[0]})" if refused else "")
+    table.add(tokens, found)
+    columns = "".join(
+        f"  {kernels} {us:.1f} {' '.join(str(astuple(tile)) for tile in pair)}"
+        for kernels, (pair, us) in found.items()
+    )
+    return f"{tokens:6}{columns}" + (f"  ({len(refused)} refused; {refused[0]})" if refused else "")
 
 
-def search(batch: Batch, kernels: str, refused: list[str]) -> Pair | None:
-    """The fastest right tiles of these kernels; what is not right is added to `refused`, and not timed."""
+def search(batch: Batch, kernels: str, refused: list[str]) -> tuple[Pair, float] | None:
+    """The fastest right tiles of these kernels, and the microseconds of the layer with them.
+
+    What is not right is added to `refused`, and not timed. None where nothing is right.
+    """
     some = groups(batch.layers.arch, kernels, batch.layers.shape, batch.tokens)
     total = 1 + sum(len(each) for pair in some for each in pair)
     seen: dict[Pair, float] = {}
@@ -246,7 +244,7 @@ def search(batch: Batch, kernels: str, refused: list[str]) -> Pair | None:
 
     found = fastest(some, cost)
     progress(total, total)
-    return found
+    return None if found is None else (found, seen[found])
 
 
 def warm_up(layers: Layers, some_tokens: list[int]) -> None:

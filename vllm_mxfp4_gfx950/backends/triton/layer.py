@@ -13,7 +13,7 @@ import triton
 from vllm_mxfp4_gfx950.arch import ARCHES, HOPPER_K
 from vllm_mxfp4_gfx950.backends.triton import own, package, routing, two_fp8
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, pad_intermediate
-from vllm_mxfp4_gfx950.tables import has_layer, ladder
+from vllm_mxfp4_gfx950.tables import ladder
 from vllm_mxfp4_gfx950.tables import plans as users_plans
 from vllm_mxfp4_gfx950.tiles import Ladder, Plan, TileConfig, gemms
 
@@ -126,6 +126,7 @@ class Prepared(ABC):
         plans = Ladder[Plan]((1,), (package_plan,))
         if kernels is not None:
             plans = Ladder((kernels.most, kernels.most + 1), ("own", package_plan))
+        pinned = users_plans(arch, triton.__version__, shape, tables)
         layer = cls(
             arch=arch,
             shape=shape,
@@ -135,13 +136,12 @@ class Prepared(ABC):
             order=order,
             sizes=cls.count_sizes(),
             plans=plans,
-            pinned=has_layer(arch, cls.KERNELS, triton.__version__, shape, tables),
+            pinned=pinned is not None,
             tiles=(w13_tiles, w2_tiles),
             flags=(cls._flags(w13_tiles, arch), cls._flags(w2_tiles, arch)),
             own=kernels,
             two_fp8=two_fp8.for_layer(shape, w13, w2, order) if ARCHES[arch].two_fp8 else None,
         )
-        pinned = users_plans(arch, triton.__version__, shape, tables)
         return layer if pinned is None else layer.with_plans(pinned)
 
     def run(self, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
@@ -174,7 +174,7 @@ class Prepared(ABC):
         for kernels in (self.own, self.two_fp8):
             ladders += [] if kernels is None else kernels.tiles
         lasts = {bound for rungs in ladders for bound in rungs.bounds}
-        return {last + 1 for last in lasts if last and self._served_by(last) != self._served_by(last + 1)}
+        return {last + 1 for last in lasts if self._served_by(last) != self._served_by(last + 1)}
 
     def _own_kernels(self, plan: Plan) -> OwnKernels | None:
         """Those of ours that a plan runs through; None where it is the package's."""

@@ -154,9 +154,6 @@ def own_for(
             timed = f"their tiles are those of triton {', '.join(known)}, and this is {triton.__version__}"
             _log_once(f"our own matmuls do not serve: {timed}")
         return None
-    if w13_tiles.bounds[-1] == 0:
-        _log_once("our own matmuls do not serve: by the table they are slower at every number of tokens")
-        return None
     made = make(arch, shape, w13, w2, order, (w13_tiles, w2_tiles))
     if made is not None:
         _log_once(f"our own matmuls can serve batches of up to {w13_tiles.bounds[-1]} tokens")
