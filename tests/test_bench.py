@@ -141,7 +141,7 @@ def test_layers_take_turns() -> None:
 
     some = [numbered(number) for number in range(layer.copies(SHAPE, CPU))]
     batches = [random_tokens(SHAPE, 1, seed) for seed in range(layer.CALLS)]
-    calls = layer.in_turn(some, batches, CPU, captured=True)
+    calls = layer.in_turn(some, batches, CPU, in_graph=True)
     met.clear()
     calls.microseconds(2)
     assert len(met) == 3 * layer.CALLS
@@ -179,9 +179,9 @@ def test_bench_layer_as_captured(
     made: list[bool] = []
 
     class Noted(Calls):
-        def __init__(self, *arguments: Any, captured: bool = True) -> None:
-            made.append(captured)
-            super().__init__(*arguments, captured=captured)
+        def __init__(self, *arguments: Any, in_graph: bool = True) -> None:
+            made.append(in_graph)
+            super().__init__(*arguments, in_graph=in_graph)
 
     limits: list[int | None] = []
     served = layer.as_served

@@ -42,8 +42,8 @@ def test_launch_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(("captured", "counts"), [(True, False), (False, True)])
-def test_time_of_the_cpu(captured: bool, counts: bool) -> None:
+@pytest.mark.parametrize(("in_graph", "counts"), [(True, False), (False, True)])
+def test_time_of_the_cpu(in_graph: bool, counts: bool) -> None:
     """It counts where there is no graph; and so does the GPU's, which is 1 ms here."""
     a = torch.zeros(1 << 29, device="cuda")
 
@@ -51,7 +51,7 @@ def test_time_of_the_cpu(captured: bool, counts: bool) -> None:
         a.mul_(2.0)
         time.sleep(0.01)
 
-    calls = Calls(call, 2, a.device, captured=captured)
+    calls = Calls(call, 2, a.device, in_graph=in_graph)
     (us, *_) = calls.microseconds()
     assert us > 500
     assert (us > 10_000) == counts

@@ -22,7 +22,7 @@ class Calls:
         count: how many.
         device: where they run.
         alike: whether one call compiles what all of them need.
-        captured: whether a GPU replays them from a graph; else the CPU launches them each time.
+        in_graph: whether a GPU replays them from a graph; else the CPU launches them each time.
     """
 
     def __init__(
@@ -32,12 +32,12 @@ class Calls:
         device: torch.device,
         *,
         alike: bool = False,
-        captured: bool = True,
+        in_graph: bool = True,
     ) -> None:
         self.call, self.count, self.device = call, count, device
         self.graph: torch.cuda.CUDAGraph | None = None
         self.first = call(0) if alike else self.calls()
-        if device.type == "cuda" and captured:
+        if device.type == "cuda" and in_graph:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.first = self.calls()

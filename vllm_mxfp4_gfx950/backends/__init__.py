@@ -100,7 +100,7 @@ class TiledLayer(SteppedLayer, Protocol):
         """The plans that can serve so many tokens."""
 
     def with_plans(self, plans: Ladder[Plan]) -> TiledLayer:
-        """The same layer, which serves each batch so where it can, else through the package."""
+        """The same layer by these plans; for one that it does not have, the package serves."""
 
     def without(self, *plans: Plan) -> TiledLayer | None:
         """The same layer, the package serving instead of these; None when that is one of them."""

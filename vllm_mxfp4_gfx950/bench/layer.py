@@ -202,7 +202,7 @@ def in_turn(
     layers: list[Layer],
     batches: list[tuple[torch.Tensor, torch.Tensor]],
     device: torch.device,
-    captured: bool,
+    in_graph: bool,
 ) -> Calls:
     """One call for each batch, the layers taking turns."""
-    return Calls(lambda i: layers[i % len(layers)](*batches[i]), len(batches), device, captured=captured)
+    return Calls(lambda i: layers[i % len(layers)](*batches[i]), len(batches), device, in_graph=in_graph)

@@ -203,7 +203,7 @@ class Prepared(ABC):
         return tuple(plan for plan, there in found.items() if there)
 
     def with_plans(self, plans: Ladder[Plan]) -> Prepared:
-        """The same layer, which serves each batch so where it can, else through the package."""
+        """The same layer by these plans; for one that it does not have, the package serves."""
         return self._with(plans, self.offered(1))
 
     def without(self, *plans: Plan) -> Prepared | None:
