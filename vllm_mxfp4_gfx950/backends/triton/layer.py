@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -79,8 +80,8 @@ class Prepared(ABC):
 
     @staticmethod
     @abstractmethod
-    def count_sizes() -> int:
-        """As in `sizes`."""
+    def block_sizes() -> Sequence[int]:
+        """The sizes of tiles that the package may choose among, for which it may ask the driver."""
 
     @staticmethod
     @abstractmethod
@@ -134,7 +135,7 @@ class Prepared(ABC):
             w2=w2,
             activation=cls.fused_swiglu(shape.alpha, shape.limit),
             order=order,
-            sizes=cls.count_sizes(),
+            sizes=len(cls.block_sizes()),
             plans=plans,
             pinned=pinned is not None,
             tiles=(w13_tiles, w2_tiles),

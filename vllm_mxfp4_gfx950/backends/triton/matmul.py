@@ -46,6 +46,7 @@ class Matmul(Prepared):
     KERNELS = "matmul"
     OWN = False
     SCATTERS = True
+    block_sizes = staticmethod(RaggedTensorMetadata.block_sizes)
 
     @staticmethod
     def pads() -> bool:
@@ -79,11 +80,6 @@ class Matmul(Prepared):
         """The SwiGLU that w13 ends in, as FusedActivation."""
         swiglu = FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"), reduction_n=2)
         return FusedActivation(swiglu, (alpha, limit))
-
-    @staticmethod
-    def count_sizes() -> int:
-        """How many sizes of tiles matmul may choose among on this GPU, which it asks the driver."""
-        return len(RaggedTensorMetadata.block_sizes())
 
     @staticmethod
     def to_opt_flags(tile: TileConfig, arch: str) -> Any:

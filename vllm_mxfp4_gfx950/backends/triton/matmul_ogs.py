@@ -31,9 +31,9 @@ class MatmulOgs(Ogs):
         return FusedActivation(FnSpecs("swiglu", swiglu_fn, ("alpha", "limit")), (alpha, limit), 2)
 
     @staticmethod
-    def count_sizes() -> int:
-        """How many sizes of tiles matmul_ogs may choose among."""
-        return len(TILE_ROWS)
+    def block_sizes() -> tuple[int, ...]:
+        """The same on every GPU."""
+        return TILE_ROWS
 
     @staticmethod
     def to_opt_flags(tile: TileConfig, arch: str) -> Any:

@@ -22,6 +22,7 @@ class RaggedOgs(Ogs):
 
     OWN = False
     SCATTERS = True
+    block_sizes = staticmethod(RaggedTensorMetadata.block_sizes)
 
     @staticmethod
     def fused_swiglu(alpha: float, limit: float) -> Any:
@@ -29,11 +30,6 @@ class RaggedOgs(Ogs):
         return FusedActivation(
             FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"), reduction_n=2), (alpha, limit)
         )
-
-    @staticmethod
-    def count_sizes() -> int:
-        """How many sizes of tiles matmul_ogs may choose among on this GPU, which it asks the driver."""
-        return len(RaggedTensorMetadata.block_sizes())
 
     @staticmethod
     def to_opt_flags(tile: TileConfig, arch: str) -> Any:
