@@ -121,7 +121,7 @@ def test_why_not_is_the_package_s_reason(
     monkeypatch: pytest.MonkeyPatch, why_not: WhyNot, kernels: str
 ) -> None:
     """Passed on as it is."""
-    monkeypatch.setattr(triton_package, "why_not", lambda entry, needs: f"no {entry}")
+    monkeypatch.setattr(triton_package, "why_not", lambda generation: f"no {generation}")
     assert why_not(SHAPE, "gfx950") == f"no {kernels}"
 
 
@@ -130,7 +130,7 @@ def test_why_not_without_the_scale_layout(
     monkeypatch: pytest.MonkeyPatch, why_not: WhyNot, name: str
 ) -> None:
     """Refused by name on gfx950 only; either name will do."""
-    monkeypatch.setattr(triton_package, "why_not", lambda entry, needs: None)
+    monkeypatch.setattr(triton_package, "why_not", lambda generation: None)
     monkeypatch.setattr(triton_package, "locate", lambda: Path("/there"))
     ours = SimpleNamespace(to_opt_flags=lambda tile, arch: None)
     monkeypatch.setattr(triton_package, "backend", lambda kernels: ours)
@@ -156,7 +156,7 @@ def test_why_not_with_other_opt_flags(monkeypatch: pytest.MonkeyPatch, why_not: 
     def to_opt_flags(tile: object, arch: str) -> None:
         raise TypeError("unexpected keyword argument 'xcd_swizzle'")
 
-    monkeypatch.setattr(triton_package, "why_not", lambda entry, needs: None)
+    monkeypatch.setattr(triton_package, "why_not", lambda generation: None)
     monkeypatch.setattr(triton_package, "locate", lambda: Path("/there"))
     monkeypatch.setattr(triton_package, "load", lambda module: SimpleNamespace(CDNA4MXScaleLayout=object))
     ours = SimpleNamespace(to_opt_flags=to_opt_flags)

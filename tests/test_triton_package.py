@@ -2,16 +2,18 @@
 
 import ast
 import importlib
+import json
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from run_python import run_python
 
 from vllm_mxfp4_gfx950.backends.triton import package as triton_package
 
-NEEDS = {"matmul_ogs": ("matmul_ogs", "FlexCtx"), "topk": ("topk",)}
 GENUINE = {
     "__init__.py": "",
     "matmul_ogs.py": "from triton_kernels.topk import topk\nmatmul_ogs = FlexCtx = topk",
@@ -36,12 +38,43 @@ IMPOSTOR_REASON = (
     "(the triton-kernels on PyPI is an unrelated package; pip uninstall triton-kernels)"
 )
 
+PACKAGES = {
+    "matmul_ogs": "vllm-0.33.0",
+    "ragged_ogs": "sglang-kernel",
+    "matmul": "tokenspeed-triton-kernels",
+}
+PRIVATE = ("_opt_flags", "_opt_flags_constraints")
+FLAGS = [("matmul_ogs_details.opt_flags", name) for name in PRIVATE]
+SIZES = [("tensor", "RaggedTensorMetadata.block_sizes")]
+ASKED = {"matmul_ogs": FLAGS, "ragged_ogs": FLAGS + SIZES, "matmul": SIZES}
+"""What is used of each generation without being imported by its name: module and name."""
+
+TAKE_AWAY = """
+import functools, json, sys
+from vllm_mxfp4_gfx950.backends.triton import package
+
+generation = sys.argv[1]
+said = [str(package.locate())]
+for module, name in json.loads(sys.argv[2]):
+    *owners, name = name.split(".")
+    owner = functools.reduce(getattr, owners, package.load(module))
+    value = vars(owner)[name]
+    delattr(owner, name)
+    reasons = [package.why_not(generation) for _ in range(2)]
+    said.append([*reasons, f"{package.__package__}.{generation}" in sys.modules])
+    setattr(owner, name, value)
+said.append(package.why_not(generation))
+print(json.dumps(said))
+"""
+
 Install = Callable[[str, dict[str, str]], Path]
 
 
 def hidden() -> list[str]:
     """The modules in memory that a test must neither see nor leave behind."""
-    return [name for name in sys.modules if name.partition(".")[0] in ("triton", "triton_kernels", "vllm")]
+    ours = {f"{triton_package.__package__}.{name}" for name in (*ASKED, "ogs")}
+    theirs = ("triton", "triton_kernels", "vllm")
+    return [name for name in sys.modules if name in ours or name.partition(".")[0] in theirs]
 
 
 @pytest.fixture
@@ -67,7 +100,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 def test_nothing_is_installed(install: Install) -> None:
     """No package, and no vLLM."""
     assert triton_package.locate() is None
-    reason = triton_package.why_not("matmul_ogs", NEEDS)
+    reason = triton_package.why_not("matmul_ogs")
     assert reason == "triton_kernels is not installed, and there is no vLLM that vendors it"
     with pytest.raises(ModuleNotFoundError, match="triton_kernels is not installed"):
         triton_package.load("topk")
@@ -83,7 +116,7 @@ def test_the_impostor(install: Install) -> None:
     """What `pip install triton-kernels` brings."""
     directory = install("triton_kernels", IMPOSTOR)
     assert triton_package.locate() == directory
-    assert triton_package.why_not("matmul_ogs", NEEDS) == IMPOSTOR_REASON.format(directory)
+    assert triton_package.why_not("matmul_ogs") == IMPOSTOR_REASON.format(directory)
 
 
 @pytest.mark.parametrize(
@@ -100,17 +133,8 @@ def test_another_generation(install: Install, here: str, files: tuple[str, ...],
     """It is named, and not imported."""
     content = {"__init__.py": ""} | dict.fromkeys(files, "raise AssertionError")
     directory = install("triton_kernels", content)
-    reason = triton_package.why_not(wanted, {wanted: (wanted,)})
+    reason = triton_package.why_not(wanted)
     assert reason == f"triton_kernels in {directory} is of the {here} generation and has no {wanted}"
-
-
-@pytest.mark.parametrize("name", ["FlexCtx", "matmul_ogs"])
-def test_a_name_is_missing(install: Install, name: str) -> None:
-    """A generation that nobody here has seen."""
-    source = GENUINE["matmul_ogs.py"] + f"\ndel {name}"
-    directory = install("triton_kernels", GENUINE | {"matmul_ogs.py": source})
-    reason = triton_package.why_not("matmul_ogs", NEEDS)
-    assert reason == f"triton_kernels in {directory} is of an unknown generation: no matmul_ogs.{name}"
 
 
 @pytest.mark.parametrize(
@@ -125,26 +149,16 @@ def test_it_does_not_import(install: Install, source: str, message: str) -> None
     """It needs another Triton."""
     install("triton", {"__init__.py": ""})
     directory = install("triton_kernels", GENUINE | {"matmul_ogs.py": source})
-    reason = triton_package.why_not("matmul_ogs", NEEDS)
+    reason = triton_package.why_not("matmul_ogs")
     assert reason is not None
     assert reason.startswith(f"triton_kernels in {directory} does not import here: {message}")
-
-
-def test_a_module_is_missing(install: Install) -> None:
-    """All of the names are looked up, not only those of the first module."""
-    directory = install("triton_kernels", GENUINE)
-    reason = triton_package.why_not("matmul_ogs", NEEDS | {"routing": ("routing",)})
-    assert (
-        reason
-        == f"triton_kernels in {directory} does not import here: No module named 'triton_kernels.routing'"
-    )
+    assert triton_package.why_not("matmul_ogs") == reason
 
 
 def test_installed(install: Install) -> None:
-    """Nothing to say against it."""
+    """Found where it lies."""
     directory = install("triton_kernels", GENUINE)
     assert triton_package.locate() == directory
-    assert triton_package.why_not("matmul_ogs", NEEDS) is None
     assert triton_package.load("matmul_ogs").FlexCtx == str(directory / "topk.py")
 
 
@@ -153,7 +167,6 @@ def test_vendored(install: Install) -> None:
     install("vllm", VLLM)
     directory = install(VENDORED, GENUINE)
     assert triton_package.locate() == directory
-    assert triton_package.why_not("matmul_ogs", NEEDS) is None
     assert triton_package.load("matmul_ogs").FlexCtx == str(directory / "topk.py")
     assert triton_package.locate() == directory
     assert "vllm" not in sys.modules
@@ -168,7 +181,6 @@ def test_vendored_and_already_loaded_by_vllm(install: Install, monkeypatch: pyte
     )
     topk = importlib.import_module("triton_kernels.topk")
     assert triton_package.locate() == directory
-    assert triton_package.why_not("matmul_ogs", NEEDS) is None
     assert triton_package.load("topk") is topk
 
 
@@ -179,8 +191,8 @@ def test_installed_comes_before_vendored(install: Install, installed: dict[str, 
     install(VENDORED, GENUINE)
     directory = install("triton_kernels", installed)
     assert triton_package.locate() == directory
-    expected = None if installed is GENUINE else IMPOSTOR_REASON.format(directory)
-    assert triton_package.why_not("matmul_ogs", NEEDS) == expected
+    refused = triton_package.why_not("matmul_ogs") == IMPOSTOR_REASON.format(directory)
+    assert refused == (installed is IMPOSTOR)
 
 
 def test_source(install: Install) -> None:
@@ -203,18 +215,34 @@ def test_arch_of_target(backend: str, arch: object, name: str, monkeypatch: pyte
     assert triton_package.arch_of_target() == name
 
 
-@pytest.mark.parametrize("kernels", triton_package.NEEDS)
-def test_needs_are_what_our_file_imports(kernels: str) -> None:
-    """Each name that is looked up before the file and what it shares are loaded, and no other."""
-    found: dict[str, set[str]] = {}
-    for file in (kernels, *(["ogs"] if kernels.endswith("_ogs") else [])):
+def named_in(generation: str) -> list[tuple[str, str]]:
+    """Module and name of all that our files for a generation take from triton_kernels."""
+    found = set()
+    for file in (generation, *(["ogs"] if generation.endswith("_ogs") else [])):
         tree = ast.parse((Path(triton_package.__file__).parent / f"{file}.py").read_text())
         for node in tree.body:
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("triton_kernels."):
-                name = str(node.module).removeprefix("triton_kernels.")
-                found.setdefault(name, set()).update(alias.name for alias in node.names)
-    needs = {name: set(some) for name, some in triton_package.NEEDS[kernels].items()}
-    for name in ("matmul_ogs_details", "matmul_ogs_details.opt_flags"):  # A whole module is taken, too.
-        found.pop(name, None)
-        needs.pop(name, None)
-    assert found == needs
+                module = str(node.module).removeprefix("triton_kernels.")
+                found |= {(module, alias.name) for alias in node.names}
+    # A whole module is taken, too. What is asked for behind all imports comes last.
+    return [*sorted(found - {("matmul_ogs_details", "opt_flags"), *ASKED[generation]}), *ASKED[generation]]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("generation", ASKED)
+def test_a_name_is_missing(generation: str, packages: Path) -> None:
+    """Each is asked for at import. Our file that lacked one is not left behind."""
+    names = named_in(generation)
+    process = run_python(["-c", TAKE_AWAY, generation, json.dumps(names)], [packages / PACKAGES[generation]])
+    assert process.returncode == 0, process.stderr
+    directory, *reasons, whole = json.loads(process.stdout)
+    assert whole is None
+    for (module, name), (reason, again, left) in zip(names, reasons, strict=True):
+        owner, _, attribute = name.rpartition(".")
+        file = f"{directory}/{module.replace('.', '/')}.py"
+        lacks = f"cannot import name '{name}' from 'triton_kernels.{module}' ({file})"
+        if owner:
+            lacks = f"type object '{owner}' has no attribute '{attribute}'"
+        assert reason == f"triton_kernels in {directory} does not import here: {lacks}"
+        assert again == reason
+        assert not left

@@ -143,12 +143,12 @@ GENERATIONS = (("ogs", "matmul_ogs"), ("ragged", "ragged_ogs"), ("matmul", "matm
 
 FAMILIES: dict[str, tuple[Entry, ...]] = {
     "triton": tuple(
-        Entry(f"triton_{name}", partial(package.why_not_layer, kernels), partial(package.backend, kernels))
-        for name, kernels in GENERATIONS
+        Entry(f"triton_{name}", partial(package.why_not_layer, file), partial(package.backend, file))
+        for name, file in GENERATIONS
     ),
     "two_fp8": tuple(
-        Entry(f"two_fp8_{name}", partial(package.why_not_two_fp8, kernels), partial(package.two_fp8, kernels))
-        for name, kernels in GENERATIONS
+        Entry(f"two_fp8_{name}", partial(package.why_not_two_fp8, file), partial(package.two_fp8, file))
+        for name, file in GENERATIONS
     ),
     "ck": (Entry(ck.NAME, ck.why_not, lambda: ck),),
     "aiter_triton": (Entry(aiter_triton.NAME, aiter_triton.why_not, lambda: aiter_triton),),

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from triton_kernels.matmul_ogs import FlexCtx, PrecisionConfig, matmul_ogs
 from triton_kernels.matmul_ogs_details import opt_flags
+
+# They are set below through their module. Named here, so that a package without them does not import.
+from triton_kernels.matmul_ogs_details.opt_flags import _opt_flags, _opt_flags_constraints  # noqa: F401
 from triton_kernels.numerics import InFlexData
 from triton_kernels.tensor import FP4, Storage, Tensor
 from triton_kernels.tensor_details.layout import (
@@ -59,9 +62,9 @@ class Ogs(Prepared):
     def matmuls(self, x: torch.Tensor, routed: Routing, w13_flags: Any, w2_flags: Any) -> torch.Tensor:
         """Two calls, the second of which adds up a token's experts."""
         experts, gather, scatter = self.arguments(routed)
-        with _opt_flags(w13_flags, self.arch):
+        with _scoped_opt_flags(w13_flags, self.arch):
             rows = _multiply(x, self.w13, experts, gather_indx=gather, fused_activation=self.activation)
-        with _opt_flags(w2_flags, self.arch):
+        with _scoped_opt_flags(w2_flags, self.arch):
             return _multiply(rows, self.w2, experts, scatter_indx=scatter, gammas=routed.weights)
 
 
@@ -74,7 +77,7 @@ def _multiply(x: torch.Tensor, weight: package.Weight, experts: Any, **fused: An
 
 
 @contextmanager
-def _opt_flags(flags: Any, arch: str) -> Iterator[None]:
+def _scoped_opt_flags(flags: Any, arch: str) -> Iterator[None]:
     """Hand OptFlags, or constraints on the package's own, to the call inside; put back what was set."""
     before = opt_flags._opt_flags, opt_flags._opt_flags_constraints
     opt_flags._opt_flags = flags

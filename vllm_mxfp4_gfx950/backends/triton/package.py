@@ -1,6 +1,6 @@
-"""What both generations of OpenAI's triton_kernels share: finding the package, and its layouts' rules.
+"""What all generations of OpenAI's triton_kernels share: finding the package, and its layouts' rules.
 
-What a package can do is told by looking at it, never by its version.
+What a package can do is told by importing our file for its generation, never by its version.
 """
 
 from __future__ import annotations
@@ -38,65 +38,6 @@ MAX_EXPERTS, MAX_TOPK = 512, 32
 
 EXPERTS_AT_ONCE = 4
 """Swizzled together: enough to keep the GPU busy, few enough that the temporaries stay small."""
-
-LAYOUTS = (
-    "StridedLayout",
-    "make_default_matmul_mxfp4_w_layout",
-    "make_default_matmul_mxfp4_w_scale_layout",
-)
-
-NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
-    "matmul_ogs": {
-        "matmul_ogs": ("matmul_ogs", "FlexCtx", "FnSpecs", "FusedActivation", "PrecisionConfig"),
-        "matmul_ogs_details.opt_flags": ("OptFlags", "_opt_flags", "_opt_flags_constraints"),
-        "numerics": ("InFlexData",),
-        "routing": ("ExptData", "GatherIndx", "RoutingData", "ScatterIndx"),
-        "swiglu": ("swiglu_fn",),
-        "tensor": ("FP4", "Storage", "Tensor"),
-        "tensor_details.layout": LAYOUTS,
-    },
-    "ragged_ogs": {
-        "matmul_ogs": (
-            "FlexCtx",
-            "FnSpecs",
-            "FusedActivation",
-            "GatherIndx",
-            "PrecisionConfig",
-            "RoutingData",
-            "ScatterIndx",
-            "matmul_ogs",
-        ),
-        "matmul_ogs_details.opt_flags": ("OptFlags", "_opt_flags", "_opt_flags_constraints"),
-        "numerics": ("InFlexData",),
-        "swiglu": ("swiglu_fn",),
-        "tensor": ("FP4", "RaggedTensorMetadata", "Storage", "Tensor"),
-        "tensor_details.layout": LAYOUTS,
-    },
-    "matmul": {
-        "matmul": (
-            "FlexCtx",
-            "FnSpecs",
-            "FusedActivation",
-            "OptFlags",
-            "PrecisionConfig",
-            "matmul",
-            "scoped_opt_flags",
-        ),
-        "numerics": ("InFlexData",),
-        "reduce": ("reduce",),
-        "swiglu": ("swiglu_fn",),
-        "tensor": (
-            "FP4",
-            "RaggedTensorMetadata",
-            "Storage",
-            "Tensor",
-            "convert_layout",
-            "wrap_torch_tensor",
-        ),
-        "tensor_details.layout": LAYOUTS,
-    },
-}
-"""The names that are used of each generation, by its module."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +79,11 @@ def locate() -> Path | None:
     return None
 
 
-def why_not_layer(kernels: str, shape: MoeShape, arch: str) -> str | None:
+def why_not_layer(generation: str, shape: MoeShape, arch: str) -> str | None:
     """The reason why a shape cannot run on an arch with the package at hand.
 
     Args:
-        kernels: the generation, of NEEDS.
+        generation: of triton_kernels, by the name of our file for it.
         shape: the layer.
         arch: as `backends.arch_of` names it.
 
@@ -153,13 +94,13 @@ def why_not_layer(kernels: str, shape: MoeShape, arch: str) -> str | None:
     if "triton" not in known.families:
         there = (name for name, each in ARCHES.items() if "triton" in each.families)
         return f"it runs on {', '.join(there)}, not on {arch}"
-    reason = why_not_routing(shape) or known.why_not(shape) or why_not(kernels, NEEDS[kernels])
+    reason = why_not_routing(shape) or known.why_not(shape) or why_not(generation)
     if reason is None and known.needs_layout:
         layout = load("tensor_details.layout")
         if not any(hasattr(layout, name) for name in known.needs_layout):
             return f"triton_kernels in {locate()} has no {' or '.join(known.needs_layout)}"
         try:
-            backend(kernels).to_opt_flags(TileConfig(16, 64, 256, 1, 4, 1, 0), arch)
+            backend(generation).to_opt_flags(TileConfig(16, 64, 256, 1, 4, 1, 0), arch)
         except TypeError as error:
             return f"triton_kernels in {locate()} does not take our tiles: {error}"
     return reason
@@ -175,32 +116,27 @@ def why_not_routing(shape: MoeShape) -> str | None:
     )
 
 
-def why_not_two_fp8(kernels: str, shape: MoeShape, arch: str) -> str | None:
+def why_not_two_fp8(generation: str, shape: MoeShape, arch: str) -> str | None:
     """The reason why our kernels with two FP8 addends cannot stand in front of a generation's; as above."""
     if not arch_named(arch).two_fp8:
         there = (name for name, each in ARCHES.items() if each.two_fp8)
         return f"its matrix instructions are those of {', '.join(there)}, not of {arch}"
-    return why_not_layer(kernels, shape, arch)
+    return why_not_layer(generation, shape, arch)
 
 
-def two_fp8(kernels: str) -> Any:
+def two_fp8(generation: str) -> Any:
     """A generation's backend with our kernels with two FP8 addends in front of it."""
-    return importlib.import_module(f"{__package__}.two_fp8").Backend(backend(kernels))
+    return importlib.import_module(f"{__package__}.two_fp8").Backend(backend(generation))
 
 
-def backend(kernels: str) -> Any:
+def backend(generation: str) -> Any:
     """Load our file for a generation, which imports triton_kernels by that name."""
     find()
-    return importlib.import_module(f"{__package__}.{kernels}")
+    return importlib.import_module(f"{__package__}.{generation}")
 
 
-def why_not(entry: str, needs: dict[str, tuple[str, ...]]) -> str | None:
-    """The reason why the package at hand lacks an interface.
-
-    Args:
-        entry: the generation, of NEEDS.
-        needs: the names that are used, by module of the package.
-    """
+def why_not(generation: str) -> str | None:
+    """The reason why the package at hand is not of a generation, or why our file for it does not import."""
     directory = locate()
     if directory is None:
         return "triton_kernels is not installed, and there is no vLLM that vendors it"
@@ -212,16 +148,12 @@ def why_not(entry: str, needs: dict[str, tuple[str, ...]]) -> str | None:
         )
         leftover = "is a folder without any Python, as an uninstall leaves it (remove it)"
         return f"triton_kernels in {directory} {leftover if is_leftover(directory) else stranger}"
-    if entry not in generations:
-        return f"triton_kernels in {directory} is of the {generations[0]} generation and has no {entry}"
-    for name, attributes in needs.items():
-        try:
-            module = load(name)
-        except Exception as error:  # An import meets whatever Triton and driver there are.
-            return f"triton_kernels in {directory} does not import here: {error}"
-        for attribute in attributes:
-            if not hasattr(module, attribute):
-                return f"triton_kernels in {directory} is of an unknown generation: no {name}.{attribute}"
+    if generation not in generations:
+        return f"triton_kernels in {directory} is of the {generations[0]} generation and has no {generation}"
+    try:
+        backend(generation)
+    except Exception as error:  # An import meets whatever Triton and driver there are.
+        return f"triton_kernels in {directory} does not import here: {error}"
     return None
 
 
