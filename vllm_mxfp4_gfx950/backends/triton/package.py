@@ -126,7 +126,7 @@ def why_not_two_fp8(generation: str, shape: MoeShape, arch: str) -> str | None:
 
 def two_fp8(generation: str) -> Any:
     """A generation's backend with our kernels with two FP8 addends in front of it."""
-    return importlib.import_module(f"{__package__}.two_fp8").Backend(backend(generation))
+    return importlib.import_module(f"{__package__}.two_fp8").TwoFp8Backend(backend(generation))
 
 
 def backend(generation: str) -> Any:

@@ -192,7 +192,7 @@ class TwoFp8:
         )  # fmt: skip
 
 
-class Backend:
+class TwoFp8Backend:
     """triton_kernels' layers, of which these kernels take every batch, until a self-check fails.
 
     Args:
