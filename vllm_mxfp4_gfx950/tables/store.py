@@ -121,25 +121,25 @@ def read(file: Path, arch: str) -> Content:
         is_tile = isinstance(tile, list) and len(tile) == width
         _require(is_tile, f"{file}: tiles[{index}]", f"{width} values", tile)
 
-    def decoded(name: str, decode: Callable[[Any, str], tuple[K, int, V]]) -> dict[K, dict[int, V]]:
+    def parsed(name: str, parse: Callable[[Any, str], tuple[K, int, V]]) -> dict[K, dict[int, V]]:
         rows = content.get(name, [])
         _require(isinstance(rows, list), f"{file}: {name}", "a list", rows)
         found: dict[K, dict[int, V]] = {}
         for index, row in enumerate(rows):
             at = f"{file}: {name}[{index}]"
-            key, tokens, value = decode(row, at)
+            key, tokens, value = parse(row, at)
             rungs = found.setdefault(key, {})
             _require(tokens not in rungs, at, "the only one for its tokens", row)
             rungs[tokens] = value
         return found
 
-    served = decoded("rows", partial(_tile, len(COLUMNS), tiles, arch))
+    served = parsed("rows", partial(_tile, len(COLUMNS), tiles, arch))
     _check_own(served, file)
     return Content(
         provenance,
         {key: Ladder.of(rungs) for key, rungs in served.items()},
-        decoded("measured", partial(_timed, tiles, arch)),
-        {key: Ladder.of(rungs) for key, rungs in decoded("plans", _plan).items()},
+        parsed("measured", partial(_timed, tiles, arch)),
+        {key: Ladder.of(rungs) for key, rungs in parsed("plans", _plan).items()},
     )
 
 
