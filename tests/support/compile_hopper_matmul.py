@@ -21,7 +21,7 @@ from triton_kernels import matmul_ogs
 from triton_kernels.matmul_ogs_details.opt_flags import make_opt_flags
 
 from vllm_mxfp4_gfx950.backends.triton import hopper_kernels
-from vllm_mxfp4_gfx950.backends.triton.matmul_ogs import MatmulOgs
+from vllm_mxfp4_gfx950.backends.triton.matmul_ogs import Generation
 from vllm_mxfp4_gfx950.gfx950 import driver
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
 from vllm_mxfp4_gfx950.tiles import TileConfig
@@ -112,7 +112,7 @@ def main(tiles: list[list[int]]) -> dict[str, Any]:
         return own[-1]
 
     with presented(lambda launch: None):
-        prepared = MatmulOgs.prepare(random_weights(shape, 0), shape)
+        prepared = Generation.prepare(random_weights(shape, 0), shape)
     weights = random_weights(shape, 0)
     layouts = [
         torch.equal(hopper_kernels.codes_in_torch(weight.values)[:, :rows, :depth], codes(blocks))
@@ -130,7 +130,7 @@ def main(tiles: list[list[int]]) -> dict[str, Any]:
             untuned.run(*random_tokens(shape, tokens, 0))
     for flags in own:
         tile = {field.name: getattr(flags, field.name, 0) for field in dataclasses.fields(TileConfig)}
-        ours = MatmulOgs.to_opt_flags(TileConfig(**tile), "sm90")
+        ours = Generation.to_opt_flags(TileConfig(**tile), "sm90")
         pairs.append([str(flags), str(dataclasses.replace(ours, target_kernel_kwargs={}))])
     found = []
     for tile in tiles:

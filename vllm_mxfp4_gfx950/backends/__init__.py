@@ -47,7 +47,7 @@ def overwrite(layer: Layer, other: Layer) -> None:
 
 
 class Backend(Protocol):
-    """A module that computes the experts of MoE layers."""
+    """A module, a class or an object that computes the experts of MoE layers."""
 
     NAME: str
 

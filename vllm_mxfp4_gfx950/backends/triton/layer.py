@@ -40,6 +40,9 @@ class Prepared(ABC):
         two_fp8: those with two FP8 addends, for any number of tokens; None where the GPU has no such thing.
     """
 
+    NAME: ClassVar[str]
+    """The backend's, which is the class itself."""
+
     KERNELS: ClassVar[str]
     """The package's matmul, as the tile tables name it."""
 
@@ -62,6 +65,8 @@ class Prepared(ABC):
     flags: tuple[Ladder[Any], Ladder[Any]]
     own: own.Own | None
     two_fp8: two_fp8.TwoFp8 | None
+
+    source = staticmethod(package.source)
 
     @staticmethod
     @abstractmethod

@@ -37,12 +37,11 @@ from vllm_mxfp4_gfx950.backends.triton.routing import Routing
 from vllm_mxfp4_gfx950.mxfp4 import BLOCK
 from vllm_mxfp4_gfx950.tiles import TileConfig
 
-NAME = "triton_matmul"
 
-
-class Matmul(Prepared):
+class Generation(Prepared):
     """A layer for matmul."""
 
+    NAME = "triton_matmul"
     KERNELS = "matmul"
     OWN = False
     SCATTERS = True
@@ -117,7 +116,3 @@ class Matmul(Prepared):
             mask = (routed.scatter >= 0).view(x.shape[0], topk, 1).expand(rows.shape)
         out: torch.Tensor = reduce(rows, dim=1, mask=mask)[0]
         return out
-
-
-source, prepare, to_opt_flags = package.source, Matmul.prepare, Matmul.to_opt_flags
-KERNELS = Matmul.KERNELS

@@ -14,14 +14,14 @@ from vllm_mxfp4_gfx950.backends.triton.ogs import Ogs
 from vllm_mxfp4_gfx950.backends.triton.routing import Routing
 from vllm_mxfp4_gfx950.tiles import TileConfig
 
-NAME = "triton_ogs"
 TILE_ROWS = (16, 32, 64, 128, 256)
 """The sizes of tiles that matmul_ogs may choose among."""
 
 
-class MatmulOgs(Ogs):
+class Generation(Ogs):
     """A layer for matmul_ogs with a dictionary of tiles."""
 
+    NAME = "triton_ogs"
     OWN = True
     SCATTERS = False
 
@@ -46,7 +46,3 @@ class MatmulOgs(Ogs):
         tiles = ExptData(routed.count, routed.start, *blocks)
         experts = RoutingData(routed.weights, routed.count, len(routed.count), self.shape.topk, tiles)
         return experts, GatherIndx(routed.gather, routed.scatter), ScatterIndx(routed.scatter, routed.gather)
-
-
-source, prepare, to_opt_flags = package.source, MatmulOgs.prepare, MatmulOgs.to_opt_flags
-KERNELS = MatmulOgs.KERNELS

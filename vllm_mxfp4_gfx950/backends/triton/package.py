@@ -130,9 +130,9 @@ def two_fp8(generation: str) -> Any:
 
 
 def backend(generation: str) -> Any:
-    """Load our file for a generation, which imports triton_kernels by that name."""
+    """The class of a generation's layers, from our file for it, which imports triton_kernels by that name."""
     find()
-    return importlib.import_module(f"{__package__}.{generation}")
+    return importlib.import_module(f"{__package__}.{generation}").Generation
 
 
 def why_not(generation: str) -> str | None:

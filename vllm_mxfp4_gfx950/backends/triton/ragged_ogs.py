@@ -14,12 +14,11 @@ from vllm_mxfp4_gfx950.backends.triton.ogs import Ogs
 from vllm_mxfp4_gfx950.backends.triton.routing import Routing
 from vllm_mxfp4_gfx950.tiles import TileConfig
 
-NAME = "triton_ragged"
 
-
-class RaggedOgs(Ogs):
+class Generation(Ogs):
     """A layer for matmul_ogs with RaggedTensorMetadata."""
 
+    NAME = "triton_ragged"
     OWN = False
     SCATTERS = True
     block_sizes = staticmethod(RaggedTensorMetadata.block_sizes)
@@ -41,7 +40,3 @@ class RaggedOgs(Ogs):
         tiles = RaggedTensorMetadata(routed.count, routed.start, routed.block_start, routed.schedule)
         experts = RoutingData(routed.weights, routed.count, len(routed.count), self.shape.topk, tiles)
         return experts, GatherIndx(routed.gather, routed.scatter), ScatterIndx(routed.scatter, routed.gather)
-
-
-source, prepare, to_opt_flags = package.source, RaggedOgs.prepare, RaggedOgs.to_opt_flags
-KERNELS = RaggedOgs.KERNELS
