@@ -29,7 +29,7 @@ from test_verification import EVERY, LayerCase, ids, triton_path
 
 from vllm_mxfp4_gfx950 import backends
 from vllm_mxfp4_gfx950.backends import aiter_triton, reference
-from vllm_mxfp4_gfx950.backends.triton import cdna4_kernels, own, routing
+from vllm_mxfp4_gfx950.backends.triton import own, routing, two_fp8_kernels
 from vllm_mxfp4_gfx950.gfx950.verification import MAX_FROBENIUS
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
@@ -137,7 +137,7 @@ def test_memory(aiter: object) -> None:
         assert weight.values.data_ptr() == getattr(weights, name).data_ptr()
         assert torch.equal(weight.values.mT, codes)
         assert torch.equal(weight.bias, bias)
-        read = cdna4_kernels.scales_in_torch(weight.scales.mT)
+        read = two_fp8_kernels.scales_in_torch(weight.scales.mT)
         assert torch.equal(read[:, : scales.shape[1], : scales.shape[2]], scales)
         assert weight.scales.stride(1) == 1
 

@@ -10,7 +10,7 @@ import torch
 from emulate_routing import logits_of, miss
 
 from vllm_mxfp4_gfx950 import backends, choice, self_check, serving, settings
-from vllm_mxfp4_gfx950.arch import SM90
+from vllm_mxfp4_gfx950.arch import OWN_MAX_SCALE
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.backends.triton import routing as triton_routing
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
@@ -190,7 +190,7 @@ def test_own_declines_what_it_cannot_scale(layer: Layer) -> None:
     """A scale whose bf16 would overflow: matmul_ogs serves, and the layer is right."""
     shape, _, backend, _ = layer
     weights = random_weights(shape, seed=1, device="cuda")
-    weights.w2_scale[0, 0, 0] = SM90.max_scale + 1
+    weights.w2_scale[0, 0, 0] = OWN_MAX_SCALE + 1
     prepared = backend.prepare(weights.clone(), shape)
     assert prepared.own is None
     x, logits = random_tokens(shape, 7, seed=7, device="cuda")

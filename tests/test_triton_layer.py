@@ -11,7 +11,7 @@ import pytest
 import torch
 from interpreter import BROKEN, LAYERS, RANKS, TILED, UNPADDED, Case, check_layout, outcomes
 
-from vllm_mxfp4_gfx950.arch import CDNA4_SCALES
+from vllm_mxfp4_gfx950.arch import GFX950
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.backends.triton import package as triton_package
 from vllm_mxfp4_gfx950.backends.triton import routing as triton_routing
@@ -125,7 +125,7 @@ def test_why_not_is_the_package_s_reason(
     assert why_not(SHAPE, "gfx950") == f"no {kernels}"
 
 
-@pytest.mark.parametrize("name", CDNA4_SCALES)
+@pytest.mark.parametrize("name", GFX950.needs_layout)
 def test_why_not_without_the_scale_layout(
     monkeypatch: pytest.MonkeyPatch, why_not: WhyNot, name: str
 ) -> None:

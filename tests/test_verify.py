@@ -105,10 +105,10 @@ def test_split_is_not_sampled(tmp_path: Path) -> None:
     assert sample.stdout.count("FAIL what a split K leaves cannot be sampled") == 2
 
 
-def write_table(directory: Path, tile: TileConfig, kernels: str = "matmul_ogs", tokens: int = 64) -> None:
+def write_table(directory: Path, tile: TileConfig) -> None:
     """A table of the user's own, which has one tile for the small model."""
     w13, w2 = Gemm("w13", 288, 512, 4, 4), Gemm("w2", 256, 288, 4, 4)
-    tiles = {(kernels, "3.6", gemm): Ladder((tokens,), (tile,)) for gemm in (w13, w2)}
+    tiles = {("matmul_ogs", "3.6", gemm): Ladder((64,), (tile,)) for gemm in (w13, w2)}
     write(directory / "gfx950.json", "gfx950", Content(tiles=tiles))
 
 
@@ -133,38 +133,6 @@ def test_tables_of_ones_own(tmp_path: Path) -> None:
         refused = verify(tmp_path, command=command, **tables)
         assert refused.returncode == 2
         assert refused.stderr.startswith(f"vllm-mxfp4 {command}: {tmp_path / 'gfx950.json'} must be of arch")
-
-
-@pytest.mark.emulate
-def test_own_rows(tmp_path: Path) -> None:
-    """Where a table of the user's has rows for our own matmuls, these are executed up to their last bound."""
-    write_table(tmp_path, TileConfig(16, 64, 256, 1, 4, 1, 0), "own", 8)
-    tables = {"VLLM_MXFP4_TABLES": str(tmp_path)}
-    result = verify(tmp_path, "--tokens", "3", "9", "--json", **tables)
-    facts = json.loads(result.stdout)
-    assert (result.returncode, facts["fault"]) == (0, ""), result.stderr
-    checks = {(each["tokens"], each["stage"]): each for each in facts["checks"]}
-    for stage in ("w13", "w2"):
-        own, package = (checks[tokens, stage] for tokens in (3, 9))
-        assert 0 < own["row"] < 1
-        assert 0 < own["frobenius"] < 4e-3
-        # What each kernel calls its output.
-        assert own["counts"]["bytes_written"]["Y"] == 3 * 2 * (256 * 2 if stage == "w13" else 288 * 4)
-        assert package["counts"]["bytes_written"]["Y+YPtr"] > 0
-    compiled = json.loads(
-        verify(tmp_path, "--tokens", "3", "9", "--json", command="compile", **tables).stdout
-    )
-    found = [
-        (each["plan"], each["report"]["name"] == "mxfp4_matmul", each["fits"]) for each in compiled["ours"]
-    ]
-    assert found == [("own", True, True)] * 2 + [("table", False, True)] * 2
-    # Negative control.
-    shutil.copytree(ROOT / "vllm_mxfp4_gfx950", tmp_path / "vllm_mxfp4_gfx950")
-    edited = tmp_path / "vllm_mxfp4_gfx950/backends/triton/own.py"
-    edited.write_text(edited.read_text().replace("self.shape.alpha, ", "1.0, "))
-    wrong = verify(tmp_path, "--tokens", "3", ours=tmp_path, **tables)
-    assert wrong.returncode == 1, wrong.stderr
-    assert re.search("w13 +[0-9/]+ .*FAIL row", wrong.stdout), wrong.stdout
 
 
 @pytest.mark.parametrize("arguments", [("--sample", "-1"), ("--tokens", "0")])

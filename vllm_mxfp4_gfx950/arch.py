@@ -14,7 +14,6 @@ from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.tiles import TileConfig
 
 Integers: TypeAlias = range | tuple[int, ...]
-Options: TypeAlias = Callable[[TileConfig], dict[str, Any]]
 
 TILE_BOUNDS: Mapping[str, Integers] = {
     "block_m": (8, 16, 32, 64, 128, 256),
@@ -40,13 +39,7 @@ class Arch:
         name: "gfx950", "sm90", "cpu".
         families: the families of backends that "auto" tries, best first.
         needs_layout: triton_kernels must have a layout of one of these names; () for whatever it has.
-        own_layout: which of our own matmuls there are; "" for none.
-        value_layouts, scale_layouts: the names of triton_kernels' layouts that they read; () for any.
-        scale_warps: the warps that the scales are laid out for; None where that is no matter.
-        max_scale: the largest E8M0 scale that they take.
         two_fp8: whether its matrix unit multiplies FP8 by FP4, scales included, for `two_fp8`.
-        overlaps: whether our kernels begin while the launch before them runs, and wait there: see
-            `routing_kernels.await_previous`.
         narrower: by kernels, what of TILE_BOUNDS they can take.
         candidates: by kernels, the tiles to try where the best are sought.
         ranked: kernels whose tiles in our table were ranked by compiling: those of the nearest Triton are
@@ -54,28 +47,18 @@ class Arch:
         why_not: the reason why triton_kernels cannot compute a shape.
         constraints: what triton_kernels' own choice of flags must keep to.
         flags: those fields of triton_kernels' OptFlags that differ from GPU to GPU.
-        own_options: a launch of our own matmuls, beside its warps.
-        own_warps: the most warps that they take with the rest of a tile.
     """
 
     name: str
     families: tuple[str, ...]
     needs_layout: tuple[str, ...] = ()
-    own_layout: str = ""
-    value_layouts: tuple[str, ...] = ()
-    scale_layouts: tuple[str, ...] = ()
-    scale_warps: int | None = None
-    max_scale: int = 255
     two_fp8: bool = False
-    overlaps: bool = False
     narrower: Mapping[str, Mapping[str, Integers]] = field(default_factory=dict)
     candidates: Mapping[str, tuple[TileConfig, ...]] = field(default_factory=dict)
     ranked: tuple[str, ...] = ()
     why_not: Callable[[MoeShape], str | None] = lambda shape: None
     constraints: Mapping[str, int] = field(default_factory=dict)
-    flags: Options = lambda tile: {}
-    own_options: Options = lambda tile: {}
-    own_warps: Callable[[TileConfig], int] = lambda tile: 16
+    flags: Callable[[TileConfig], dict[str, Any]] = lambda tile: {}
 
     def takes(self, kernels: str) -> dict[str, Integers]:
         """What the integers of a tile for some kernels may be."""
@@ -104,22 +87,22 @@ def _hopper_flags(tile: TileConfig) -> dict[str, Any]:
         "group_m": 8,
         "xcd_swizzle": 1,
         "w_cache_modifier": None,
-        "target_kernel_kwargs": _hopper_registers(tile),
+        "target_kernel_kwargs": hopper_registers(tile),
     }
 
 
-def _hopper_registers(tile: TileConfig) -> dict[str, Any]:
+def hopper_registers(tile: TileConfig) -> dict[str, Any]:
     """A thread's registers where each scheduler must have room for so many warps; None: any number."""
     return {"maxnreg": 512 // tile.waves_per_eu // 8 * 8 if tile.waves_per_eu else None}
 
 
 def scales_codes(tile: TileConfig) -> bool:
-    """Whether a tile on Hopper scales codes, which pays where many rows share them, and not sums."""
+    """Whether a tile of `own` scales codes, which pays where many rows share them, and not sums."""
     return tile.block_m >= 16 and tile.num_warps >= 4
 
 
-def _hopper_own_warps(tile: TileConfig) -> int:
-    """Those with which a tile that scales sums keeps both halves of a sum in one thread.
+def own_warps(tile: TileConfig) -> int:
+    """The most warps of a tile of `own` that keep both halves of a sum in one thread.
 
     With more warps than groups of 64 columns, Triton 3.6 moves them from warp to warp in every step. Each
     tile of 8 warps that scales sums is such; on an H200 `vllm-mxfp4 tune` found tiles of 8 warps that are
@@ -146,32 +129,30 @@ GFX950_TILES = tuple(
     if 512 <= block_m * block_n // num_warps <= 8192
 )
 
-CDNA4_SCALES = ("CDNA4MXScaleLayout", "GFX950MXScaleLayout")
-"""One layout under its present name and under that of triton_kernels before 3.6."""
-
 GFX950 = Arch(
     "gfx950",
     ("triton", "ck"),
-    needs_layout=CDNA4_SCALES,
-    own_layout="cdna4",
-    scale_layouts=CDNA4_SCALES,
+    # One layout under its present name and under that of triton_kernels before 3.6.
+    needs_layout=("CDNA4MXScaleLayout", "GFX950MXScaleLayout"),
     two_fp8=True,
-    candidates={
-        "matmul_ogs": GFX950_TILES,
-        "matmul": GFX950_TILES,
-        "own": tuple(
-            TileConfig(block_m, block_n, 256, 1, warps, stages, 0)
-            for block_m, block_n, warps, stages in itertools.product((16, 32), (32, 64, 128), (2, 4), (1, 2))
-        ),
-    },
+    candidates={"matmul_ogs": GFX950_TILES, "matmul": GFX950_TILES},
     ranked=("matmul_ogs", "matmul"),
     flags=_cdna_flags,
-    own_options=lambda tile: {"waves_per_eu": tile.waves_per_eu, "matrix_instr_nonkdim": 16},
 )
 
 GFX942 = Arch("gfx942", ("triton",), flags=_cdna_flags)
 
-HOPPER_OWN = (
+HOPPER_LAYOUTS = ("HopperMXValueLayout", "HopperMXScaleLayout")
+"""triton_kernels' layouts of the values and the scales that our own matmuls read."""
+
+HOPPER_SCALE_WARPS = 8
+"""The warps that the scales are laid out for, side by side."""
+
+OWN_MAX_SCALE = 128
+"""The largest E8M0 scale that our own matmuls take, 2^1: a code is widened to itself times 2^-126, and where
+codes are scaled the rest of its scale must be a bf16. The weights of such a block reach 12."""
+
+OWN_TILES = (
     (8, 64, 64, 1, 0), (8, 64, 128, 2, 0), (8, 32, 128, 1, 0), (8, 32, 128, 1, 5), (8, 32, 256, 2, 0),
     (8, 32, 256, 2, 5), (8, 64, 256, 4, 0), (16, 64, 64, 1, 0), (16, 64, 128, 2, 0), (16, 128, 128, 4, 0),
     (16, 128, 128, 4, 5), (32, 128, 128, 4, 0), (64, 128, 128, 4, 0),
@@ -181,30 +162,22 @@ HOPPER_OWN = (
 SM90 = Arch(
     "sm90",
     ("triton",),
-    own_layout="hopper",
-    value_layouts=("HopperMXValueLayout",),
-    scale_layouts=("HopperMXScaleLayout",),
-    scale_warps=8,
-    # 2^1: a code is widened to itself times 2^-126, and where codes are scaled the rest of its scale must be
-    # a bf16. The weights of such a block reach 12.
-    max_scale=128,
-    overlaps=True,
     narrower={
-        # The scales are laid out for 8 warps side by side: with fewer, the kernel takes one row's scale for
-        # another's. Source: triton_kernels in vLLM 0.26, tensor_details/layout_details/hopper_scale.py,
+        # With fewer warps than the scales are laid out for, the kernel takes one row's scale for another's.
+        # Source: triton_kernels in vLLM 0.26, tensor_details/layout_details/hopper_scale.py,
         # matmul_ogs_details/_matmul_ogs.py, routing.py.
         "matmul_ogs": {
             "block_m": (16, 32, 64, 128),
             "block_n": (256,),
             "block_k": (64, 128, 256),
-            "num_warps": (8,),
+            "num_warps": (HOPPER_SCALE_WARPS,),
         },
-        # A line of the values is 64 columns. Of the warps, see also own_warps.
+        # A line of the values is 64 columns. Of the warps, see also `own_warps`.
         "own": {"block_k": (64, 128, 256), "num_warps": (1, 2, 4)},
     },
     candidates={
         "matmul_ogs": tuple(
-            TileConfig(block_m, 256, block_k, 1, 8, stages, waves)
+            TileConfig(block_m, 256, block_k, 1, HOPPER_SCALE_WARPS, stages, waves)
             for block_m, (block_k, stages, waves) in itertools.product(
                 (16, 32, 64, 128),
                 ((128, 4, 0), (128, 3, 0), (128, 3, 4), (128, 2, 4), (64, 4, 0), (64, 4, 4), (256, 2, 0)),
@@ -212,15 +185,13 @@ SM90 = Arch(
         ),
         "own": tuple(
             TileConfig(block_m, block_n, block_k, 1, warps, stages, waves)
-            for (block_m, block_n, block_k, warps, waves), stages in itertools.product(HOPPER_OWN, (3, 4))
+            for (block_m, block_n, block_k, warps, waves), stages in itertools.product(OWN_TILES, (3, 4))
         ),
     },
     why_not=_why_not_hopper,
     # Splitting K is right but slow; vLLM pins this too, for the whole process.
     constraints={"split_k": 1},
     flags=_hopper_flags,
-    own_options=_hopper_registers,
-    own_warps=_hopper_own_warps,
 )
 
 ARCHES = {arch.name: arch for arch in (GFX950, GFX942, SM90, Arch("cpu", ("reference",)))}

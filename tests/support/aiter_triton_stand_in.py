@@ -17,7 +17,7 @@ import torch
 from aiter_stand_in import Rejected, require
 
 from vllm_mxfp4_gfx950.backends import reference
-from vllm_mxfp4_gfx950.backends.triton.cdna4_kernels import scales_in_torch
+from vllm_mxfp4_gfx950.backends.triton.two_fp8_kernels import scales_in_torch
 from vllm_mxfp4_gfx950.mxfp4 import dequantize
 
 WIDEST, DEPTH = 512, 256

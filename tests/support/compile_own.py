@@ -28,7 +28,7 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     "add_up": {"BLOCK_EXPERTS": 32, "BLOCK_ROWS": 512, "BLOCK_COLUMNS": 2},
     "place": PLACES | {"FEW_BLOCKS": 32, "SUMMED": False, "BLOCK_TILES": 16, "BLOCK_EMPTY": 512},
     "mxfp4_matmul": {
-        "TOPK": 4, "GATED": False, "VARIANT": "hopper_sums", "SPLIT_K": 1, "BLOCK_T": 8, "BLOCK_N": 64,
+        "TOPK": 4, "GATED": False, "CODES": False, "SPLIT_K": 1, "BLOCK_T": 8, "BLOCK_N": 64,
         "BLOCK_K": 256, "STAGES": 3, "WARPS": 4,
     },
     "combine": {"TOPK": 4, "SPLITS": 2, "BLOCK": 512},
@@ -62,8 +62,7 @@ def compiled(tile: TileConfig, *, gated: bool) -> dict[str, Any]:
     """
     codes = own.scales_codes(tile)
     constants = {
-        "TOPK": 4, "GATED": gated, "VARIANT": "hopper_codes" if codes else "hopper_sums",
-        "OVERLAP": True, "SPLIT_K": tile.split_k,
+        "TOPK": 4, "GATED": gated, "CODES": codes, "OVERLAP": True, "SPLIT_K": tile.split_k,
         "BLOCK_T": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "STAGES": tile.num_stages, "WARPS": tile.num_warps,
     }  # fmt: skip

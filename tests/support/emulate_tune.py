@@ -33,7 +33,6 @@ TOKENS = (1, 3)
 TILES = {
     "matmul_ogs": [TileConfig(16, 64, 256, 1, 4, 1, 0), TileConfig(32, 128, 256, 1, 4, 1, 0)],
     "matmul": [TileConfig(16, 64, 256, 1, 4, 1, 0), TileConfig(32, 128, 256, 1, 4, 1, 0)],
-    "own": [TileConfig(16, 64, 256, 1, 4, 1, 0)],
 }
 
 
@@ -149,13 +148,9 @@ def main(directory: Path) -> dict[str, Any]:
         found["miss"] = compare(served.run(x, logits), *truth).miss
 
         if layers.backend.KERNELS == "matmul_ogs":
-            found["wrong"] = next(
-                row["tile"]
-                for row in found["whole"]["measured"]
-                if (row["kernels"], row["name"]) == ("matmul_ogs", "w13")
-            )
+            found["wrong"] = next(row["tile"] for row in found["whole"]["measured"] if row["name"] == "w13")
             spoilt = Spoilt(SHAPE, ARCH, "cpu", copies=1)
-            spoilt.wrong, spoilt.has_own = TileConfig(*found["wrong"]), False
+            spoilt.wrong = TileConfig(*found["wrong"])
             (directory / "spoilt").mkdir()
             found["spoilt_lines"], found["spoilt"] = tuned(spoilt, directory / "spoilt", TOKENS[:1])
     return found

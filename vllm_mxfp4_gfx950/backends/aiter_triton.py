@@ -53,7 +53,7 @@ class Weight:
 
     Args:
         values: uint8[E, K / 2, N], K contiguous: the checkpoint's own memory.
-        scales: uint8[E, K, N / 32] in the layout of `cdna4_kernels`, K contiguous; K and N widened.
+        scales: uint8[E, K, N / 32] in the layout of `two_fp8_kernels`, K contiguous; K and N widened.
         bias: fp32[E, N].
     """
 
@@ -213,7 +213,9 @@ def _to_weight(blocks: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor) -
 
 
 def _swizzle(scales: torch.Tensor) -> torch.Tensor:
-    """uint8[E, K / 32, N] to uint8[E, K, N / 32], K contiguous: the inverse of `scales_in_torch`.
+    """uint8[E, K / 32, N] to uint8[E, K, N / 32], K contiguous.
+
+    The inverse of `two_fp8_kernels.scales_in_torch`.
 
     Source: ROCm/aiter, `swizzle_scales` in moe_op_gemm_a16w4.py, 0.1.14.
     """

@@ -46,9 +46,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(facts | {"fits": fits} | rows))
         return 0 if fits else 1
     print(f"{args.model}: {shape}, {layer.backend.NAME}, {layer.backend.source()}, compiled for gfx950")
-    kinds = dict.fromkeys("own" if each.plan == "own" else layer.backend.KERNELS for each in ours)
     origins = dict.fromkeys(
-        whose(ARCH, kind, triton.__version__, gemm, tables) for kind in kinds for gemm in gemms(shape)
+        whose(ARCH, layer.backend.KERNELS, triton.__version__, gemm, tables) for gemm in gemms(shape)
     )
     for title, found in (
         (f"tiles of {' and '.join(origins)}", ours),

@@ -19,8 +19,8 @@ from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights, first_experts, tensor_sh
 from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tiles import Ladder, Plan, TileConfig
 
-MATMULS = ("_matmul", "_p_matmul", "mxfp4_matmul", "two_fp8_matmul")
-"""How the names of the two matmuls' kernels begin: in all generations of triton_kernels, and of ours."""
+MATMULS = ("_matmul", "_p_matmul", "two_fp8_matmul")
+"""How the names of the two matmuls' kernels begin: in all generations of triton_kernels, and ours."""
 
 SMALL = TileConfig(16, 64, 256, 1, 4, 1, 0)
 """A tile that fits with every Triton."""
@@ -84,7 +84,7 @@ class CompiledLayer:
     def with_tiles(self, plan: Plan, w13: TileConfig | None, w2: TileConfig | None) -> Any:
         """The prepared layer with these tiles of a plan for every batch."""
         if plan != "two_fp8":
-            return (self.prepared.with_own_tiles if plan == "own" else self.prepared.with_tiles)(w13, w2)
+            return self.prepared.with_tiles(w13, w2)
         tiles = Ladder((1,), (w13,)), Ladder((1,), (w2,))
         two_fp8 = dataclasses.replace(self.prepared.two_fp8, tiles=tiles)
         return dataclasses.replace(self.prepared, two_fp8=two_fp8, plans=Ladder((1,), (plan,)))
@@ -120,10 +120,7 @@ class CompiledLayer:
 
     def _compiled(self, tokens: int, index: int, tile: TileConfig | None, plan: Plan) -> CompiledMatmul:
         # The other matmul takes a tile that fits, so that one failure does not hide behind another.
-        other = SMALL
-        if tile is not None and plan == "own":  # Both count the same tiles of rows.
-            other = dataclasses.replace(SMALL, block_m=tile.block_m)
-        prepared = self.with_tiles(plan, *((tile, other) if index == 0 else (other, tile)))
+        prepared = self.with_tiles(plan, *((tile, SMALL) if index == 0 else (SMALL, tile)))
         launches: list[Launch] = []
         gemm = ("w13", "w2")[index]
         x = torch.empty(tokens, self.shape.hidden, dtype=torch.bfloat16)

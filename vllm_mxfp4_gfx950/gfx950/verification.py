@@ -188,9 +188,7 @@ class EmulatedLayer:
             return lambda: dataclasses.replace(check, miss=miss, note="in layer")
         if not routed.count.any():
             return lambda: dataclasses.replace(check, note="no rows")
-        # Our own matmuls count the tokens of a tile where triton_kernels counts rows.
-        block_m = named["BLOCK_T" if "BLOCK_T" in named else "BLOCK_M"]
-        tile = block_m, named["BLOCK_N"] * got.shape[1] // named["N"]
+        tile = named["BLOCK_M"], named["BLOCK_N"] * got.shape[1] // named["N"]
         busy = counts.workgroups - counts.idle_workgroups
         return lambda: self._compared(check, busy, index, tile, given, got, routed, whole=chosen is None)
 

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from vllm_mxfp4_gfx950.arch import Integers, arch_named
+from vllm_mxfp4_gfx950.arch import Integers, arch_named, own_warps
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.tiles import KERNELS, PLANS, Gemm, Key, Ladder, Plan, TileConfig
 
@@ -163,7 +163,7 @@ def _tile(width: int, tiles: list[list[Any]], arch: str, row: Any, at: str) -> t
         bounds["split_k"] = (1,)  # The SwiGLU needs whole sums.
     _check_integers(values, bounds, at)
     tile = TileConfig(*tiles[number])
-    most = arch_named(arch).own_warps(tile) if values["kernels"] == "own" else tile.num_warps
+    most = own_warps(tile) if values["kernels"] == "own" else tile.num_warps
     rule = f"at most {most} with block_m {tile.block_m} and block_k {tile.block_k}"
     _require(tile.num_warps <= most, f"{at}.num_warps", rule, tile.num_warps)
     return (values["kernels"], values["triton"], Gemm(*row[2:7])), values["tokens"], tile

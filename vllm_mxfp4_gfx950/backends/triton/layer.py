@@ -233,7 +233,7 @@ class Prepared(ABC):
         if not self.OWN:
             return None
         tiles = Ladder((2**30,), (w13,)), Ladder((2**30,), (w2,))
-        made = own.make(self.arch, self.shape, self.w13, self.w2, self.order, tiles)
+        made = own.make(self.shape, self.w13, self.w2, self.order, tiles)
         return None if made is None else replace(self, own=made, plans=Ladder((1,), ("own",)))
 
     @classmethod

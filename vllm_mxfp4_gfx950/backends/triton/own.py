@@ -1,4 +1,4 @@
-"""Matmuls of our own: w13 with SwiGLU, w2, and the sum over a token's experts.
+"""Matmuls of our own on Hopper: w13 with SwiGLU, w2, and the sum over a token's experts.
 
 matmul_ogs gives each expert a tile of many rows. Where an expert has a handful, reading its weights is the
 work, so these kernels cut the weights finely instead and put them on the matrix unit's long side. They take
@@ -16,7 +16,13 @@ from pathlib import Path
 import torch
 import triton
 
-from vllm_mxfp4_gfx950.arch import ARCHES, Arch, scales_codes
+from vllm_mxfp4_gfx950.arch import (
+    HOPPER_LAYOUTS,
+    HOPPER_SCALE_WARPS,
+    OWN_MAX_SCALE,
+    hopper_registers,
+    scales_codes,
+)
 from vllm_mxfp4_gfx950.backends.triton import own_kernels as kernels
 from vllm_mxfp4_gfx950.backends.triton.package import Weight, launch_options
 from vllm_mxfp4_gfx950.backends.triton.routing import Routing, route
@@ -36,14 +42,12 @@ class Own:
     """A layer as these kernels take it.
 
     Args:
-        arch: the GPU.
         shape: the layer.
-        w13, w2: its matmuls; on Hopper with their values as int32.
+        w13, w2: its matmuls, with their values as int32.
         tiles: w13's and w2's by number of tokens.
         order: as `routing.order_of` returns it.
     """
 
-    arch: Arch
     shape: MoeShape
     w13: Weight
     w2: Weight
@@ -63,13 +67,13 @@ class Own:
         w13_tile, w2_tile = (rungs.at(tokens) for rungs in self.tiles)
         routing = route(
             router_logits, topk, self.shape.experts, self.order, sizes=1, smallest=w13_tile.block_m,
-            overlaps=self.arch.overlaps,
+            overlaps=True,
         )  # fmt: skip
         rows = x.new_empty(tokens * topk, self.w13.bias.shape[1] // 2)
         self.multiply(w13_tile, x, routing, self.w13, rows, gated=True)
         parts = x.new_empty(w2_tile.split_k, tokens * topk, hidden, dtype=torch.float32)
         self.multiply(w2_tile, rows, routing, self.w2, parts, gated=False)
-        return combine(parts, routing.scatter, topk, overlaps=self.arch.overlaps)
+        return combine(parts, routing.scatter, topk, overlaps=True)
 
     def multiply(
         self,
@@ -93,22 +97,19 @@ class Own:
         """
         values, scales, bias = weight.values, weight.scales, weight.bias
         depth, columns = x.shape[1], bias.shape[1]
-        options = launch_options(tile.num_warps, self.arch.overlaps) | self.arch.own_options(tile)
+        options = launch_options(tile.num_warps, overlaps=True) | hopper_registers(tile)
         options |= {"WARPS": tile.num_warps, "STAGES": tile.num_stages}
-        block_k = tile.block_k
-        variant = self.arch.own_layout
-        if variant == "hopper":
-            variant = "hopper_sums"
-            if scales_codes(tile):
-                # Which reads the scales of two rows, 8 apart, at once.
-                variant, scales = "hopper_codes", scales.view(torch.int16)
-            block_k = min(block_k, 1 << depth.bit_length() - 1)
+        codes = scales_codes(tile)
+        if codes:
+            # Which reads the scales of two rows, 8 apart, at once.
+            scales = scales.view(torch.int16)
+        block_k = min(tile.block_k, 1 << depth.bit_length() - 1)
         kernels.mxfp4_matmul[(triton.cdiv(columns, tile.block_n), routing.schedule.shape[1], tile.split_k)](
             x, values, scales, bias, y, routing.gather, routing.weights, routing.start, routing.schedule,
             depth, columns, x.stride(0),
             values.stride(0), values.stride(1), scales.stride(0), scales.stride(1),
             y.stride(-2), y.stride(0), self.shape.alpha, self.shape.limit,
-            TOPK=self.shape.topk, GATED=gated, VARIANT=variant, SPLIT_K=tile.split_k,
+            TOPK=self.shape.topk, GATED=gated, CODES=codes, SPLIT_K=tile.split_k,
             BLOCK_T=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=block_k, **options,
         )  # fmt: skip
 
@@ -140,7 +141,7 @@ def own_for(
     """A prepared layer for our own matmuls; None where the table has no tiles, or they cannot read it.
 
     Args:
-        arch: "sm90" or "gfx950".
+        arch: the GPU.
         shape: the layer.
         w13, w2: its matmuls.
         order: as `routing.order_of` returns it.
@@ -154,14 +155,13 @@ def own_for(
             timed = f"their tiles are those of triton {', '.join(known)}, and this is {triton.__version__}"
             _log_once(f"our own matmuls do not serve: {timed}")
         return None
-    made = make(arch, shape, w13, w2, order, (w13_tiles, w2_tiles))
+    made = make(shape, w13, w2, order, (w13_tiles, w2_tiles))
     if made is not None:
         _log_once(f"our own matmuls can serve batches of up to {w13_tiles.bounds[-1]} tokens")
     return made
 
 
 def make(
-    arch: str,
     shape: MoeShape,
     w13: Weight,
     w2: Weight,
@@ -169,20 +169,14 @@ def make(
     tiles: tuple[Ladder[TileConfig], Ladder[TileConfig]],
 ) -> Own | None:
     """A prepared layer for our own matmuls with some tiles; None where they cannot read it."""
-    known = ARCHES[arch]
-    names = [type(layout).__name__ for layout in w13.layouts]
+    names = tuple(type(layout).__name__ for layout in w13.layouts)
     largest = max(int(weight.scales.max()) for weight in (w13, w2))
-    readable = (
-        names[1] in known.scale_layouts
-        and (not known.value_layouts or names[0] in known.value_layouts)
-        and known.scale_warps in (None, getattr(w13.layouts[1], "num_warps", None))
-    )
-    if not readable or largest > known.max_scale:
+    readable = names == HOPPER_LAYOUTS and getattr(w13.layouts[1], "num_warps", None) == HOPPER_SCALE_WARPS
+    if not readable or largest > OWN_MAX_SCALE:
         _log_once(f"our own matmuls do not serve: {' and '.join(names)}, largest scale {largest}")
         return None
-    if known.own_layout == "hopper":
-        w13, w2 = (replace(weight, values=weight.values.view(torch.int32)) for weight in (w13, w2))
-    return Own(known, shape, w13, w2, tiles, order)
+    w13, w2 = (replace(weight, values=weight.values.view(torch.int32)) for weight in (w13, w2))
+    return Own(shape, w13, w2, tiles, order)
 
 
 @functools.cache

@@ -1,16 +1,13 @@
 """Triton kernels of `own`: the matmuls, and the sum over a token's experts.
 
 A "row" is a token's choice of an expert, in the order of `routing.Routing`. A tile is some rows of one
-expert. OVERLAP: see `routing_kernels.await_previous`. What differs from GPU to GPU, and how the weights lie
-there: `cdna4_kernels` and `hopper_kernels`.
+expert. OVERLAP: see `routing_kernels.await_previous`. How the weights lie: see `hopper_kernels`.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from vllm_mxfp4_gfx950.backends.reference import swiglu
-from vllm_mxfp4_gfx950.backends.triton import cdna4_kernels, hopper_kernels
+from vllm_mxfp4_gfx950.backends.triton import hopper_kernels
 from vllm_mxfp4_gfx950.backends.triton.routing_kernels import await_previous
 
 
@@ -18,14 +15,14 @@ from vllm_mxfp4_gfx950.backends.triton.routing_kernels import await_previous
 def mxfp4_matmul(
     X, W, S, B, Y, Gather, Weights, Starts, Schedule,
     K, N, stride_x, stride_w_e, stride_w_n, stride_s_e, stride_s_n, stride_y, stride_y_split, alpha, limit,
-    TOPK: tl.constexpr, GATED: tl.constexpr, VARIANT: tl.constexpr, OVERLAP: tl.constexpr,
+    TOPK: tl.constexpr, GATED: tl.constexpr, CODES: tl.constexpr, OVERLAP: tl.constexpr,
     SPLIT_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """One tile of an expert's rows times BLOCK_N rows of its weights.
 
     GATED reads the rows' tokens, adds the SwiGLU and writes the rows; otherwise they are read, and what each
-    adds to its token is written. VARIANT: "cdna4", "hopper_sums" or "hopper_codes", whose S are int16.
+    adds to its token is written. CODES scales codes, and S are int16; otherwise sums are scaled.
     """
     await_previous(OVERLAP)
     tile = tl.load(Schedule + tl.program_id(1))
@@ -40,20 +37,15 @@ def mxfp4_matmul(
     source = tl.load(Gather + row, mask=live, other=0) // TOPK if GATED else row
     W += expert * stride_w_e
     S += expert * stride_s_e
-    if VARIANT == "cdna4":
-        acc = cdna4_kernels.multiply(
-            X, W, S, source, live, n0, K, N, stride_x, stride_w_n, stride_s_n,
-            SPLIT_K, BLOCK_T, BLOCK_N, BLOCK_K, STAGES,
-        )  # fmt: skip
-    elif VARIANT == "hopper_sums":
-        acc = hopper_kernels.scale_sums(
-            X, W, S, source, live, n0, K, N, stride_x, stride_w_n, stride_s_n,
-            SPLIT_K, BLOCK_T, BLOCK_N, BLOCK_K, STAGES, WARPS,
-        )  # fmt: skip
-    else:
+    if CODES:
         acc = hopper_kernels.scale_codes(
             X, W, S, source, live, n0, K, N, stride_x, stride_w_n, stride_s_n,
             SPLIT_K, BLOCK_T, BLOCK_N, BLOCK_K, STAGES,
+        )  # fmt: skip
+    else:
+        acc = hopper_kernels.scale_sums(
+            X, W, S, source, live, n0, K, N, stride_x, stride_w_n, stride_s_n,
+            SPLIT_K, BLOCK_T, BLOCK_N, BLOCK_K, STAGES, WARPS,
         )  # fmt: skip
     acc += bias[:, None]
     if GATED:
@@ -68,31 +60,6 @@ def mxfp4_matmul(
         weight = tl.load(Weights + row, mask=live, other=0.0).to(tl.float32)
         y_at = Y + tl.program_id(2) * stride_y_split + row[None, :] * stride_y + n[:, None]
         tl.store(y_at, acc * weight[None, :], mask=live[None, :] & (n < N)[:, None])
-
-
-def mxfp4_matmul_in_torch(x, weights, bias, routing, topk, gated, alpha, limit):
-    """What `mxfp4_matmul` leaves in Y, its splits of the depth summed, in the dtype of x.
-
-    Args:
-        x: float[T, K] if gated, float[T * topk, K] otherwise.
-        weights: float[E, N, K].
-        bias: float[E, N].
-        routing: of the tokens.
-        topk: experts per token.
-        gated: whether it is w13, with the SwiGLU.
-        alpha, limit: of the SwiGLU.
-
-    Returns:
-        float[T * topk, N / 2] if gated, float[T * topk, N] otherwise; rows of no expert here are zero.
-    """
-    columns = bias.shape[1] // 2 if gated else bias.shape[1]
-    y = x.new_zeros(len(routing.gather), columns)
-    for expert in range(len(bias)):
-        row = torch.arange(int(routing.start[expert]), int(routing.start[expert + 1]))
-        source = routing.gather[row].long() // topk if gated else row
-        out = x[source] @ weights[expert].mT + bias[expert].to(x)
-        y[row] = swiglu(out, alpha, limit) if gated else out * routing.weights[row, None].to(x)
-    return y
 
 
 @triton.jit

@@ -11,14 +11,38 @@ which is the 16. Both end with zeros at a multiple of the deepest step, so that 
     Codes    uint8[rows, 2, D]
     Scales   uint8[rows, 2, D / 32]
 
-The weights and their scales lie as `cdna4_kernels` draws them.
+The weights' values lie as in the checkpoint. Their scales are in the CDNA 4 layout: those of 32 rows by 8
+blocks of the depth are 256 bytes, one of each lane's four dwords' bytes:
+
+    byte = 64 * (4 * (block // 8) + block % 4) + 4 * (row % 16) + 2 * (block // 4 % 2) + row // 16 % 2
+
+           | block 0        | block 1        | block 2        | block 3
+    -------+----------------+----------------+----------------+----------------
+    row  0 |   0  (4:   2)  |  64  (5:  66)  | 128  (6: 130)  | 192  (7: 194)
+    row  1 |   4  (4:   6)  |  68  (5:  70)  | 132  (6: 134)  | 196  (7: 198)
+    ...
+    row 16 |   1  (4:   3)  |  65  (5:  67)  | 129  (6: 131)  | 193  (7: 195)
+
+In brackets, blocks 4 to 7 of the same row. The next 8 blocks follow 256 bytes behind; 32 rows more are the
+next line.
+
+Source: triton_kernels, tensor_details/layout_details/cdna4_scale.py, in vLLM 0.33.
 """
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.hip import libdevice
 
 from vllm_mxfp4_gfx950.backends.triton import routing_kernels
+
+
+def scales_in_torch(scales):
+    """The kernel's reading of the scales, in torch: uint8[E, N / 32, K] to uint8[E, N, K / 32]."""
+    lines, depth = scales.shape[1:]
+    row, block = torch.meshgrid(torch.arange(lines * 32), torch.arange(depth // 32), indexing="ij")
+    byte = 64 * (4 * (block // 8) + block % 4) + 4 * (row % 16) + 2 * (block // 4 % 2) + row // 16 % 2
+    return scales[:, row // 32, byte]
 
 
 @triton.jit
