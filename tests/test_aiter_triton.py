@@ -29,7 +29,7 @@ from test_verification import EVERY, LayerCase, ids, triton_path
 
 from vllm_mxfp4_gfx950 import backends
 from vllm_mxfp4_gfx950.backends import aiter_triton, reference
-from vllm_mxfp4_gfx950.backends.triton import own, routing, two_fp8_kernels
+from vllm_mxfp4_gfx950.backends.triton import routing, two_fp8_kernels
 from vllm_mxfp4_gfx950.gfx950.verification import MAX_FROBENIUS
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
@@ -43,7 +43,7 @@ Use = Callable[[str], dict[str, ModuleType]]
 
 
 def combine_in_torch(parts: torch.Tensor, scatter: torch.Tensor, topk: int, **_: Any) -> torch.Tensor:
-    """What `own.combine` gives."""
+    """What `routing.combine` gives."""
     some = torch.where((scatter < 0)[:, None], 0, parts.float().sum(0)[scatter.long()])
     return some.unflatten(0, (-1, topk)).sum(1).bfloat16()
 
@@ -52,7 +52,7 @@ def combine_in_torch(parts: torch.Tensor, scatter: torch.Tensor, topk: int, **_:
 def fixture_use(monkeypatch: pytest.MonkeyPatch) -> Use:
     """Make a generation of aiter importable, and our own part run without a GPU."""
     monkeypatch.setattr(routing, "route", routing.route_in_torch)
-    monkeypatch.setattr(own, "combine", combine_in_torch)
+    monkeypatch.setattr(routing, "combine", combine_in_torch)
 
     def use(generation: str) -> dict[str, ModuleType]:
         modules = aiter_triton_stand_in.modules(generation)

@@ -20,7 +20,7 @@ from triton.runtime import driver as triton_driver
 from triton_kernels import matmul_ogs
 from triton_kernels.matmul_ogs_details.opt_flags import make_opt_flags
 
-from vllm_mxfp4_gfx950.backends.triton import hopper_kernels
+from vllm_mxfp4_gfx950.backends.triton import own_kernels
 from vllm_mxfp4_gfx950.backends.triton.matmul_ogs import Generation
 from vllm_mxfp4_gfx950.gfx950 import driver
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
@@ -115,8 +115,8 @@ def main(tiles: list[list[int]]) -> dict[str, Any]:
         prepared = Generation.prepare(random_weights(shape, 0), shape)
     weights = random_weights(shape, 0)
     layouts = [
-        torch.equal(hopper_kernels.codes_in_torch(weight.values)[:, :rows, :depth], codes(blocks))
-        and torch.equal(hopper_kernels.scales_in_torch(weight.scales)[:, :rows, : depth // 32], scales)
+        torch.equal(own_kernels.codes_in_torch(weight.values)[:, :rows, :depth], codes(blocks))
+        and torch.equal(own_kernels.scales_in_torch(weight.scales)[:, :rows, : depth // 32], scales)
         for weight, blocks, scales in (
             (prepared.w13, weights.w13, weights.w13_scale),
             (prepared.w2, weights.w2, weights.w2_scale),

@@ -73,7 +73,7 @@ class Prepared:
         gemm: aiter's function.
         options: its arguments that are the same in every call.
         types: the module with aiter's RoutingData and ExptData.
-        route, combine: our functions, of modules that need Triton.
+        route, combine: our functions, of a module that needs Triton.
     """
 
     shape: MoeShape
@@ -149,8 +149,7 @@ def why_not(shape: MoeShape, arch: str) -> str | None:
         return reason
     try:
         gemm, types = _gemm(), _types()
-        for name in ("routing", "own"):
-            _ours(name)
+        _routing()
     except Exception as error:  # An import of aiter looks for ROCm, a GPU and Triton.
         return f"aiter's moe_gemm_a16w4 does not import here: {error}; {ck.GET}"
     for function, given in ((gemm, CALL), (types.RoutingData, ROUTING_DATA), (types.ExptData, EXPT_DATA)):
@@ -174,7 +173,7 @@ def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) ->
         shape: the layer's sizes.
         tables: not used; aiter has its own.
     """
-    gemm, routing = _gemm(), _ours("routing")
+    gemm, routing = _gemm(), _routing()
     options = {"swizzle_mx_scale": "CDNA4_SCALE"}
     if "backend" in inspect.signature(gemm).parameters:
         # Without it, it looks for a Gluon kernel, and warns at each call that there is none.
@@ -188,7 +187,7 @@ def prepare(weights: MoeWeights, shape: MoeShape, tables: Path | None = None) ->
         options=options,
         types=_types(),
         route=routing.route,
-        combine=_ours("own").combine,
+        combine=routing.combine,
     )
 
 
@@ -203,8 +202,8 @@ def _types() -> ModuleType:
     return importlib.import_module("aiter.ops.triton.moe.moe_routing.routing")
 
 
-def _ours(name: str) -> ModuleType:
-    return importlib.import_module(f"vllm_mxfp4_gfx950.backends.triton.{name}")
+def _routing() -> ModuleType:
+    return importlib.import_module("vllm_mxfp4_gfx950.backends.triton.routing")
 
 
 def _to_weight(blocks: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor) -> Weight:

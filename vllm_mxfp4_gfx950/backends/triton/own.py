@@ -1,4 +1,4 @@
-"""Matmuls of our own on Hopper: w13 with SwiGLU, w2, and the sum over a token's experts.
+"""Matmuls of our own on Hopper: w13 with SwiGLU, and w2.
 
 matmul_ogs gives each expert a tile of many rows. Where an expert has a handful, reading its weights is the
 work, so these kernels cut the weights finely instead and put them on the matrix unit's long side. They take
@@ -25,16 +25,13 @@ from vllm_mxfp4_gfx950.arch import (
 )
 from vllm_mxfp4_gfx950.backends.triton import own_kernels as kernels
 from vllm_mxfp4_gfx950.backends.triton.package import Weight, launch_options
-from vllm_mxfp4_gfx950.backends.triton.routing import Routing, route
+from vllm_mxfp4_gfx950.backends.triton.routing import Routing, combine, route
 from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.tables import ladder, releases
 from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig, gemms
 
 # Loggers below `vllm` print where vLLM's own do.
 logger = logging.getLogger("vllm.mxfp4_triton.own")
-
-COMBINE_BLOCK = 512
-"""Columns that a workgroup sums."""
 
 
 @dataclass(frozen=True)
@@ -112,27 +109,6 @@ class Own:
             TOPK=self.shape.topk, GATED=gated, CODES=codes, SPLIT_K=tile.split_k,
             BLOCK_T=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=block_k, **options,
         )  # fmt: skip
-
-
-def combine(parts: torch.Tensor, scatter: torch.Tensor, topk: int, *, overlaps: bool) -> torch.Tensor:
-    """Add up the parts of each token's experts, in the order of its slots.
-
-    Args:
-        parts: float[splits, T * topk, H], contiguous, in the order of the rows.
-        scatter: as in Routing.
-        topk: experts per token.
-        overlaps: as in `package.launch_options`.
-
-    Returns:
-        bf16[T, H]
-    """
-    splits, rows, hidden = parts.shape
-    out = parts.new_empty(rows // topk, hidden, dtype=torch.bfloat16)
-    kernels.combine[(len(out), triton.cdiv(hidden, COMBINE_BLOCK))](
-        parts, scatter, out, rows * hidden, hidden, TOPK=topk, SPLITS=splits, BLOCK=COMBINE_BLOCK,
-        **launch_options(4, overlaps),
-    )  # fmt: skip
-    return out
 
 
 def own_for(

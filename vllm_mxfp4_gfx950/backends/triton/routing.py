@@ -1,7 +1,7 @@
 """From the router's logits to all that triton_kernels' matmuls and our own need, in one launch to three.
 
-The package's own routing takes four launches, and about ten where a rank has some of the experts. What both
-of its generations want to know is the same.
+And back from their rows to the tokens, in one. The package's own routing takes four launches, and about ten
+where a rank has some of the experts. What both of its generations want to know is the same.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ BLOCK_TILES = 16
 
 BLOCK_EMPTY = 512
 """Entries behind the last tile that are written together."""
+
+COMBINE_BLOCK = 512
+"""Columns that a workgroup sums."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,27 @@ def route(
         **options,
     )  # fmt: skip
     return routing
+
+
+def combine(parts: torch.Tensor, scatter: torch.Tensor, topk: int, *, overlaps: bool) -> torch.Tensor:
+    """Add up the parts of each token's experts, in the order of its slots.
+
+    Args:
+        parts: float[splits, T * topk, H], contiguous, in the order of the rows.
+        scatter: as in Routing.
+        topk: experts per token.
+        overlaps: as in `package.launch_options`.
+
+    Returns:
+        bf16[T, H]
+    """
+    splits, rows, hidden = parts.shape
+    out = parts.new_empty(rows // topk, hidden, dtype=torch.bfloat16)
+    kernels.combine[(len(out), triton.cdiv(hidden, COMBINE_BLOCK))](
+        parts, scatter, out, rows * hidden, hidden, TOPK=topk, SPLITS=splits, BLOCK=COMBINE_BLOCK,
+        **launch_options(4, overlaps),
+    )  # fmt: skip
+    return out
 
 
 def route_in_torch(

@@ -155,6 +155,24 @@ def place(
 
 
 @triton.jit
+def combine(
+    Parts, Scatter, Out, stride_split, hidden, TOPK: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Add up the parts of a token's experts, in the order of its slots."""
+    await_previous(OVERLAP)
+    token = tl.program_id(0)
+    h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for slot in tl.static_range(TOPK):
+        row = tl.load(Scatter + token * TOPK + slot)
+        for split in tl.static_range(SPLITS):
+            at = Parts + split * stride_split + row * hidden + h
+            total += tl.load(at, mask=(h < hidden) & (row >= 0), other=0.0)
+    tl.store(Out + token * hidden + h, total.to(tl.bfloat16), mask=h < hidden)
+
+
+@triton.jit
 def _counts(
     own, Logits, Order, Counts, this, tokens, experts, local, blocks, stride,
     TOPK: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, FEW_BLOCKS: tl.constexpr,

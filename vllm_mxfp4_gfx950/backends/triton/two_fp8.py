@@ -16,9 +16,8 @@ import torch
 import triton
 
 from vllm_mxfp4_gfx950.backends.triton import two_fp8_kernels as kernels
-from vllm_mxfp4_gfx950.backends.triton.own import combine
 from vllm_mxfp4_gfx950.backends.triton.package import Weight
-from vllm_mxfp4_gfx950.backends.triton.routing import Beside, Routing, route
+from vllm_mxfp4_gfx950.backends.triton.routing import Beside, Routing, combine, route
 from vllm_mxfp4_gfx950.moe import MoeShape, MoeWeights
 from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig, release_of
 
