@@ -178,6 +178,8 @@ def test_best_of_a_search() -> None:
     assert found == ranking.predicted(w2, tile, measured["w2", narrow].at(tile, 2880), 1, 4)
     assert ranking.best(w2, measured, 64, 4)[0] == narrow
     assert ranking.best(w2, measured, 8192, 4)[0] == wide
+    with pytest.raises(Mxfp4Error, match=r"^the tiles must be able .*; got none without a spill\. "):
+        ranking.best(Gemm("w13", 2880, 5760, 128, 128), measured, 1, 4)
 
 
 @pytest.mark.parametrize(

@@ -63,14 +63,9 @@ def rank(table: Path, progress: Callable[[int, int], None]) -> None:
     chosen: dict[Gemm, Ladder[TileConfig]] = {}
     found = {gemm for model in GPT_OSS for tp, ep in DIVISIONS for gemm in gemms(layer_shape(model, tp, ep))}
     for gemm in sorted(found, key=lambda g: (g.name, -g.global_experts, -g.experts, -g.k, -g.n)):
-        usable = {tile: each.at(tile, gemm.k) for (name, tile), each in measured.items() if name == gemm.name}
         best: list[TileConfig] = []
         for tokens in TOKENS:
-            fair = [t for t in usable if tokens > WEIGHT_BOUND_TOKENS or overread(gemm, t) <= MAX_OVERREAD]
-            if not fair:
-                raise Mxfp4Error("the tiles", f"able to compute {gemm}", "none without a spill", "Try others")
-            times = {t: predicted(gemm, t, usable[t], tokens, installed.layer.shape.topk) for t in fair}
-            cost = regrets({t: tuple(each.us for each in some) for t, some in times.items()})
+            cost, _ = costs(gemm, measured, tokens, installed.layer.shape.topk)
             least = min(cost, key=cost.__getitem__)
             keep = best and cost.get(best[-1], math.inf) * WORTH_A_CHANGE <= cost[least]
             best.append(best[-1] if keep else least)
@@ -179,16 +174,41 @@ def best(
         measured: by matmul and tile.
         tokens: T.
         topk: experts per token.
+
+    Raises:
+        Mxfp4Error: none may serve.
+    """
+    splits = SPLITS if gemm.name == "w2" and tokens <= SPLIT_TOKENS else (1,)
+    cost, times = costs(gemm, measured, tokens, topk, splits)
+    least = min(cost, key=cost.__getitem__)
+    return least, times[least]
+
+
+def costs(
+    gemm: Gemm,
+    measured: Mapping[tuple[str, TileConfig], Measured],
+    tokens: int,
+    topk: int,
+    splits: Sequence[int] = (1,),
+) -> tuple[dict[TileConfig, float], dict[TileConfig, tuple[Prediction, ...]]]:
+    """The regret of each tile that may serve, and what it takes by card.
+
+    Args:
+        gemm, measured, tokens, topk: as in `best`.
+        splits: ways to split the depth.
+
+    Raises:
+        Mxfp4Error: none may serve.
     """
     times: dict[TileConfig, tuple[Prediction, ...]] = {}
     for (name, tile), each in measured.items():
         if name == gemm.name and (tokens > WEIGHT_BOUND_TOKENS or overread(gemm, tile) <= MAX_OVERREAD):
-            for split in SPLITS if name == "w2" and tokens <= SPLIT_TOKENS else SPLITS[:1]:
+            for split in splits:
                 cut = dataclasses.replace(tile, split_k=split)
                 times[cut] = predicted(gemm, cut, each.at(cut, gemm.k), tokens, topk)
-    cost = regrets({tile: tuple(each.us for each in some) for tile, some in times.items()})
-    least = min(cost, key=cost.__getitem__)
-    return least, times[least]
+    if not times:
+        raise Mxfp4Error("the tiles", f"able to compute {gemm}", "none without a spill", "Try others")
+    return regrets({tile: tuple(each.us for each in some) for tile, some in times.items()}), times
 
 
 def predicted(
