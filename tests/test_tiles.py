@@ -16,7 +16,7 @@ from run_python import ROOT
 from vllm_mxfp4_gfx950 import backends
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.gfx950 import ranking
-from vllm_mxfp4_gfx950.gfx950.ranking import MAX_OVERREAD, WEIGHT_BOUND_TOKENS, expected_tiles
+from vllm_mxfp4_gfx950.gfx950.ranking import MAX_OVERREAD, OVERREAD_TOKENS, expected_tiles
 from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, layer_shape
 from vllm_mxfp4_gfx950.settings import Settings
 from vllm_mxfp4_gfx950.tables import content, ladder, store
@@ -104,7 +104,7 @@ def test_table_is_whole() -> None:
 def test_table_reads_no_more_weights_than_there_are() -> None:
     """Where reading the weights is the work, at most 2% more than the checkpoint's bytes are read."""
     for (_, _, gemm), rungs in TABLE.tiles.items():
-        for tokens in (1, 2, 4, 8, 16, 32, WEIGHT_BOUND_TOKENS):
+        for tokens in (1, 2, 4, 8, 16, 32, OVERREAD_TOKENS):
             tile = rungs.at(tokens)
             block_bytes = -(-gemm.n // tile.block_n) * tile.block_n * gemm.k // 2
             scale_bytes = -(-gemm.n // tile.block_n) * tile.block_n * -(-gemm.k // 256) * 8

@@ -14,8 +14,8 @@ from vllm_mxfp4_gfx950.tiles import Gemm, TileConfig
 
 TOPK = 4
 
-WEIGHT_BOUND_TOKENS = 256
-"""Times for up to so many tokens are held to their bytes."""
+FITTED_TOKENS = 256
+"""Times for up to so many tokens are fitted to their bytes."""
 
 FEW_ROWS = 9.3
 """Up to so many rows an expert, tiles of 16 rows were faster. Source: tokenspeed, pull request 1272."""
@@ -208,7 +208,7 @@ class Curve:
 
     def weight_bound(self) -> Iterator[tuple[int, float]]:
         """The times where reading the weights is most of the work."""
-        return ((tokens, us) for tokens, us in self.us.items() if tokens <= WEIGHT_BOUND_TOKENS)
+        return ((tokens, us) for tokens, us in self.us.items() if tokens <= FITTED_TOKENS)
 
 
 def powers(*us: float) -> dict[int, float]:

@@ -22,7 +22,7 @@ from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, TOKENS, layer_shape
 from vllm_mxfp4_gfx950.tables.store import Content, read, write
 from vllm_mxfp4_gfx950.tiles import Gemm, Ladder, TileConfig, gemms, release_of
 
-WEIGHT_BOUND_TOKENS = 64
+OVERREAD_TOKENS = 64
 MAX_OVERREAD = 1.02
 """Up to so many tokens, reading the weights is most of the work, and no more of them may be read."""
 
@@ -202,7 +202,7 @@ def costs(
     """
     times: dict[TileConfig, tuple[Prediction, ...]] = {}
     for (name, tile), each in measured.items():
-        if name == gemm.name and (tokens > WEIGHT_BOUND_TOKENS or overread(gemm, tile) <= MAX_OVERREAD):
+        if name == gemm.name and (tokens > OVERREAD_TOKENS or overread(gemm, tile) <= MAX_OVERREAD):
             for split in splits:
                 cut = dataclasses.replace(tile, split_k=split)
                 times[cut] = predicted(gemm, cut, each.at(cut, gemm.k), tokens, topk)
