@@ -47,11 +47,12 @@ def ladder(
     if tables is not None:
         found = whose(arch, kernels, triton, gemm, tables)
         _log_once(f"{kernels} tiles for triton {release} are those of {found}", logging.INFO)
-        users_own = content(tables, arch).tiles.get((kernels, release, gemm))
-        if users_own:
-            return users_own
-    if not _has_tiles(arch, kernels, release):
+    directory = _directory(arch, kernels, release, gemm, tables)
+    if directory is None:
         return None
+    exact = content(directory, arch).tiles.get((kernels, release, gemm))
+    if exact is not None:
+        return exact
     closest = min(sorted(releases(arch, kernels)), key=lambda r: abs(_number(r) - _number(release)))
     ours = content(OURS, arch).tiles
     candidates = {g: rungs for (kind, r, g), rungs in ours.items() if (kind, r) == (kernels, closest)}
@@ -61,8 +62,7 @@ def ladder(
             abs(math.log(a / b)) for a, b in zip(astuple(g)[1:], astuple(gemm)[1:], strict=True)
         ),
     )
-    if nearest != gemm or closest != release:
-        _log_once(f"no tiles for {gemm} on {arch} with triton {triton}; using those of {nearest}, {closest}")
+    _log_once(f"no tiles for {gemm} on {arch} with triton {triton}; using those of {nearest}, {closest}")
     return candidates[nearest]
 
 
@@ -86,20 +86,21 @@ def whose(arch: str, kernels: str, triton: str, gemm: Gemm, tables: Path | None 
     Raises:
         Mxfp4Error: as `content`.
     """
-    release = release_of(triton)
-    without = ""
-    if tables is not None:
-        file = f"{tables / arch}.json"
-        if (kernels, release, gemm) in content(tables, arch).tiles:
-            return file
-        without = f" ({file} has none for this layer)"
-    return ("this package" if _has_tiles(arch, kernels, release) else "triton_kernels") + without
+    directory = _directory(arch, kernels, release_of(triton), gemm, tables)
+    name = "triton_kernels" if directory is None else "this package"
+    if tables is None:
+        return name
+    file = f"{tables / arch}.json"
+    return file if directory == tables else f"{name} ({file} has none for this layer)"
 
 
-def _has_tiles(arch: str, kernels: str, release: str) -> bool:
-    """Whether our table serves here: for a Triton that it was not made with, only where tiles were ranked."""
+def _directory(arch: str, kernels: str, release: str, gemm: Gemm, tables: Path | None) -> Path | None:
+    """Where the table is that serves: the user's has this very matmul, ours this Triton or ranked tiles."""
+    if tables is not None and (kernels, release, gemm) in content(tables, arch).tiles:
+        return tables
     found = releases(arch, kernels)
-    return bool(found) and (release in found or kernels in arch_named(arch).ranked)
+    ours = bool(found) and (release in found or kernels in arch_named(arch).ranked)
+    return OURS if ours else None
 
 
 def releases(arch: str, kernels: str) -> set[str]:
