@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from vllm_mxfp4_gfx950.backends.triton.package import pad_scales
 from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.gfx950.driver import Launch, presented
 from vllm_mxfp4_gfx950.tiles import TileConfig
@@ -26,9 +27,6 @@ PLACES = ("aiter.ops.triton._triton_kernels.moe", "aiter.ops.triton._triton_kern
 
 EXPERTS = 8
 """Of a launch, each with one tile of rows: a workgroup executes the same however many there are."""
-
-SCALE_ROWS, SCALE_GROUPS = 512, 8
-"""The sizes that scales are padded to: no tile reads past them."""
 
 
 @contextmanager
@@ -99,9 +97,8 @@ def compiled(
     w = torch.zeros(EXPERTS, n, k // 2, dtype=torch.uint8)
     scale = torch.zeros(EXPERTS, n, k // 32, dtype=torch.uint8)
     if swizzled:
-        groups = math.ceil(k / 32 / SCALE_GROUPS) * SCALE_GROUPS
-        lines = math.ceil(n / SCALE_ROWS) * SCALE_ROWS // 32
-        scale = torch.zeros(EXPERTS, lines, groups * 32, dtype=torch.uint8)
+        scale = pad_scales(scale)
+        scale = scale.view(EXPERTS, scale.shape[1] // 32, scale.shape[2] * 32)
     one = torch.ones(1)
     out = n // 2 if gather else n
     y = torch.zeros(tile.split_k, rows, out, dtype=torch.bfloat16)
