@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from vllm_mxfp4_gfx950.gfx950.published import CURVES
 from vllm_mxfp4_gfx950.gfx950.ranking import Installed, Measured, best, predicted, wide
 from vllm_mxfp4_gfx950.models import DIVISIONS, GPT_OSS, layer_shape
 from vllm_mxfp4_gfx950.tables import ladder
-from vllm_mxfp4_gfx950.tiles import TileConfig, gemms, release_of
+from vllm_mxfp4_gfx950.tiles import Ladder, TileConfig, gemms, release_of
 from vllm_mxfp4_gfx950.timing import progress
 
 Report = dict[str, Any]
@@ -96,8 +97,11 @@ def layers(
     for model, tp, ep in divisions:
         shape = layer_shape(model, tp, ep)
         pair = gemms(shape)
-        ladders = [ladder(ARCH, kernels, triton.__version__, gemm) for gemm in pair if backend == "triton"]
-        ladders = ladders or list(two_fp8.tiles_for(shape, release_of(triton.__version__)))
+        ladders: Sequence[Ladder[TileConfig] | None]
+        if backend == "two_fp8":
+            ladders = two_fp8.tiles_for(shape, release_of(triton.__version__))
+        else:
+            ladders = [ladder(ARCH, kernels, triton.__version__, gemm) for gemm in pair]
         for each in tokens:
             matmuls = []
             for gemm, rungs in zip(pair, ladders, strict=True):
