@@ -82,10 +82,11 @@ class Layers:
             elif launch.name != "combine":
                 execute(launch)
 
+        layer = self.ours if ours else self.theirs
         x = torch.zeros(tokens, self.shape.hidden, dtype=torch.bfloat16)
         logits = torch.zeros(tokens, FEW_EXPERTS, dtype=torch.bfloat16)
         with presented(run):
-            (self.ours if ours else self.theirs).with_tiles(tile, tile).run(x, logits)
+            layer.with_tiles(layer.tried_plan, tile, tile).run(x, logits)
         return found
 
     def total(self, tokens: int, *, ours: bool) -> Total:

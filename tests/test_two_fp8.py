@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_python import SUPPORT, run_python
+from run_python import ROOT, SUPPORT, run_python
 from test_triton_routing import launches
 from test_verification import EVERY, SERVED, LayerCase, emulated, ids, paths_of
 
@@ -130,6 +130,17 @@ def test_tiles_fit(pair: tuple[str, str]) -> None:
     for release, tiles in found["large"].items():
         for both in tiles:
             assert all(matmul["fits"] for matmul in both) == (release == release_of(pair[0])), both
+
+
+@pytest.mark.compile
+def test_counted_work() -> None:
+    """As docs/gfx950-time.md has it for one token, beside matmul_ogs."""
+    script = str(ROOT / "environments/compare_two_fp8.py")
+    result = run_python([script, "gpt-oss-120b", "1"], path=paths_of("3.6.0", "matmul_ogs"))
+    assert result.returncode == 0, result.stderr
+    row = result.stdout.splitlines()[-1]
+    assert row.startswith("| 1 | 0.")
+    assert row in (ROOT / "docs/gfx950-time.md").read_text().splitlines()
 
 
 @pytest.mark.compile
