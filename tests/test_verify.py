@@ -11,11 +11,12 @@ from run_python import ROOT, run_python
 from test_verification import paths_of
 
 from vllm_mxfp4_gfx950.tables.store import Content, write
-from vllm_mxfp4_gfx950.tiles import Gemm, Ladder, TileConfig
+from vllm_mxfp4_gfx950.tiles import Gemm, Ladder, Plan, TileConfig
 
 pytestmark = pytest.mark.compile
 
 SIZES = {"num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 288, "intermediate_size": 256}
+W13, W2 = Gemm("w13", 288, 512, 4, 4), Gemm("w2", 256, 288, 4, 4)
 
 
 def verify(
@@ -107,8 +108,7 @@ def test_split_is_not_sampled(tmp_path: Path) -> None:
 
 def write_table(directory: Path, tile: TileConfig) -> None:
     """A table of the user's own, which has one tile for the small model."""
-    w13, w2 = Gemm("w13", 288, 512, 4, 4), Gemm("w2", 256, 288, 4, 4)
-    tiles = {("matmul_ogs", "3.6", gemm): Ladder((64,), (tile,)) for gemm in (w13, w2)}
+    tiles = {("matmul_ogs", "3.6", gemm): Ladder((64,), (tile,)) for gemm in (W13, W2)}
     write(directory / "gfx950.json", "gfx950", Content(tiles=tiles))
 
 
@@ -133,6 +133,22 @@ def test_tables_of_ones_own(tmp_path: Path) -> None:
         refused = verify(tmp_path, command=command, **tables)
         assert refused.returncode == 2
         assert refused.stderr.startswith(f"vllm-mxfp4 {command}: {tmp_path / 'gfx950.json'} must be of arch")
+
+
+def test_two_fp8_of_ones_own(tmp_path: Path) -> None:
+    """Where a table has them serve, `compile` counts their work, and `verify` looks at the package's."""
+    tiles = Ladder((8192,), (TileConfig(32, 128, 256, 1, 4, 1, 0),))
+    plans: Ladder[Plan] = Ladder((8192,), ("two_fp8",))
+    content = Content(tiles={("matmul_ogs", "3.6", W13): tiles}, plans={("3.6", W13): plans})
+    write(tmp_path / "gfx950.json", "gfx950", content)
+    tables = {"VLLM_MXFP4_TABLES": str(tmp_path)}
+    compiled = verify(tmp_path, "--tokens", "40", "--json", command="compile", **tables)
+    w13, w2 = json.loads(compiled.stdout)["ours"]
+    assert (w13["plan"], w2["plan"], w13["fits"], w2["fits"]) == ("two_fp8", "two_fp8", True, True)
+    # 6 tiles of 32 rows. Of 128 columns w13 has 8, with the zeros behind the rows, and w2 has 3.
+    assert (w13["workgroups"], w2["workgroups"]) == (48, 18)
+    verified = verify(tmp_path, "--tokens", "1", **tables)
+    assert verified.returncode == 0, verified.stdout
 
 
 @pytest.mark.parametrize("arguments", [("--sample", "-1"), ("--tokens", "0")])

@@ -120,7 +120,10 @@ class CompiledLayer:
 
     def _compiled(self, tokens: int, index: int, tile: TileConfig | None, plan: Plan) -> CompiledMatmul:
         # The other matmul takes a tile that fits, so that one failure does not hide behind another.
-        prepared = self.with_tiles(plan, *((tile, SMALL) if index == 0 else (SMALL, tile)))
+        other = SMALL
+        if tile is not None and plan == "two_fp8":  # Whose two matmuls have the same tiles of rows.
+            other = dataclasses.replace(SMALL, block_m=tile.block_m)
+        prepared = self.with_tiles(plan, *((tile, other) if index == 0 else (other, tile)))
         launches: list[Launch] = []
         gemm = ("w13", "w2")[index]
         x = torch.empty(tokens, self.shape.hidden, dtype=torch.bfloat16)
