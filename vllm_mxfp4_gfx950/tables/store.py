@@ -8,7 +8,7 @@
  "columns": the names of a row's values, the last of which is a place in "tiles",
  "rows": one for each matmul and number of tokens,
  "measured": what `vllm-mxfp4 tune` has timed so far: such rows, each with the layer's microseconds
- "plans": what serves up to how many tokens of a layer, by `vllm-mxfp4 tune --quick`: see PLAN_COLUMNS
+ "plans": what serves up to how many tokens of a layer, by `vllm-mxfp4 tune`: see PLAN_COLUMNS
 }
 
 Only this file knows rows: `read` gives ladders, and `write` takes them.
