@@ -305,7 +305,7 @@ def test_read_refuses(tmp_path: Path, fault: str) -> None:
     file.write_text(json.dumps(content))
     with pytest.raises(Mxfp4Error, match=f"^{re.escape(f'{file}{text}')}") as raised:
         store.read(file, "gfx950")
-    assert str(raised.value).endswith(". Correct it, or let `vllm-mxfp4 tune` write the file anew.")
+    assert str(raised.value).endswith(". Correct it, or delete it and let `vllm-mxfp4 tune` write it anew.")
     assert len(str(raised.value)) < 600
 
 

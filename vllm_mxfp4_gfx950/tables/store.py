@@ -34,7 +34,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 MAX_FILE_BYTES = 1 << 20
-FIX = "Correct it, or let `vllm-mxfp4 tune` write the file anew"
+FIX = "Correct it, or delete it and let `vllm-mxfp4 tune` write it anew"
 
 ROW_BOUNDS: dict[str, Integers] = {
     "k": range(32, 2**16 + 1, 32),
