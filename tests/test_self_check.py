@@ -262,6 +262,32 @@ def test_wrong_plan(
     assert names == ["some", *steps]
 
 
+class NanRaises(SeveralPlans):
+    """Its first plan should keep a NaN, and raises."""
+
+    def keeps_nan(self, tokens: int) -> bool:
+        """As in TiledLayer."""
+        return True
+
+    def run(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Right, but for a NaN."""
+        if x.isnan().any():
+            raise RuntimeError("an illegal instruction")
+        return super().run(x, logits)
+
+
+def test_nan_that_raises(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
+    """What the run with a NaN raises costs the plan, not the server."""
+    some = backend("some", prepare=lambda weights, *_: NanRaises(weights, ()))
+    chosen, prepared = self_check.prepare(
+        choose_from(monkeypatch, some), weights, SHAPE, Settings(), lambda *_: None
+    )
+    assert isinstance(prepared, SeveralPlans)
+    assert prepared.plans.rungs == ("table", "table")
+    reason = "the self-check: 8 tokens: RuntimeError: an illegal instruction"
+    assert chosen.refused == (("our own matmuls", reason),)
+
+
 def test_no_right_plan(monkeypatch: pytest.MonkeyPatch, weights: MoeWeights) -> None:
     """The next backend serves."""
     bad = backend("bad", prepare=lambda weights, *_: SeveralPlans(weights, ("own", "table", "package")))
