@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,7 @@ from vllm_mxfp4_gfx950.errors import Mxfp4Error
 from vllm_mxfp4_gfx950.models import TOKENS
 from vllm_mxfp4_gfx950.moe import MoeShape
 from vllm_mxfp4_gfx950.tables import store
-from vllm_mxfp4_gfx950.tables.store import Measured
-from vllm_mxfp4_gfx950.tiles import Key, Ladder, Plan, TileConfig, gemms, release_of
+from vllm_mxfp4_gfx950.tiles import Ladder, Plan, TileConfig, gemms, release_of
 
 Pair = tuple[TileConfig, TileConfig]
 """The tiles of w13 and of w2."""
@@ -34,8 +34,8 @@ CAPTURED = 512
 launched by the CPU, which may take longer than the GPU."""
 
 OWN_MOST = 2048
-"""The most tokens for which our own matmuls get tiles: what they are faster at above CAPTURED is to be
-launched, which no longer counts behind it."""
+"""The most tokens for which our own matmuls get tiles: above, matmul_ogs is as fast or faster on an H200, and
+launching it takes no longer than the GPU does."""
 
 
 class Table:
@@ -110,26 +110,23 @@ class Table:
             self.content.plans[self.release, self.gemms[0]] = plans
 
     def add(self, tokens: int, found: dict[str, tuple[Pair, float]]) -> None:
-        """Add what was measured to the file; what was pinned for the layer may no longer hold."""
+        """Add what was measured to the file; the layer's tiles serve once all numbers of tokens are there.
+
+        What was pinned for the layer may no longer hold.
+        """
         with self.changed():
-            measured = self.content.measured
+            measured, tiles = self.content.measured, self.content.tiles
             for kernels, (pair, us) in found.items():
                 for gemm, tile in zip(self.gemms, pair, strict=True):
                     times = measured.setdefault((kernels, self.release, gemm), {})
                     times[tokens] = tile, round(us, 2)  # Another process may have measured the same.
                 self.note(kernels)
-            kept = {key: rungs for key, rungs in self.content.tiles.items() if key not in measured}
-            self.content.tiles = kept | serving(measured)
+            if all(self.has(tokens) for tokens in SIZES):
+                for kernels, gemm in itertools.product((self.kernels, "own"), self.gemms):
+                    key = kernels, self.release, gemm
+                    rungs = {n: tile for n, (tile, _) in measured.get(key, {}).items()}
+                    if rungs:
+                        # Our own matmuls need as many rungs for w13 as for w2.
+                        merge = kernels != "own"
+                        tiles[key] = Ladder.of(rungs).merged() if merge else Ladder.of(rungs)
             self.content.plans.pop((self.release, self.gemms[0]), None)
-
-
-def serving(measured: dict[Key, Measured]) -> dict[Key, Ladder[TileConfig]]:
-    """The tiles that serve, of the layers of which every number of tokens is measured."""
-    tiles: dict[Key, Ladder[TileConfig]] = {}
-    for (kernels, release, gemm), found in measured.items():
-        peers = measured.get(("matmul_ogs", release, gemm), {}) if kernels == "own" else found
-        if {*SIZES} <= {*peers}:
-            rungs = Ladder.of({n: tile for n, (tile, _) in found.items()})
-            # Our own matmuls need as many rungs for w13 as for w2.
-            tiles[kernels, release, gemm] = rungs if kernels == "own" else rungs.merged()
-    return tiles
