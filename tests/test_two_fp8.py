@@ -87,6 +87,7 @@ def assert_right(pair: tuple[str, str], case: Case, *, every: bool = False) -> N
     """Within the tolerance, no worse than the package, and by kernels that fit and convert no FP4."""
     got = found(pair, every=every)["layers"][cases_of(pair[0], every=every).index(case)]
     assert got["miss"] == ""
+    assert got["layout"]
     assert 0 < got["frobenius"] < MAX_FROBENIUS
     assert got["frobenius"] <= 1.01 * got["package"]
     assert got["kept"]

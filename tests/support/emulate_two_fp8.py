@@ -9,6 +9,7 @@ from emulated import Launches, answer, layer_of, tokens_of
 from vllm_mxfp4_gfx950 import backends, choice, self_check, serving
 from vllm_mxfp4_gfx950.backends import reference
 from vllm_mxfp4_gfx950.backends.triton import routing, two_fp8
+from vllm_mxfp4_gfx950.backends.triton.two_fp8_kernels import scales_in_torch
 from vllm_mxfp4_gfx950.gfx950.driver import ARCH, Launch, presented
 from vllm_mxfp4_gfx950.gfx950.emulator.execution import execute
 from vllm_mxfp4_gfx950.random_layer import make_shape, random_tokens, random_weights
@@ -41,6 +42,10 @@ def check_layer(case: dict[str, Any]) -> dict[str, Any]:
     found = compare(out, truth, plain)
     return {
         "miss": found.miss,
+        "layout": all(
+            torch.equal(scales_in_torch(weight.scales)[:, : given.shape[1], : given.shape[2]], given)
+            for weight, given in ((prepared.w13, weights.w13_scale), (prepared.w2, weights.w2_scale))
+        ),
         "frobenius": found.frobenius,
         "package": by_package and by_package.frobenius,
         "kept": bool(torch.equal(beside_others[KEPT], out[KEPT])),

@@ -19,7 +19,7 @@ from vllm_mxfp4_gfx950.tuning.search import Batch, Layers, tune, warm_up
 
 
 def run(args: argparse.Namespace) -> int:
-    """Bring a table up to date, and say what was gained."""
+    """Bring a table up to date, and say what was found."""
     fix = "Give --out DIR to time on this GPU, or --arch gfx950 --table FILE to rank by compiling"
     needed = "table" if args.arch else "out"
     if getattr(args, needed) is None:

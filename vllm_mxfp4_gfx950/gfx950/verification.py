@@ -88,7 +88,9 @@ class EmulatedLayer:
         with presented(self._execute):
             prepared = self.backend.prepare(weights.clone(), shape, tables)
         # What lies between its matmuls are FP8 codes, which no stage here can judge.
-        self.prepared = prepared.without("two_fp8") or prepared
+        without = prepared.without("two_fp8")
+        assert without is not None, "the package is never left out by this"
+        self.prepared = without
 
     def check(self, x: torch.Tensor, logits: torch.Tensor, sample: int | None = None) -> list[Check]:
         """Run the layer on some tokens, and compare every stage.

@@ -1,1 +1,1 @@
-"""OpenAI's triton_kernels, in two generations, and kernels of our own: one file for each."""
+"""OpenAI's triton_kernels, in three generations, and kernels of our own: one file for each."""

@@ -127,7 +127,8 @@ class Prepared(ABC):
         w13_tiles, w2_tiles = (
             ladder(arch, cls.KERNELS, triton.__version__, gemm, tables) or by_package for gemm in gemms(shape)
         )
-        kernels = own.own_for(arch, shape, w13, w2, order, tables) if cls.OWN else None
+        has_own = cls.OWN and "own" in ARCHES[arch].candidates
+        kernels = own.own_for(arch, shape, w13, w2, order, tables) if has_own else None
         package_plan: Plan = "package" if w13_tiles is by_package else "table"
         plans = Ladder[Plan]((1,), (package_plan,))
         if kernels is not None:

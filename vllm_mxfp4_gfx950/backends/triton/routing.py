@@ -1,7 +1,7 @@
 """From the router's logits to all that triton_kernels' matmuls and our own need, in one launch to three.
 
 And back from their rows to the tokens, in one. The package's own routing takes four launches, and about ten
-where a rank has some of the experts. What both of its generations want to know is the same.
+where a rank has some of the experts. What all of its generations want to know is the same.
 """
 
 from __future__ import annotations
