@@ -192,6 +192,42 @@ def test_fastest() -> None:
     assert tune.fastest([([A], [A]), ([B], [B])], cost.__getitem__) == (B, B)
 
 
+class Now:
+    """Our own matmuls, of which one tile gives other bits in each fifth run."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.prepared = [self]
+        self.arch, self.shape = "sm90", SHAPE
+
+    def with_tiles(self, _: Any, tiles: tune.Tiles) -> Any:
+        """A layer with these tiles."""
+
+        def run(x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+            self.runs += 1
+            return x + (tiles[1][0] == A and self.runs % 5 == 0)
+
+        return SimpleNamespace(run=run)
+
+
+def test_search_refuses_what_varies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fastest tile is right when it is looked at once, and not always: the next one is taken."""
+    batch = tune.Batch.__new__(tune.Batch)
+    batch.layers, batch.tokens, batch.inputs = Now(), 8, [(torch.zeros(3), torch.zeros(3))]  # type: ignore[assignment]
+    us = {A: 1.0, B: 2.0}
+    monkeypatch.setattr(batch, "miss", lambda _: "")
+    monkeypatch.setattr(batch, "time_us", lambda tiles: us[tiles[1][0]] + us[tiles[1][1]])
+    monkeypatch.setattr(tune, "groups", lambda *_: [([A, B], [A, B])])
+    refused: list[str] = []
+    assert tune.search(batch, "own", refused) == ((B, A), 3.0)
+    told = f"own {astuple(A)} {astuple(A)}: {tune.REPEATS // 5} of {tune.REPEATS} runs give other bits"
+    assert refused[0] == told
+    # Negative control: looked at once, it is taken.
+    monkeypatch.setattr(tune, "REPEATS", 1)
+    batch.layers = Now()  # type: ignore[assignment]
+    assert tune.search(batch, "own", []) == ((A, A), 2.0)
+
+
 def table_in(
     directory: Path, evidence: str = "timed on one X, torch 2", release: str = "3.6.0"
 ) -> record.Table:
@@ -269,6 +305,7 @@ def test_two_tune_at_once(tmp_path: Path) -> None:
     )
     assert found == [(32, 1, 32, 80.0), (32, 2, 16, 70.0), (128, 1, 16, 90.0)]
     assert content.provenance["matmul_ogs 3.6"]["commands"] == ["tune", "other"]
+    assert content.tiles == {}
     # One that began before there was a file, on something else.
     late = table_in(tmp_path / "none", "timed on one Y, torch 2")
     late.file = first.file
@@ -312,9 +349,10 @@ def test_table_keeps_other_rows(tmp_path: Path) -> None:
     other = Gemm("w13", 2880, 5760, 128, 128)
     older = "matmul_ogs", "3.5", gemms(SHAPE)[0]
     one = Ladder((1,), (B,))
-    store.write(
-        tmp_path / "sm90.json", "sm90", store.Content(tiles={("matmul_ogs", "3.6", other): one, older: one})
-    )
+    # Of this one more was measured than serves, by an earlier rule.
+    measured = {("matmul_ogs", "3.6", other): dict.fromkeys(record.SIZES, (A, 1.0))}
+    rows = {("matmul_ogs", "3.6", other): one, older: one}
+    store.write(tmp_path / "sm90.json", "sm90", store.Content(tiles=rows, measured=measured))
     fill(tmp_path, {})
     assert ladders(tmp_path, other)[0] == one
     assert ladders(tmp_path, gemms(SHAPE)[0])[0] == Ladder((64, 8192), (A, B))

@@ -121,7 +121,7 @@ def shown(content: store.Content) -> dict[str, Any]:
 
 def main(directory: Path) -> dict[str, Any]:
     """Tune, interrupted once; serve from what was written; and tune where the best tile is wrong."""
-    record.SIZES = TOKENS
+    record.SIZES, tune.REPEATS = TOKENS, 1
     tune.ARCHES = {ARCH: dataclasses.replace(ARCHES[ARCH], candidates=TILES)}
     found: dict[str, Any] = {}
     with presented(execute):
