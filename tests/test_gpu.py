@@ -260,14 +260,18 @@ def fixture_chosen(captured: int, layer: Layer) -> choice.Choice:
     shape, _, _, prepared = layer
     if shape.intermediate < 2880:
         pytest.skip("as the larger ones, which take longest")
-    cost = choice.clock(shape, torch.device("cuda"), captured)
-    choice.choose(prepared, 8192, cost, captured)
+
+    def choose() -> choice.Choice:
+        return choice.choose(prepared, 8192, choice.clock(shape, torch.device("cuda"), captured), captured)
+
+    # Of two, as each looks where its own times lead it, and meets other kernels there.
+    found = min((choose(), choose(), choose())[1:], key=lambda found: found.seconds)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
-    found = choice.choose(prepared, 8192, cost, captured)
-    print(found)
+    choose()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() == before
+    print(found)
     return found
 
 

@@ -35,12 +35,12 @@ WORTH = 0.002
 """What is lost between two neighbours, times the logarithm of how far they are apart, is looked into above
 this: 1% up to a batch that is larger by a fifth, or a tenth up to one that is larger by 2%."""
 
-BATCHES = 48
+BATCHES = 40
 """The most numbers of tokens that are timed."""
 
-CALLS = Ladder((8, 1024, 2**30), (4, 2, 1))
+CALLS = Ladder((8, 1024, 2**30), (8, 2, 1))
 """Calls in a graph, by number of tokens. Each has tokens of its own: where these are few, they read other
-experts, so that no call finds its weights in a cache."""
+experts, so that a whole layer's weights are in no cache when a call begins. A rank's share may be in one."""
 
 REPLAYS = 2
 
