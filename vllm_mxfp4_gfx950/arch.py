@@ -155,14 +155,10 @@ codes are scaled the rest of its scale must be a bf16. The weights of such a blo
 OWN_TILES = (
     (8, 64, 64, 1, 0), (8, 64, 128, 1, 0), (8, 64, 128, 2, 0), (8, 32, 128, 1, 0), (8, 32, 128, 1, 5),
     (8, 32, 128, 2, 0), (8, 32, 256, 2, 0), (8, 32, 256, 2, 5), (16, 64, 64, 1, 0), (16, 128, 128, 4, 0),
-    (32, 128, 128, 4, 0), (32, 128, 128, 4, 3), (32, 256, 64, 4, 0), (32, 256, 64, 4, 3),
+    (16, 256, 64, 4, 0), (32, 128, 128, 4, 0), (32, 128, 128, 4, 3), (32, 256, 64, 4, 0), (32, 256, 64, 4, 3),
     (64, 128, 128, 4, 0), (64, 256, 64, 4, 0), (64, 256, 64, 4, 2),
 )  # fmt: skip
-"""block_m, block_n, block_k, num_warps and waves_per_eu of our own matmuls.
-
-Not (16, 256, 64, 4, 0): on an H200 some 2% of the runs differ from the others, and are wrong in a few rows;
-why is not known.
-"""
+"""block_m, block_n, block_k, num_warps and waves_per_eu of our own matmuls."""
 
 SM90 = Arch(
     "sm90",

@@ -57,8 +57,8 @@ def compiled(tile: TileConfig, *, gated: bool) -> dict[str, Any]:
     """What the compiler made of one tile.
 
     Returns:
-        how many instructions load from or store to local memory, which are spills; and how many are matrix
-        instructions of a warp and of a warp group.
+        how many instructions load from or store to local memory, which are spills; how many are matrix
+        instructions of a warp and of a warp group; and how many groups of those a wait leaves running.
     """
     codes = own.scales_codes(tile)
     constants = {
@@ -83,6 +83,7 @@ def compiled(tile: TileConfig, *, gated: bool) -> dict[str, Any]:
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "warp": len(re.findall(r"\bHMMA\.", code)),
         "group": len(re.findall(r"\bHGMMA\.", code)),
+        "running": [int(left, 16) for left in re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (\w+)", code)],
     }
 
 

@@ -196,8 +196,22 @@ def _scale_codes(
         a, b, c, d = _widen(tl.join(w, w), tl.join(near, near), tl.join(far, far))
         v = tl.join(tl.join(a, b), tl.join(c, d))
         v = v.reshape(U, STRIPS, 4, 2, 4, 2, 2, 2, 2, 2).trans(1, 8, 2, 3, 0, 5, 6, 9, 4, 7)
-        acc = tl.dot(v.reshape(BLOCK_N, BLOCK_K), x, acc)
+        acc = _settled(tl.dot(v.reshape(BLOCK_N, BLOCK_K), x, acc))
     return acc
+
+
+@triton.jit
+def _settled(acc):
+    """The same, once it is computed: no instruction, but a use of it, for which Triton waits.
+
+    Else wgmma would still read codes in registers that the next step already writes: ptxas before CUDA 13.3
+    gives them away too early.
+
+    Source: triton-lang/triton issue 9433, pull requests 9514 (Triton 3.7) and 11781.
+    """
+    return tl.inline_asm_elementwise(
+        "", constraints="=f,0", args=[acc], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
