@@ -122,11 +122,9 @@ class Table:
                     times[tokens] = tile, round(us, 2)  # Another process may have measured the same.
                 self.note(kernels)
             if all(self.has(tokens) for tokens in SIZES):
-                for kernels, gemm in itertools.product((self.kernels, "own"), self.gemms):
-                    key = kernels, self.release, gemm
-                    rungs = {n: tile for n, (tile, _) in measured.get(key, {}).items()}
-                    if rungs:
+                for key in itertools.product((self.kernels, "own"), (self.release,), self.gemms):
+                    if key in measured:
+                        rungs = Ladder.of({n: tile for n, (tile, _) in measured[key].items()})
                         # Our own matmuls need as many rungs for w13 as for w2.
-                        merge = kernels != "own"
-                        tiles[key] = Ladder.of(rungs).merged() if merge else Ladder.of(rungs)
+                        tiles[key] = rungs if key[0] == "own" else rungs.merged()
             self.content.plans.pop((self.release, self.gemms[0]), None)

@@ -246,13 +246,13 @@ def search(batch: Batch, kernels: str, refused: list[str]) -> tuple[Pair, float]
     some = groups(batch.layers.arch, kernels, batch.layers.shape, batch.tokens)
     total = 1 + sum(len(each) for pair in some for each in pair)
     seen: dict[Pair, float] = {}
-    unsteady: set[TileConfig] = set()
+    varying: set[TileConfig] = set()
 
     def refuse(pair: Pair, miss: str) -> None:
         refused.append(f"{kernels} {astuple(pair[0])} {astuple(pair[1])}: {miss}")
 
     def cost(pair: Pair) -> float:
-        if unsteady.intersection(pair):
+        if varying.intersection(pair):
             return math.inf
         if pair not in seen:
             miss = batch.miss((kernels, pair))
@@ -265,7 +265,7 @@ def search(batch: Batch, kernels: str, refused: list[str]) -> tuple[Pair, float]
     found = fastest(some, cost)
     while found is not None and (miss := batch.unsteady((kernels, found))):
         refuse(found, miss)
-        unsteady.update(found)  # Which of the two it is was not looked at.
+        varying.update(found)  # Which of the two it is was not looked at.
         found = fastest(some, cost)
     progress(total, total)
     return None if found is None else (found, seen[found])
