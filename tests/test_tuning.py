@@ -67,6 +67,8 @@ def assert_tuned(found: dict[str, Any], kernels: str) -> None:
     for served, name in zip(found["served"], ("w13", "w2"), strict=True):
         assert served == [best[kernels, release, name, tokens] for tokens in (1, 3)]
     assert found["miss"] == ""
+    # The log says whose tiles these are, and speaks of no kernels that the arch does not have.
+    assert {text.split()[0] for text in found["told"]} == {kernels}
     # The plans are chosen among all that there are, with these tiles, and written down.
     assert found["pinned"] == [False, False, True, True]
     for us in found["plans"]:

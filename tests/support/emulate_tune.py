@@ -12,10 +12,12 @@ import math
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 
+from vllm_mxfp4_gfx950 import tables
 from vllm_mxfp4_gfx950.arch import ARCHES
 from vllm_mxfp4_gfx950.backends import Layer, reference
 from vllm_mxfp4_gfx950.choice import choose
@@ -133,7 +135,9 @@ def main(directory: Path) -> dict[str, Any]:
         found["asked"] = asked, Counted.asked - asked
         found["again"], _ = tuned(layers, directory, TOKENS)
 
-        chosen = tune.Layers(SHAPE, ARCH, "cpu", copies=1, tables=directory).prepared[0]
+        with mock.patch.object(tables, "logger") as told:
+            chosen = tune.Layers(SHAPE, ARCH, "cpu", copies=1, tables=directory).prepared[0]
+        found["told"] = [text for _, text in (call.args for call in told.log.call_args_list)]
         choice = choose(chosen, TOKENS[-1], cost)
         table = table_in(directory, layers)
         found["pinned"] = [chosen.pinned, table.pinned]
